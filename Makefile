@@ -1,0 +1,42 @@
+# Everything here is a short name for a command; what it does is in that command.
+PYTHON ?= python3
+BIN := $(or $(TUNEGATE_VENVS),.venv)/control/bin
+export DEVICE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint up down locks locks-check clean
+
+help:         ## list these commands
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
+
+setup:        ## make the locked environments (DEVICE=cuda for a GPU host)
+	@$(PYTHON) -m pipeline.install
+
+demo: setup   ## from a base model to an approved, promoted release that answers
+	@$(BIN)/tunegate demo
+
+test: setup   ## all tests but those that need a GPU or a container engine
+	@$(PYTHON) -m pipeline.install autoawq
+	@$(BIN)/python -m pytest -m "not gpu and not container"
+
+lint: setup   ## ruff, mypy --strict and the import contracts
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+up: setup     ## start Prefect's and MLflow's pages, the worker and the deployments
+	@$(BIN)/tunegate up
+
+down:         ## stop everything that runs
+	@$(BIN)/tunegate down
+
+locks:        ## resolve pyproject.toml into locks/ anew
+	@$(BIN)/python -m pipeline.locks
+
+locks-check:  ## prove that the locks are fresh and resolve for Python 3.11 and 3.12
+	@$(BIN)/python -m pipeline.locks --check
+
+clean:        ## remove caches (the environments are .venv, the runs mlruns)
+	@rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache dist *.egg-info
+	@find flows pipeline tests -name __pycache__ -type d -prune -exec rm -rf {} +
