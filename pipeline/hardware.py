@@ -1,0 +1,136 @@
+"""The only question asked of the machine: which device is here, and how much of it. No torch is needed.
+
+A GPU is asked of nvidia-smi, a CPU of /proc, memory and cores within the container's limits.
+`TUNEGATE_DEVICE=cpu` or `=cuda` says which to use; unset, a visible GPU is used. Limits: Linux, NVIDIA, GPUs
+of one kind (the first speaks for all).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.errors import ResourceError
+
+# The vector units whose kernels round differently, best first: what a CPU's class is made of.
+ISA = {
+    "x86_64": {"amx_bf16": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"},
+    "aarch64": {"sve2": "sve2", "sve": "sve", "bf16": "bf16", "asimd": "asimd"},
+}
+BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
+BF16_COMPUTE_CAPABILITY = 8.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a stage or a server computes on.
+
+    `device_class` is what a ServedUnit records, such as `cpu-x86_64-avx512_bf16` or `NVIDIA H100 80GB HBM3`;
+    machines of one class run the same kernels. `memory` is in bytes (of one GPU, or the machine's), `cores`
+    counts usable CPU cores, `count` GPUs; `bf16` says whether bfloat16 arithmetic is native.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    device_class: str
+    memory: int
+    cores: int
+    count: int
+    bf16: bool
+
+
+def device() -> Device:
+    """The device that work goes to; raises ResourceError when TUNEGATE_DEVICE=cuda and no GPU is visible."""
+    wanted = os.environ.get("TUNEGATE_DEVICE", "")
+    if wanted not in {"", "cpu", "cuda"}:
+        raise ResourceError(f"TUNEGATE_DEVICE is {wanted!r}", allowed="cpu, cuda, or unset")
+    if wanted != "cpu":
+        gpu = _gpu(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if gpu is not None:
+            return gpu
+    if wanted == "cuda":
+        raise ResourceError(
+            "TUNEGATE_DEVICE is cuda, but nvidia-smi shows no visible GPU",
+            remedy="check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or unset TUNEGATE_DEVICE to use the CPU",
+        )
+    return cpu_of(Path("/proc/cpuinfo").read_text(encoding="utf-8"), platform.machine(), memory(), cores())
+
+
+def cpu_of(cpuinfo: str, machine: str, memory: int, cores: int) -> Device:
+    """The Device that /proc/cpuinfo describes."""
+    flags = set(_field(cpuinfo, "flags", "Features").split())
+    isa = next((name for flag, name in ISA.get(machine, {}).items() if flag in flags), "generic")
+    name = _field(cpuinfo, "model name", "Model", "Hardware") or machine
+    return Device("cpu", name, f"cpu-{machine}-{isa}", memory, cores, 0, bool(flags & BF16_FLAGS))
+
+
+def gpu_of(csv: str, visible: str | None, cores: int) -> Device | None:
+    """The Device that nvidia-smi's CSV (index, uuid, name, MiB, compute capability) describes, or None.
+
+    `visible` is CUDA_VISIBLE_DEVICES: indices or UUID prefixes; empty hides all, and the first unknown entry
+    ends the list, as CUDA has it.
+    """
+    rows = [[cell.strip() for cell in line.split(",")] for line in csv.strip().splitlines()]
+    rows = [row for row in rows if len(row) == 5]
+    if visible is not None:
+        chosen = []
+        for entry in (part.strip() for part in visible.split(",")):
+            found = next((row for row in rows if entry and (entry == row[0] or row[1].startswith(entry))), None)
+            if found is None:
+                break
+            chosen.append(found)
+        rows = chosen
+    if not rows:
+        return None
+    _, _, name, mebibytes, capability = rows[0]
+    size = int(float(mebibytes)) * 2**20 if mebibytes.replace(".", "").isdigit() else 0
+    bf16 = capability.replace(".", "").isdigit() and float(capability) >= BF16_COMPUTE_CAPABILITY
+    return Device("cuda", name, name, size, cores, len(rows), bf16)
+
+
+def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of main memory, within the cgroup's limit."""
+    match = re.search(r"^MemTotal:\s+(\d+) kB", (proc / "meminfo").read_text(encoding="utf-8"), re.MULTILINE)
+    total = int(match[1]) * 1024 if match else 0
+    limit = _read(cgroup / "memory.max")
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores this process may use, within its affinity and the cgroup's quota; at least 1."""
+    allowed = len(os.sched_getaffinity(0))
+    quota, _, period = _read(cgroup / "cpu.max").partition(" ")
+    return max(1, min(allowed, int(quota) // int(period))) if quota.isdigit() and period.isdigit() else allowed
+
+
+def _gpu(visible: str | None) -> Device | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return gpu_of(shown.stdout, visible, cores()) if shown.returncode == 0 else None
+
+
+def _field(cpuinfo: str, *names: str) -> str:
+    for name in names:
+        match = re.search(rf"^{name}\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return ""
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""

@@ -1,0 +1,252 @@
+"""What a build will do and what of it is already done, decided from digests alone.
+
+A stage's key is the digest of its inputs, its sections of the config, its own source and the versions of the packages that
+decide its result. Works on the resolved config as JSON and on the standard library, so that `tunegate check` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import environments, store
+from pipeline.digests import digest_file, digest_of
+
+HERE = Path(__file__).parent
+# Shared by all stages and free of decisions about a result: a change there makes nothing stale.
+NOT_SOURCE = {"artifacts", "config", "digests", "environments", "errors", "program", "store"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a build.
+
+    `sections` are dotted places of the resolved config, `inputs` the stages whose artefacts it takes, `packages` the
+    distributions whose versions decide its result.
+    """
+
+    stage: str
+    environment: str
+    inputs: tuple[str, ...]
+    sections: tuple[str, ...]
+    packages: tuple[str, ...]
+    retries: int = 0
+    timeout_hours: float = 24
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step with its key, when its inputs are known, and the record of its finished artefact, when there is one."""
+
+    step: Step
+    key: str | None
+    record: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A build before it runs: `key` is the digest of all it depends on, `finished` the record of the same build done before."""
+
+    name: str
+    key: str
+    steps: tuple[PlannedStep, ...]
+    finished: Mapping[str, Any] | None
+    memory: Mapping[str, int] = field(default_factory=dict)
+
+
+def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
+    """The artefact-making steps of a config, in order."""
+    torch = ("torch", "transformers", "safetensors")
+    found = [
+        Step("base", "train", (), ("base_model", "base_model_revision"), (*torch, "gguf"), retries=2, timeout_hours=6),
+        Step("prepare", "train", ("base",), ("data", "seed"), ("transformers", "tokenizers", "datasketch"), timeout_hours=6),
+        Step(
+            "finetune", "train", ("base", "prepare"), ("finetune", "data.sequence_len", "seed"),
+            (*torch, "peft", "bitsandbytes"), retries=1, timeout_hours=168,
+        ),
+        Step("merge", "train", ("base", "finetune"), ("merge", "finetune"), (*torch, "bitsandbytes"), retries=1),
+    ]  # fmt: skip
+    method = config["quantize"]["method"]
+    if method != "none":
+        environment = "autoawq" if method == "autoawq" else "train"
+        packages = ("autoawq",) if method == "autoawq" else ("llmcompressor", "compressed-tensors")
+        found.append(
+            Step("quantize", environment, ("merge", "prepare"), ("quantize", "seed"), (*torch, *packages), retries=1)
+        )
+    return tuple(found)
+
+
+def served_stage(config: Mapping[str, Any]) -> str:
+    """The stage whose folder is judged and served."""
+    return "merge" if config["quantize"]["method"] == "none" else "quantize"
+
+
+def section(config: Mapping[str, Any], dotted: str) -> Any:
+    """The value at a dotted place of the resolved config."""
+    value: Any = config
+    for part in dotted.split("."):
+        value = value[part]
+    return value
+
+
+PROGRAMS = {"base": "model", "prepare": "data"}
+
+
+def program_of(stage: str) -> str:
+    """The module in pipeline/ that is this stage's program."""
+    return PROGRAMS.get(stage, stage)
+
+
+def source_digest(module: str) -> str:
+    """Digest of a stage program's own source: its file and the pipeline files it imports, by name."""
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = HERE / f"{name}.py"
+        if name in seen or name in NOT_SOURCE or not path.is_file():
+            continue
+        seen.add(name)
+        text = path.read_text(encoding="utf-8")
+        waiting += re.findall(r"^\s*from pipeline\.(\w+) import", text, re.MULTILINE)
+        for names in re.findall(r"^\s*from pipeline import ([\w, ]+)", text, re.MULTILINE):
+            waiting += [part.strip().split(" ")[0] for part in names.split(",")]
+    return digest_of({name: digest_file(HERE / f"{name}.py") for name in seen})
+
+
+def versions(step: Step, config: Mapping[str, Any]) -> dict[str, str]:
+    """The installed versions of the step's deciding packages.
+
+    Raises EnvironmentMissing when the step's environment isn't there.
+    """
+    return environments.versions(environments.find(step.environment, environments.settings(config)), step.packages)
+
+
+def key_of(step: Step, config: Mapping[str, Any], inputs: Mapping[str, str], made_by: Mapping[str, str]) -> str:
+    """The key under which the step's artefact is stored; `inputs` are the digests of what it takes, by name."""
+    return digest_of(
+        {
+            "stage": step.stage,
+            "inputs": dict(inputs),
+            "config": {name: section(config, name) for name in step.sections},
+            "source": source_digest(program_of(step.stage)),
+            "made_by": dict(made_by),
+        }
+    )[:32]
+
+
+def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> Plan:
+    """The plan of a resolved config.
+
+    `sources` are the digests of what comes from outside, the base model's under "base" and the data files' under "prepare";
+    `device` is the class of device, which decides how a model is trained.
+    """
+    planned: list[PlannedStep] = []
+    digests: dict[str, str] = {}
+    made_by: dict[str, dict[str, str]] = {}
+    for step in steps(config):
+        made_by[step.stage] = versions(step, config)
+        if all(name in digests for name in step.inputs):
+            key = key_of(step, config, inputs_of(step, digests, sources, device), made_by[step.stage])
+            record = store.peek(step.stage, key)
+        else:
+            key, record = None, None
+        if record:
+            digests[step.stage] = record["digest"]
+        planned.append(PlannedStep(step, key, record))
+    build = digest_of(
+        {
+            "config": {
+                name: value
+                for name, value in config.items()
+                if name not in ("promote", "notify", "schedule", "environments")
+            },
+            "sources": dict(sources),
+            "device": device,
+            "code": {name: source_digest(name) for name in _programs(config)},
+            "made_by": made_by,
+        }
+    )[:32]
+    return Plan(config["name"], build, tuple(planned), store.peek_build(build), memory(config, planned))
+
+
+def inputs_of(step: Step, digests: Mapping[str, str], sources: Mapping[str, str], device: str) -> dict[str, str]:
+    """The digests that go into a step's key: of its input artefacts, of what it reads from outside, and the device for training."""
+    inputs = {name: digests[name] for name in step.inputs}
+    if step.stage in sources:
+        inputs["source"] = sources[step.stage]
+    if step.stage in ("finetune", "quantize"):
+        inputs["device"] = digest_of(device)
+    return inputs
+
+
+def _programs(config: Mapping[str, Any]) -> list[str]:
+    return [*(program_of(step.stage) for step in steps(config)), "evaluate", "loadtest", "gate"]
+
+
+def memory(config: Mapping[str, Any], planned: list[PlannedStep]) -> dict[str, int]:
+    """Estimated peak bytes of fine-tuning, quantizing and serving; empty until the base model's shape is known.
+
+    Weights: 0.55 bytes a parameter in NF4 with double quantization, 2 in bf16. Activations: 34 bytes a token, layer and hidden
+    unit without checkpointing (Korthikanti et al. 2022, eq. 2, without the attention scores, which sdpa doesn't keep), 2 with it.
+    """
+    shape = _shape(planned)
+    if not shape:
+        return {}
+    parameters, hidden, layers = shape
+    train = config["finetune"]
+    tokens = train["micro_batch_size"] * config["data"]["sequence_len"]
+    per_unit = 2 if train["gradient_checkpointing"] is True else 34
+    weights = int(parameters * (0.55 if train["load_in_4bit"] else 2))
+    # adapter weights with gradients and two moments in fp32; 7 linear layers of about 3 times the hidden size a side
+    adapter = layers * 7 * 4 * hidden * train["lora_r"] * 16
+    served = parameters * 2 if config["quantize"]["method"] == "none" else int(parameters * 0.6)
+    kv = _bytes(config["serve"]["kv_cache_memory"])
+    return {
+        "finetune": weights + adapter + tokens * layers * hidden * per_unit,
+        "quantize": parameters * 2
+        + config["quantize"]["num_calibration_samples"] * config["quantize"]["max_calibration_tokens"] * hidden * 4,
+        "serve": served + kv,
+        "promote (old and new side by side)": 2 * (served + kv),
+    }
+
+
+def _shape(planned: list[PlannedStep]) -> tuple[int, int, int] | None:
+    """Parameters, hidden size and layers of the base model, once its folder is in the store."""
+    record = planned[0].record
+    if record is None:
+        return None
+    config = json.loads((Path(record["path"]) / "payload" / "config.json").read_text(encoding="utf-8"))
+    return int(record["detail"]["parameters"]), int(config["hidden_size"]), int(config["num_hidden_layers"])
+
+
+def _bytes(size: str) -> int:
+    number = size.rstrip("BKMGi ")
+    return int(float(number) * {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[size[len(number) :].strip()])
+
+
+def render(plan: Plan, path: Path, write: Callable[[str], None]) -> None:
+    """Print the plan as a person reads it, a line a stage."""
+    state = f"done: {plan.finished['outcome']}" if plan.finished else "to do"
+    write(f"{plan.name}  build {plan.key[:12]}  {state}  ({path})")
+    write(f"  {'stage':<10}{'environment':<13}{'state':<22}key")
+    for planned in plan.steps:
+        first = next((other.step.stage for other in plan.steps if other.record is None), "")
+        what = "cached" if planned.record else "to do" if planned.key else f"to do, after {first}"
+        write(f"  {planned.step.stage:<10}{planned.step.environment:<13}{what:<22}{(planned.key or '-')[:12]}")
+    done = "recorded" if plan.finished else "to do"
+    for stage, environment in (
+        ("evaluate", "control+serve"),
+        ("loadtest", "control+serve"),
+        ("gate", "control"),
+        ("register", "control"),
+    ):
+        write(f"  {stage:<10}{environment:<13}{done}")
+    for what, size in plan.memory.items():
+        write(f"  memory  {what}: about {size / 2**30:.1f} GiB")
+    if not plan.memory:
+        write("  memory  known once the base model's shape is (after the stage base)")

@@ -1,0 +1,172 @@
+"""The wire between a flow and a stage: JSON request in, JSON lines of progress out, JSON result at the end.
+
+A stage is a program, `python -m pipeline.STAGE REQUEST.json`, run in the environment that holds its packages. It reads
+its request, writes its payload into the folder the request names, prints events on standard output (anything
+else that a library prints goes to standard error, which the flow keeps as the stage's log), and leaves
+`result.json` beside the payload. The same program is a container's or a Kubernetes job's command.
+
+Runs in every environment: standard library and pipeline.errors only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pipeline.errors import Problem, StageFailed, TunegateError, from_json
+
+Event = dict[str, Any]
+_events: IO[str] = sys.stdout
+
+
+def emit(event: str, **fields: Any) -> None:
+    """Print one event for the flow: `progress`, `metric`, `message` or `error`."""
+    print(json.dumps({"event": event, **fields}), file=_events, flush=True)
+
+
+def progress(done: float, total: float, unit: str, **metrics: float) -> None:
+    """Report that `done` of `total` `unit`s are done, with current figures such as loss."""
+    emit("progress", done=done, total=total, unit=unit, metrics=metrics)
+
+
+def metric(name: str, value: float, step: int) -> None:
+    """Report one point of a curve, for MLflow."""
+    emit("metric", name=name, value=value, step=step)
+
+
+def message(text: str) -> None:
+    """Report one line a person should read."""
+    emit("message", text=text)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a stage program is handed.
+
+    `config` holds the resolved sections it may read, `inputs` the records of the artefacts it takes, `folder` where it
+    works: checkpoints may lie there, the finished payload goes to `folder/payload`.
+    """
+
+    config: dict[str, Any]
+    inputs: dict[str, Any]
+    folder: Path
+
+    @property
+    def payload(self) -> Path:
+        """The folder whose content becomes the artefact; it exists."""
+        path = self.folder / "payload"
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside `path`, then rename, so that no half-written file is ever visible."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def main(stage: Callable[[Request], dict[str, Any]]) -> None:
+    """Run a stage program: read argv[1], call `stage`, leave its returned details in result.json.
+
+    Exits 0 with a result, or with the error's exit code after an `error` event; a traceback goes to the log.
+    """
+    global _events  # noqa: PLW0603 - the one place where standard output is claimed for events
+    _events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    raw = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    request = Request(config=raw["config"], inputs=raw["inputs"], folder=Path(raw["folder"]))
+    try:
+        result = stage(request)
+    except TunegateError as error:
+        emit("error", **error.to_json())
+        sys.exit(error.exit_code)
+    write_json(request.folder / "result.json", result)
+
+
+def run(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    request: Request,
+    on_event: Callable[[Event], None],
+) -> dict[str, Any]:
+    """Run a stage program to its end and return its result.
+
+    `command` is the program without its request file; events reach `on_event` as they come; standard error is
+    appended to `folder/log.txt`. The child is its own process group and is ended when this call is interrupted.
+
+    Raises the TunegateError that the stage reported, or StageFailed naming the log when it died without a word.
+    """
+    request.folder.mkdir(parents=True, exist_ok=True)
+    (request.folder / "result.json").unlink(missing_ok=True)
+    file, log = request.folder / "request.json", request.folder / "log.txt"
+    write_json(file, {"config": request.config, "inputs": request.inputs, "folder": str(request.folder)})
+    reported: list[Event] = []
+    with log.open("a", encoding="utf-8") as sink:
+        child = subprocess.Popen(
+            [*command, str(file)],
+            env=dict(environ),
+            stdout=subprocess.PIPE,
+            stderr=sink,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            for line in child.stdout or ():
+                _relay(line, sink, reported, on_event)
+            child.wait()
+        finally:
+            _end(child)
+    if reported:
+        raise from_json(reported[-1])
+    result = request.folder / "result.json"
+    if child.returncode or not result.is_file():
+        raise StageFailed([_death(child.returncode, log)])
+    answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return answer
+
+
+def _relay(line: str, sink: IO[str], reported: list[Event], on_event: Callable[[Event], None]) -> None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        sink.write(line)
+        return
+    if event["event"] == "error":
+        reported.append(event)
+    else:
+        on_event(event)
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """End a child that outlives the call, its whole group, first politely."""
+    if child.poll() is not None:
+        return
+    killer = threading.Timer(10, lambda: os.killpg(child.pid, signal.SIGKILL))
+    os.killpg(child.pid, signal.SIGTERM)
+    killer.start()
+    child.wait()
+    killer.cancel()
+
+
+def _death(returncode: int | None, log: Path) -> Problem:
+    tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+    if returncode == -signal.SIGKILL:
+        return Problem(
+            "the stage was killed (signal 9), most often by the system when memory ran out",
+            file=str(log),
+            remedy="lower micro_batch_size, sequence_len or num_calibration_samples, then run the same command again",
+        )
+    return Problem(
+        f"the stage ended with status {returncode}: {' | '.join(tail) or 'no output'}",
+        file=str(log),
+        remedy="read the log; running the same command again continues from the last finished step",
+    )

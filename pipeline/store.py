@@ -1,0 +1,140 @@
+"""Where artefacts lie: mlruns/work/STAGE/KEY/, complete or not there at all.
+
+A stage works in a partial folder of the same key, which is renamed when it is done; after `kill -9` the next run finds
+the partial folder, with the checkpoints in it, and goes on. One lock a key keeps two runs apart.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.digests import digest_folder
+from pipeline.errors import Busy
+from pipeline.program import write_json
+
+if TYPE_CHECKING:
+    from pipeline.artifacts import Artifact
+
+KEPT_BESIDE_PAYLOAD = {"payload", "extra", "log.txt", "request.json", "artifact.json"}
+
+
+def home() -> Path:
+    """The folder that holds MLflow's database, artefacts and work: $TUNEGATE_HOME or ./mlruns, absolute."""
+    return Path(os.environ.get("TUNEGATE_HOME", "mlruns")).resolve()
+
+
+def folder_of(stage: str, key: str) -> Path:
+    """Where the finished artefact of this key lies, if it is there."""
+    return home() / "work" / stage / key
+
+
+def peek(stage: str, key: str) -> dict[str, Any] | None:
+    """The finished artefact of this key as plain JSON, or None."""
+    file = folder_of(stage, key) / "artifact.json"
+    if not file.is_file():
+        return None
+    return {**json.loads(file.read_text(encoding="utf-8")), "path": str(file.parent)}
+
+
+def find(stage: str, key: str) -> Artifact | None:
+    """The finished artefact of this key, or None."""
+    from pipeline.artifacts import Artifact
+
+    record = peek(stage, key)
+    return Artifact(**record) if record else None
+
+
+def build_folder(key: str) -> Path:
+    """Where a build keeps its reports and its record."""
+    return home() / "work" / "build" / key
+
+
+def peek_build(key: str) -> dict[str, Any] | None:
+    """What a finished build left (outcome, version, run), or None."""
+    file = build_folder(key) / "finished.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+@contextmanager
+def lock(name: str, *, wait: bool = True) -> Iterator[None]:
+    """Hold the machine-wide lock `name`; it is released by the system when the process dies.
+
+    Raises Busy when another process holds it and `wait` is false.
+    """
+    path = home() / "locks" / name.replace("/", "-")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise Busy(
+                f"another process holds the lock {name}",
+                file=str(path),
+                remedy="wait for it, or end it with `tunegate cancel`",
+            ) from None
+        yield
+
+
+@contextmanager
+def making(stage: str, key: str) -> Iterator[Path]:
+    """Hold the key's lock and yield its partial folder, which may hold what a killed run left."""
+    with lock(f"{stage}/{key}"):
+        partial = folder_of(stage, f".{key}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        yield partial
+
+
+def finish(
+    stage: str, key: str, partial: Path, *, parents: dict[str, str], made_by: dict[str, str], detail: dict[str, Any]
+) -> Artifact:
+    """Turn a partial folder into the finished artefact: drop scratch, digest the payload, write the record, rename.
+
+    Must be called while `making` is held.
+    """
+    for path in partial.iterdir():
+        if path.name not in KEPT_BESIDE_PAYLOAD:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    digest = digest_folder(partial / "payload")
+    record = {"stage": stage, "key": key, "digest": digest, "parents": parents, "made_by": made_by, "detail": detail}
+    write_json(partial / "artifact.json", record)
+    partial.rename(folder_of(stage, key))
+    artifact = find(stage, key)
+    assert artifact is not None  # noqa: S101 - just renamed there
+    return artifact
+
+
+@contextmanager
+def running(name: str) -> Iterator[None]:
+    """Keep a note, for `status` and `cancel`, that this process runs a build of `name`."""
+    file = home() / "running" / f"{os.getpid()}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    boot = next(
+        int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime")
+    )
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    write_json(file, {"pid": os.getpid(), "name": name, "started": boot + ticks / os.sysconf("SC_CLK_TCK")})
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def is_intact(artifact: Artifact) -> bool:
+    """Whether the payload on disk still has the digest of the record."""
+    return digest_folder(artifact.payload) == artifact.digest
+
+
+def all_artifacts() -> Iterator[Artifact]:
+    """Every finished artefact in the store."""
+    for file in sorted((home() / "work").glob("*/*/artifact.json")):
+        if not file.parent.name.startswith("."):
+            artifact = find(file.parent.parent.name, file.parent.name)
+            if artifact is not None:
+                yield artifact
