@@ -1,0 +1,222 @@
+"""The data stage: files become checked, disjoint train, val, calibration and holdout sets in one form.
+
+Takes the base model's tokenizer and chat template, which decide how long a row is. The payload holds
+train.jsonl, val.jsonl, calibration.jsonl and holdout.jsonl; a row is {"id", "messages"}, the last message
+being the assistant's answer, or {"id", "text"} (never in the holdout). Rows longer than sequence_len are
+left out (excess_length_strategy: drop), kept whole for training to cut (truncate), or defects (raise).
+
+All rows pass through an SQLite file in the stage's folder, so that memory stays the same for any amount of
+data. What a person should see lies in extra/: report.md, report.json and plots, and as JSON Lines every
+defect, dropped row and near duplicate; they are written as they are found, so they are there when the stage
+stops because of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import program
+from pipeline.data_sources import Source, is_hub_id, local_files, sources_digest
+from pipeline.digests import digest_file
+from pipeline.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    import sqlite3
+
+    from pipeline.data_defects import Ledger
+    from pipeline.data_duplicates import Pair
+    from pipeline.data_reading import FileSummary
+
+__all__ = ["run", "sources_digest"]
+
+SPLITS = ("train", "val", "calibration", "holdout")
+SHOWN = 20
+
+
+def run(request: program.Request) -> dict[str, Any]:
+    """Make the four sets.
+
+    The returned detail: rows and tokens by split, rows dropped by reason, defects by kind, near duplicates,
+    prompts with conflicting answers, the digest of each set's file.
+
+    Raises DataError with every defect of every file (or the first of each kind and where all are listed),
+    when too many holdout rows are near a training row, or when a set that must have rows has none;
+    ModelError without a chat template.
+    """
+    from pipeline import data_duplicates, data_rows, data_splits
+    from pipeline.data_defects import Ledger
+
+    data, seed = request.config["data"], request.config["seed"]
+    extra = request.folder / "extra"
+    with Ledger(extra / "defects.jsonl") as ledger:
+        db = data_rows.create(request.folder / "rows.sqlite")
+        files = _read(db, ledger, data, seed, Path(request.inputs["base"]["path"]) / "payload")
+        ledger.judge(data["max_defect_rate"])
+    program.message("looking for equal rows and drawing the splits")
+    data_duplicates.drop_equal(db)
+    sizes = {name: data[name] for name in ("holdout_size", "val_set_size", "calibration_set_size")}
+    data_splits.assign(db, **sizes)
+    near = _near(db, data, extra / "near_duplicates.jsonl")
+    _list_dropped(db, extra / "dropped.jsonl")
+    _require_rows(db, data)
+    digests = {split: _write(db, split, request.payload / f"{split}.jsonl") for split in SPLITS}
+    return _report(db, files, ledger, near, digests, extra)
+
+
+def _read(db: sqlite3.Connection, ledger: Ledger, data: Mapping[str, Any], seed: int, base: Path) -> list[FileSummary]:
+    """Read every source into the store; a source without files is a defect like any other."""
+    from pipeline import data_files
+    from pipeline.data_reading import Intake
+    from pipeline.data_tokens import TokenCounter
+
+    program.message(f"loading the tokenizer of {base}")
+    found = [
+        (source, name, path, side)
+        for side, group in enumerate((data["datasets"], data["test_datasets"]))
+        for source in group
+        for name, path in _files(source, ledger)
+    ]
+    total = sum(data_files.about_how_many(path) for _, _, path, _ in found)
+    read = 0
+
+    def done(rows: int) -> None:
+        nonlocal read
+        read += rows
+        program.progress(read, max(total, read), "rows read")
+
+    intake = Intake(db, ledger, TokenCounter(base), data, seed, done)
+    return [intake.read(source, name, path, side) for source, name, path, side in found]
+
+
+def _files(source: Source, ledger: Ledger) -> list[tuple[str, Path]]:
+    from pipeline.data_defects import Defect
+
+    if is_hub_id(source["path"]):
+        from pipeline.data_hub import fetch
+
+        program.message(f"fetching {source['path']}")
+        try:
+            return fetch(source["path"], source["revision"], source["split"])
+        except DataError as error:
+            for problem in error.problems:
+                ledger.add_problem("not_fetched", problem)
+            return []
+    found = local_files(Path(source["path"]))
+    if isinstance(found, Defect):
+        ledger.add(source["path"], found)
+        return []
+    return [(str(path), path) for path in found]
+
+
+def _near(db: sqlite3.Connection, data: Mapping[str, Any], listed: Path) -> dict[str, Any]:
+    """Find near duplicates, list them, and return their counts and the first of them.
+
+    Raises DataError when too large a part of the holdout is near a training row.
+    """
+    from pipeline import data_duplicates, data_rows
+
+    threshold, allowed = data["near_duplicate_threshold"], data["max_near_duplicate_rate"]
+    leaks: list[Pair] = []
+    counts = {True: 0, False: 0}
+
+    def report(done: int, total: int) -> None:
+        program.progress(done, total, "rows compared")
+
+    with listed.open("w", encoding="utf-8") as file:
+        for pair in data_duplicates.find_near(db, threshold, report):
+            file.write(json.dumps(asdict(pair), ensure_ascii=False) + "\n")
+            counts[pair.leak] += 1
+            if pair.leak and len(leaks) < SHOWN:
+                leaks.append(pair)
+    holdout = data_rows.count(db, "split = 'holdout'")
+    if counts[True] > allowed * holdout:
+        raise DataError([*map(_leak, leaks), _too_many(counts[True], holdout, allowed, threshold, listed)])
+    return {
+        "threshold": threshold,
+        "holdout_near_train": counts[True],
+        "within_train": counts[False],
+        "first": [asdict(pair) for pair in leaks],
+    }
+
+
+def _leak(pair: Pair) -> Problem:
+    return Problem(
+        f"this holdout row is {pair.similarity:.0%} like {pair.second.file}:{pair.second.line}",
+        file=pair.first.file,
+        line=pair.first.line,
+        remedy="remove one of the two",
+    )
+
+
+def _too_many(leaks: int, holdout: int, allowed: float, threshold: float, listed: Path) -> Problem:
+    return Problem(
+        f"{leaks} of {holdout} holdout rows ({leaks / holdout:.1%}) are {threshold:.0%} like a training row",
+        file=str(listed),
+        key="data.max_near_duplicate_rate",
+        allowed=f"at most {allowed:.1%}",
+        remedy="remove one row of each pair in that list, or raise data.max_near_duplicate_rate",
+    )
+
+
+def _list_dropped(db: sqlite3.Connection, listed: Path) -> None:
+    query = (
+        "SELECT files.name, line, dropped FROM rows JOIN files ON files.n = rows.file"
+        " WHERE dropped IS NOT NULL ORDER BY rows.n"
+    )
+    with listed.open("w", encoding="utf-8") as file:
+        for name, line, reason in db.execute(query):
+            file.write(json.dumps({"file": name, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
+
+
+def _require_rows(db: sqlite3.Connection, data: Mapping[str, Any]) -> None:
+    from pipeline import data_rows
+
+    dropped = ", ".join(f"{rows} {reason}" for reason, rows in data_rows.dropped(db).items()) or "none"
+    remedies = {
+        "train": "add rows, raise data.sequence_len, or lower data.holdout_size and data.val_set_size",
+        "holdout": "add rows to test_datasets"
+        if data["test_datasets"]
+        else "set data.holdout_size to a number of rows, or name test_datasets",
+    }
+    empty = [split for split in remedies if not data_rows.count(db, "split = ?", split)]
+    if empty:
+        raise DataError(
+            Problem(f"no rows are left for {split}; dropped: {dropped}", key="data", remedy=remedies[split])
+            for split in empty
+        )
+
+
+def _write(db: sqlite3.Connection, split: str, file: Path) -> str:
+    """Write a set and return the file's digest."""
+    from pipeline import data_rows
+
+    with file.open("w", encoding="utf-8") as out:
+        for row in data_rows.payload(db, split):
+            text = json.dumps(row, ensure_ascii=False)
+            # Unicode's own line ends would split the line for a reader that uses str.splitlines.
+            out.write(text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029") + "\n")
+    return digest_file(file)
+
+
+def _report(
+    db: sqlite3.Connection,
+    files: list[FileSummary],
+    ledger: Ledger,
+    near: dict[str, Any],
+    digests: dict[str, str],
+    extra: Path,
+) -> dict[str, Any]:
+    from pipeline import data_report
+
+    program.message("writing the data report")
+    summary = data_report.summarise(db, files, ledger, near)
+    data_report.write(summary, extra)
+    return {**data_report.detail(summary), "digests": digests}
+
+
+if __name__ == "__main__":
+    program.main(run)

@@ -1,0 +1,106 @@
+"""Where a dataset's files are: a file, a folder, a hub dataset at a fixed commit; and what their digest is.
+
+The digest is asked for by every `tunegate check`: standard library only, and an unchanged file isn't read
+again. Folders are searched with their subfolders; hidden files are left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.data_defects import Defect
+from pipeline.digests import digest_of
+from pipeline.errors import ConfigError, DataError, Problem
+from pipeline.file_digests import remembered
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+Source = Mapping[str, Any]
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a dataset path names a hub dataset, OWNER/NAME, and no file that is there."""
+    return not Path(path).exists() and not path.endswith((*SUFFIXES, *COMPRESSED)) and bool(HUB_ID.fullmatch(path))
+
+
+def sources(data: Mapping[str, Any]) -> list[Source]:
+    """All sources of a data config, train first."""
+    return [*data["datasets"], *data["test_datasets"]]
+
+
+def local_files(path: Path) -> list[Path] | Defect:
+    """The data files of a file or folder, sorted by name, or what is wrong with it."""
+    if not path.exists():
+        near = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+        return Defect("missing_file", "there is no such file or folder", allowed=", ".join(near[:10]) or None)
+    if not os.access(path, os.R_OK):
+        return Defect("unreadable_file", "may not be read")
+    if path.is_file():
+        return _wrong_suffix(path) or [path]
+    inside = sorted(entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry, path))
+    packed = [entry for entry in inside if _is_packed_data(entry)]
+    if packed:
+        return Defect("compressed_file", f"holds packed data: {packed[0].relative_to(path)}")
+    found = [entry for entry in inside if entry.suffix in SUFFIXES]
+    return found or Defect("no_data_files", "holds no data files", allowed=" ".join(SUFFIXES))
+
+
+def sources_digest(data: Mapping[str, Any]) -> str:
+    """SHA-256 over the bytes of all files of a data config (as JSON); a hub dataset counts by its commit.
+
+    Raises DataError naming every file that is missing or no data file, ConfigError for a hub dataset without
+    a commit.
+    """
+    problems: list[Problem] = []
+    parts = [_digest_parts(source, problems) for source in sources(data)]
+    unpinned = [_unpinned(source) for source in sources(data) if _moves(source)]
+    if problems:
+        raise DataError([*problems, *unpinned])
+    if unpinned:
+        raise ConfigError(unpinned)
+    return digest_of([[len(data["datasets"])], *parts])
+
+
+def _digest_parts(source: Source, problems: list[Problem]) -> list[Any]:
+    if is_hub_id(source["path"]):
+        return ["hub", source["path"], source["revision"], source["split"]]
+    found = local_files(Path(source["path"]))
+    if isinstance(found, Defect):
+        problems.append(found.problem(source["path"]))
+        return []
+    return [[file.name, remembered(file)] for file in found]
+
+
+def _moves(source: Source) -> bool:
+    return is_hub_id(source["path"]) and not COMMIT.fullmatch(source["revision"] or "")
+
+
+def _unpinned(source: Source) -> Problem:
+    return Problem(
+        f"the hub dataset {source['path']} has {source['revision'] or 'no revision'} for a commit",
+        key="data.datasets.revision",
+        allowed="a commit, 40 hex digits",
+        remedy="copy the commit from the dataset page's history, or name a file if this was meant to be one",
+    )
+
+
+def _wrong_suffix(path: Path) -> Defect | None:
+    if path.suffix in SUFFIXES:
+        return None
+    kind = "compressed_file" if path.suffix in COMPRESSED else "unsupported_file"
+    return Defect(kind, f"{path.suffix or 'no suffix'} is not supported", allowed=" ".join(SUFFIXES))
+
+
+def _is_hidden(entry: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in entry.relative_to(root).parts)
+
+
+def _is_packed_data(entry: Path) -> bool:
+    return entry.suffix in COMPRESSED and Path(entry.stem).suffix in SUFFIXES

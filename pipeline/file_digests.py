@@ -1,0 +1,42 @@
+"""SHA-256 of local files, remembered by size, time and inode, so that asking again costs a stat."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+from pipeline.digests import digest_file, digest_of
+from pipeline.program import write_json
+from pipeline.store import home
+
+# A file changed again within its clock's tick would look the same: one so fresh is not remembered.
+FRESH_NS = 2_000_000_000
+
+
+def remembered(path: Path) -> str:
+    """The file's SHA-256; read again only when its size, modification time or inode changed."""
+    path = path.resolve()
+    before = _stamp(path)
+    memory = home() / "work" / "digests" / f"{digest_of(str(path))[:32]}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = json.loads(memory.read_text(encoding="utf-8"))
+        if known["stamp"] == before:
+            return str(known["sha256"])
+    digest = digest_file(path)
+    if _stamp(path) == before and time.time_ns() - before[1] > FRESH_NS:
+        with contextlib.suppress(OSError):  # a store that can't be written costs time only
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, {"path": str(path), "stamp": before, "sha256": digest})
+    return digest
+
+
+def remembered_folder(folder: Path, names: list[str]) -> str:
+    """One digest of the named files under `folder`, their names and their bytes."""
+    return digest_of({name: remembered(folder / name) for name in sorted(names)})
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns]

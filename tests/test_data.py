@@ -1,0 +1,366 @@
+"""The data stage as the flow runs it: a child in the train environment, with a tiny Llama's tokenizer."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import stages
+from data_samples import (
+    SPLITS,
+    as_alpaca,
+    as_csv,
+    as_json_list,
+    as_parquet,
+    as_prompt,
+    as_sharegpt,
+    conversation,
+    payload,
+    settings,
+    write,
+)
+
+from pipeline import demo_tickets, program
+from pipeline.digests import digest_folder
+from pipeline.errors import DataError
+
+pytestmark = pytest.mark.slow
+
+BROKEN = Path(__file__).parent / "broken_data"
+# File -> the line of its one defect, what is said about it, and what to do.
+DEFECTS = {
+    "answer_cut_off.jsonl": (2, "all of the answer would be cut off", "raise data.sequence_len"),
+    "bad_utf8.jsonl": (3, "byte 0xE9 in column 58 is no UTF-8", "iconv -f WINDOWS-1252 -t UTF-8"),
+    "bom.csv": (1, "begins with a byte order mark", r"sed -i '1s/^\xEF\xBB\xBF//'"),
+    "broken_json.jsonl": (2, "Expecting ',' delimiter", "correct the line"),
+    "control_character.jsonl": (
+        2,
+        "message 1 (user): the text holds the control character U+0000",
+        "remove it",
+    ),
+    "cut_off.parquet": (None, "is cut off", "export or download the file again"),
+    "cut_off_list.json": (3, "isn't closed in its place", "export the file again"),
+    "duplicate_column.csv": (1, "two columns are named 'prompt'", "rename or remove one of the two columns"),
+    "duplicate_key.jsonl": (2, "the key 'content' occurs more than once", "keep one of the two values"),
+    "empty.jsonl": (None, "holds no rows", "export the data again"),
+    "empty_answer.jsonl": (2, "message 2 (assistant): the answer is empty", "write the answer"),
+    "empty_question.jsonl": (2, "message 1 (user): is empty", "write the content"),
+    "half_a_character.jsonl": (2, "half a character, U+D83D", "write the character whole"),
+    "missing_column.csv": (
+        None,
+        "has no column completion; its columns are prompt, answer",
+        "add the column",
+    ),
+    "missing_role.jsonl": (2, "messages[0]: has no role", "give every message a role and a content"),
+    "mixed_formats.jsonl": (2, "is in alpaca format among rows in messages format", "in different files"),
+    "nan.jsonl": (4, "NaN is no JSON value", "write null"),
+    "no_answer.jsonl": (2, "does not end with the assistant", "end the conversation with"),
+    "no_data": (None, "holds no data files", "put .jsonl, .json, .csv or .parquet files there"),
+    "no_header.csv": (1, "has no column prompt, completion", "add a first line that names the columns"),
+    "not_an_object.jsonl": (2, "is a list, not an object", "write each row as one object"),
+    "not_parquet.parquet": (None, "doesn't begin with PAR1", "export or download the file again"),
+    "not_text.jsonl": (2, "messages[0].content: is a list, not text", "write the value as a string"),
+    "not_there.jsonl": (None, "there is no such file or folder", "correct the path"),
+    "notes.txt": (None, ".txt is not supported", "convert it to .jsonl"),
+    "one_object.json": (1, "holds one object that spans lines", "write the rows as a list"),
+    "packed.jsonl.gz": (None, ".gz is not supported", "unpack it first"),
+    "quote_inside.csv": (3, "quotes are wrong", "double each quote inside a quoted field"),
+    "ragged.csv": (3, "has 3 fields where the header has 2", "in double quotes"),
+    "special_token.jsonl": (2, "the special token <|im_end|>", "remove it or put a space into it"),
+    "system_in_middle.jsonl": (
+        2,
+        "message 2 is a system message",
+        "move the system message to the beginning",
+    ),
+    "unclosed_quote.csv": (3, "a quote that opens in this row is never closed", "export the file again"),
+    "unknown_format.jsonl": (None, "has the columns question, reply", "type: columns with a template"),
+    "unknown_role.jsonl": (1, "messages[1]: has the role 'bot'", "rename the role"),
+    "utf16.csv": (1, "is UTF-16", "iconv -f UTF-16 -t UTF-8"),
+    "wrong_role_order.jsonl": (3, "two user messages in a row", "take turns"),
+}
+TYPES = {"missing_column.csv": "prompt_completion", "no_header.csv": "prompt_completion"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The inputs of a prepare request: a tiny Llama with ChatML."""
+    folder = tmp_path_factory.mktemp("base")
+    stages.tiny(folder / "payload")
+    return {"base": stages.artifact(folder, "base", {})}
+
+
+@pytest.fixture(scope="module")
+def refusals(base: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the stage says about each broken file."""
+    folder = tmp_path_factory.mktemp("broken")
+    truncate = {"sequence_len": 128, "excess_length_strategy": "truncate"}
+    configs = {
+        name: settings(BROKEN / name, kind=TYPES.get(name, "auto"), **truncate)
+        for name in (*DEFECTS, "five_mistakes.jsonl")
+    }
+    sound = write(folder / "sound.jsonl", [conversation(number) for number in range(5)])
+    configs["text in holdout"] = settings(sound, test=(BROKEN / "text_only.jsonl",))
+    configs["too long"] = settings(BROKEN / "answer_cut_off.jsonl", sequence_len=160, excess_length_strategy="raise")
+    configs["two files"] = settings(BROKEN / "nan.jsonl", BROKEN / "not_there.jsonl", BROKEN / "ragged.csv")
+    requests = [(folder / name, config, base) for name, config in configs.items()]
+    return dict(zip(configs, stages.run_many("pipeline.data", requests, folder), strict=True))
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_a_broken_file_is_refused_with_file_line_and_remedy(refusals: dict, name: str) -> None:
+    """Each broken file gives exactly one problem, at its line, with what to do."""
+    line, what, remedy = DEFECTS[name]
+    error = refusals[name]
+    assert isinstance(error, DataError)
+    (problem,) = error.problems
+    assert (problem.file, problem.line) == (str(BROKEN / name), line)
+    assert what in f"{problem.key}: {problem.what}"
+    assert remedy in problem.remedy
+
+
+def test_five_mistakes_are_named_in_one_run(refusals: dict) -> None:
+    """All five defective rows of a file are named, in order, and the sound row between them is not."""
+    assert [
+        (problem.line, problem.what.split(" (column")[0]) for problem in refusals["five_mistakes.jsonl"].problems
+    ] == [
+        (1, "the answer is empty"),
+        (2, "Expecting value"),
+        (3, "the assistant speaks first"),
+        (5, "the text holds the special token <|im_start|>"),
+        (6, "the conversation does not end with the assistant"),
+    ]
+
+
+def test_every_file_of_the_config_is_judged_in_one_run(refusals: dict) -> None:
+    """A missing file doesn't hide the defects of those before and after it."""
+    places = [(Path(problem.file).name, problem.line) for problem in refusals["two files"].problems]
+    assert places == [("not_there.jsonl", None), ("nan.jsonl", 4), ("ragged.csv", 3)]
+
+
+def test_texts_without_an_answer_are_no_holdout(refusals: dict) -> None:
+    """A text file among test_datasets is refused, because nothing in it can be scored."""
+    (problem,) = refusals["text in holdout"].problems
+    assert "can't be scored" in problem.what
+
+
+def test_a_long_row_is_a_defect_when_the_config_says_so(refusals: dict) -> None:
+    """excess_length_strategy: raise names the row, its tokens and the limit."""
+    (problem,) = refusals["too long"].problems
+    assert problem.line == 2
+    assert problem.allowed == "sequence_len: 160"
+
+
+@pytest.fixture(scope="module")
+def prepared(base: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Several sound configs prepared in one child: their folders, and details or errors."""
+    folder = tmp_path_factory.mktemp("prepared")
+    rows = [conversation(number) for number in range(300)]
+    train = write(folder / "train.jsonl", rows)
+    more = write(folder / "more.jsonl", [conversation(number) for number in range(300, 360)])
+    copies = [
+        conversation(0, "REFUND and invoice: where are they now, please?"),
+        conversation(0, "Refund and invoice, where are they now please"),
+        conversation(1, "Refund and invoice - where are they now, please?"),
+    ]
+    repeated = write(folder / "repeated.jsonl", [*rows[:40], rows[3], *copies])
+    asked = "Tell me which of the two orders from last week was sent to the new address in the end"
+    leaky = write(folder / "leaky.jsonl", [*rows[:40], conversation(1, asked + "?")])
+    exam = write(
+        folder / "exam.jsonl",
+        [conversation(2, asked + " please?"), conversation(2, rows[5]["messages"][0]["content"].upper())],
+    )
+    bad = write(folder / "bad.jsonl", [*rows[:38], {"messages": []}, conversation(39, " ")])
+    long = write(folder / "long.jsonl", [*rows[:20], conversation(1, "too long " * 200)])
+    texts = write(
+        folder / "texts.jsonl",
+        [{"text": f"Text {n} about the {n * 13} invoices of {n * 7}."} for n in range(30)],
+    )
+    tickets = demo_tickets.write(folder / "tickets", 120, 30, 1)
+    configs = {
+        "plain": settings(train),
+        "again": settings(train),
+        "grown": settings(train, more),
+        "counted": settings(train, holdout_size=20, val_set_size=10, calibration_set_size=5),
+        "repeated": settings(repeated),
+        "leaky": settings(leaky, test=(exam,)),
+        "leaks allowed": settings(leaky, test=(exam,), max_near_duplicate_rate=1.0),
+        "bad": settings(bad),
+        "bad allowed": settings(bad, max_defect_rate=0.06),
+        "too many bad": settings(bad, max_defect_rate=0.04),
+        "long": settings(long, sequence_len=128),
+        "long kept": settings(long, sequence_len=2048),
+        "texts": settings(texts, test=(exam,)),
+        "only holdout": settings(write(folder / "one.jsonl", rows[:3]), holdout_size=3),
+        "tickets": settings(tickets[0], test=(tickets[1],)),
+    }  # fmt: skip
+    template = {"user": "{question}", "assistant": "{label}"}
+    few = [conversation(number) for number in range(60)]
+    split_up = write(folder / "parts" / "b.jsonl", few[30:]).parent
+    write(split_up / "a.jsonl", few[:30])
+    configs |= {
+        "as messages": settings(write(folder / "few.jsonl", few)),
+        "as list": settings(as_json_list(folder / "few.json", few)),
+        "as columns": settings(as_csv(folder / "few.csv", few), kind="columns", template=template),
+        "as parquet": settings(as_parquet(folder / "few.parquet", few)),
+        "as alpaca": settings(write(folder / "alpaca.jsonl", [as_alpaca(row) for row in few])),
+        "as sharegpt": settings(write(folder / "sharegpt.jsonl", [as_sharegpt(row) for row in few])),
+        "as prompts": settings(write(folder / "prompts.jsonl", [as_prompt(row) for row in few])),
+        "as folder": settings(split_up),
+    }
+    requests = [(folder / name, config, base) for name, config in configs.items()]
+    details = stages.run_many("pipeline.data", requests, folder)
+    return {name: (folder / name, detail) for name, detail in zip(configs, details, strict=True)}
+
+
+def ids(prepared: dict, name: str) -> dict[str, set[str]]:
+    return {split: {row["id"] for row in rows} for split, rows in payload(prepared[name][0]).items()}
+
+
+def test_the_four_sets_are_disjoint_and_complete(prepared: dict) -> None:
+    """Every row is in exactly one set, with the messages it was given, and the detail counts them."""
+    sets, (folder, detail) = payload(prepared["plain"][0]), prepared["plain"]
+    assert sum(map(len, sets.values())) == len(set.union(*ids(prepared, "plain").values())) == 300
+    assert all(sets[split] for split in SPLITS)
+    assert detail["rows"] == {split: len(rows) for split, rows in sets.items()}
+    contents = {json.dumps(row["messages"], sort_keys=True) for rows in sets.values() for row in rows}
+    assert contents == {json.dumps(conversation(number)["messages"], sort_keys=True) for number in range(300)}
+    assert {path.name for path in (folder / "extra").iterdir()} >= {
+        "report.md", "report.json", "token_lengths.png",
+        "defects.jsonl", "dropped.jsonl", "near_duplicates.jsonl",
+    }  # fmt: skip
+
+
+def test_the_same_data_gives_the_same_bytes(prepared: dict) -> None:
+    """Two runs of one config have payloads with one digest, and the record's digests are the files'."""
+    assert digest_folder(prepared["plain"][0] / "payload") == digest_folder(prepared["again"][0] / "payload")
+    assert prepared["plain"][1]["digests"] == prepared["again"][1]["digests"]
+
+
+@pytest.mark.parametrize("form", ["list", "columns", "parquet", "alpaca", "sharegpt", "prompts", "folder"])
+def test_every_format_gives_the_same_payload(prepared: dict, form: str) -> None:
+    """The same conversations in another format or file are the same rows in the same sets, byte for byte."""
+    assert prepared[f"as {form}"][1]["digests"] == prepared["as messages"][1]["digests"]
+
+
+def test_rows_do_not_move_when_others_are_added(prepared: dict) -> None:
+    """With shares, every old row stays in its set; calibration, a number of rows, may give some to train."""
+    before, after = ids(prepared, "plain"), ids(prepared, "grown")
+    assert before["holdout"] <= after["holdout"]
+    assert before["val"] <= after["val"]
+    assert before["train"] <= after["train"] | after["calibration"]
+    assert len(after["holdout"]) > len(before["holdout"])
+
+
+def test_sizes_above_one_are_numbers_of_rows(prepared: dict) -> None:
+    """holdout_size, val_set_size and calibration_set_size are met exactly."""
+    rows = prepared["counted"][1]["rows"]
+    assert rows == {"holdout": 20, "val": 10, "calibration": 5, "train": 265}
+
+
+def test_equal_rows_are_dropped_once_and_conflicts_reported(prepared: dict) -> None:
+    """Rows equal after folding are dropped, their lines noted; a prompt's other answer stays."""
+    folder, detail = prepared["repeated"]
+    dropped = [json.loads(line) for line in (folder / "extra" / "dropped.jsonl").open()]
+    assert [(row["line"], row["reason"]) for row in dropped] == [(41, "duplicate"), (43, "duplicate")]
+    assert detail["dropped"] == {"duplicate": 2}
+    assert detail["conflicting_prompts"] == 1
+    assert sum(detail["rows"].values()) == 42
+
+
+def test_training_rows_of_the_holdout_are_dropped_and_near_ones_stop_the_run(prepared: dict) -> None:
+    """An equal row leaves train; a near one is named with both lines and stops the run above the rate."""
+    folder, error = prepared["leaky"]
+    assert isinstance(error, DataError)
+    first, rate = error.problems
+    assert (Path(first.file).name, first.line) == ("exam.jsonl", 1)
+    assert first.what.endswith("leaky.jsonl:41")
+    assert rate.key == "data.max_near_duplicate_rate"
+    assert "1 of 2 holdout rows (50.0%)" in rate.what
+    (pair,) = [pair for pair in map(json.loads, (folder / "extra" / "near_duplicates.jsonl").open()) if pair["leak"]]
+    assert (pair["first"]["line"], pair["second"]["line"]) == (1, 41)
+
+
+def test_allowed_near_duplicates_are_counted(prepared: dict) -> None:
+    """Below the rate the run goes on, and the record counts equal and near rows apart."""
+    _, detail = prepared["leaks allowed"]
+    assert detail["near_duplicates"]["holdout_near_train"] == 1
+    assert detail["dropped"] == {"in_holdout": 1}
+    assert detail["rows"]["holdout"] == 2
+
+
+def test_defective_rows_are_dropped_up_to_the_rate(prepared: dict) -> None:
+    """Two of forty rows are dropped and counted at 6 %, refused at 4 % with the figure, and refused at 0."""
+    assert prepared["bad allowed"][1]["dropped"] == {"defective": 2}
+    assert sum(prepared["bad allowed"][1]["rows"].values()) == 38
+    refused = prepared["too many bad"][1].problems
+    assert [problem.line for problem in refused[:2]] == [39, 40]
+    assert refused[2].what == "2 of 40 rows are defective (5.0%)"
+    assert [problem.line for problem in prepared["bad"][1].problems] == [39, 40]
+    listed = [json.loads(line) for line in (prepared["bad"][0] / "extra" / "defects.jsonl").open()]
+    assert [(row["kind"], row["line"]) for row in listed] == [("not_text", 39), ("empty_message", 40)]
+
+
+def test_rows_longer_than_the_sequence_are_left_out_and_counted(prepared: dict) -> None:
+    """The default strategy drops a long row without calling it a defect; a longer sequence keeps it."""
+    assert prepared["long"][1]["dropped"] == {"too_long": 1}
+    assert prepared["long"][1]["defects"] == {}
+    assert prepared["long kept"][1]["dropped"] == {}
+
+
+def test_texts_are_trained_on_and_never_held_out(prepared: dict) -> None:
+    """Rows of type text have an id and a text, and the holdout keeps its conversations."""
+    sets = payload(prepared["texts"][0])
+    assert {frozenset(row) for row in (*sets["train"], *sets["calibration"])} == {frozenset({"id", "text"})}
+    assert all("messages" in row for row in sets["holdout"])
+
+
+def test_a_set_without_rows_stops_the_run(prepared: dict) -> None:
+    """When every row was held out, the error says so and which setting to change."""
+    (problem,) = prepared["only holdout"][1].problems
+    assert "no rows are left for train" in problem.what
+    assert "data.holdout_size" in problem.remedy
+
+
+def test_the_demo_tickets_pass_and_their_report_shows_their_labels(prepared: dict) -> None:
+    """The generated tickets have no defect and no leak; the report counts each category by set."""
+    folder, detail = prepared["tickets"]
+    assert detail["dropped"] == detail["defects"] == {}
+    assert detail["near_duplicates"]["holdout_near_train"] == 0
+    labels = json.loads((folder / "extra" / "report.json").read_text())["labels"]
+    assert set(labels) == {"category", "priority", "product"}
+    assert sum(splits.get("holdout", 0) for splits in labels["category"].values()) == 30
+    assert (folder / "extra" / "answers.png").read_bytes().startswith(b"\x89PNG")
+    assert "## Values of category" in (folder / "extra" / "report.md").read_text()
+
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+from pipeline import data, program
+raw = json.loads(Path(sys.argv[1]).read_text())
+detail = data.run(program.Request(raw["config"], raw["inputs"], Path(raw["folder"])))
+print(json.dumps([detail["rows_read"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024]))
+"""
+
+
+def test_memory_does_not_grow_with_the_data(base: dict, tmp_path: Path) -> None:
+    """Ten times the rows (45 MB against 4 MB of text) take at most 16 MB more."""
+    peaks = {}
+    draw = random.Random(3)
+    words = (Path(stages.TESTS) / "tiny.py").read_text().split()
+    for rows in (2000, 20000):
+        file = tmp_path / f"{rows}.jsonl"
+        with file.open("w", encoding="utf-8") as out:
+            for number in range(rows):
+                text = " ".join(draw.choices(words, k=30) * 8)
+                row = conversation(number, f"{number} {text.replace('<|', '')}")
+                out.write(json.dumps(row) + "\n")
+        folder = tmp_path / str(rows)
+        folder.mkdir()
+        config = settings(file, sequence_len=65536)
+        program.write_json(folder / "request.json", {"config": config, "inputs": base, "folder": str(folder)})
+        read, peaks[rows] = json.loads(stages.python(MEASURE, folder / "request.json").splitlines()[-1])
+        assert read == rows
+    assert peaks[20000] < peaks[2000] + 16, peaks
