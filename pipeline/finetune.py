@@ -1,0 +1,311 @@
+"""Stage finetune: QLoRA on the prepared rows, with checkpoints and exact resume.
+
+    python -m pipeline.finetune REQUEST.json
+
+Payload: peft's adapter_model.safetensors and adapter_config.json. The loss of an effective batch
+(micro_batch_size times gradient_accumulation_steps bins or rows) is the mean over all its trained tokens,
+however it is cut into passes through the model. Every step seeds its own random numbers, so a run that is
+killed and started again ends with the same bytes as one that wasn't, on the same machine, thread count
+and packages (proved on a CPU; CUDA kernels don't promise it). One device; no distributed training.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import finetune_checkpoints, finetune_curve, finetune_model, finetune_rows, packing, program
+from pipeline.artifacts import Artifact
+from pipeline.config import FinetuneConfig
+from pipeline.errors import ResourceError, StageFailed
+from pipeline.finetune_checkpoints import Best, State
+from pipeline.packing import IGNORED, Row
+
+if TYPE_CHECKING:
+    import torch
+
+STEP_SEED = 1_000_003
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's and the CPU's words
+
+
+def run(request: program.Request) -> dict[str, Any]:
+    """Train an adapter; detail: steps, tokens, losses, tokens/s, hardware, rows left out.
+
+    `train_loss` is the mean of the last tenth of the logged steps, `eval_loss` that of the adapter that
+    is kept.
+    """
+    settings = FinetuneConfig(**request.config["finetune"])
+    sequence_len, seed = request.config["sequence_len"], request.config["seed"]
+    base, prepared = (Artifact(**request.inputs[name]) for name in ("base", "prepare"))
+    rows = finetune_rows.read(base.payload, prepared.payload, request.folder / "extra", settings, sequence_len)
+    keep_freed_memory()
+    with _out_of_memory_named(settings):
+        model, hardware = finetune_model.load(base.payload, settings, sequence_len)
+        model = finetune_model.with_lora(model, settings, hardware, base.digest, seed)
+        training = Training(
+            model, hardware, settings, rows,
+            sequence_len=sequence_len, seed=seed, checkpoints=request.folder / "checkpoints",
+        )  # fmt: skip
+        done = training.run()
+    finetune_model.save_adapter(model, training.best_weights(), request.payload)
+    best = done.best.step if done.best else None
+    finetune_curve.write_lines(request.folder / "extra" / "history.jsonl", done.history)
+    finetune_curve.draw(request.folder / "extra" / "loss.png", done.history, best)
+    losses = [entry["train_loss"] for entry in done.history if "train_loss" in entry]
+    last = losses[-max(1, len(losses) // 10) :]
+    return {
+        "steps": done.step,
+        "rows": len(rows.train),
+        "tokens": done.tokens,
+        "truncated_rows": rows.truncated,
+        "rows_without_answer": rows.without_answer,
+        "train_loss": sum(last) / len(last),
+        "eval_loss": done.best.loss if done.best else None,
+        "best_step": best,
+        "tokens_per_second": training.tokens_per_second,
+        "hardware": asdict(hardware),
+    }
+
+
+class Training:
+    """A training run: what it trains on, and where it stands."""
+
+    def __init__(
+        self,
+        model: Any,
+        hardware: finetune_model.Hardware,
+        settings: FinetuneConfig,
+        rows: finetune_rows.Rows,
+        *,
+        sequence_len: int,
+        seed: int,
+        checkpoints: Path,
+    ) -> None:
+        self.model, self.hardware, self.settings = model, hardware, settings
+        self.rows, self.seed, self.checkpoints = rows, seed, checkpoints
+        self.weights = {name: it for name, it in model.named_parameters() if it.requires_grad}
+        self.optimizer = make_optimizer(list(self.weights.values()), settings)
+        self.lengths = [len(row.input_ids) for row in rows.train]
+        self.capacity = sequence_len if settings.sample_packing else None
+        self.total = self._count_steps()
+        self.rate = learning_rate(self.optimizer, settings, self.total)
+        self.tokens_per_second = 0.0
+
+    def run(self) -> State:
+        """Train to the last step, from the newest checkpoint if there is one.
+
+        Raises StageFailed when the loss is no longer a number.
+        """
+        from peft.helpers import disable_input_dtype_casting
+
+        state = finetune_checkpoints.resume(self.checkpoints, self.weights, self.optimizer)
+        if state.step:
+            program.message(f"going on from the checkpoint of step {state.step} of {self.total}")
+        began, before = time.monotonic(), state.tokens
+        with disable_input_dtype_casting(self.model):  # autocast casts what has to be cast
+            for rows in self._steps_from(state.step):
+                self.step(state, rows)
+                self.tokens_per_second = (state.tokens - before) / (time.monotonic() - began)
+                self._report(state)
+                if self.rows.validation and self._due(state, self.settings.eval_steps):
+                    self._evaluate(state)
+                if self._due(state, self.settings.save_steps):
+                    finetune_checkpoints.save(self.checkpoints, state, self.weights, self.optimizer)
+        return state
+
+    def best_weights(self) -> dict[str, torch.Tensor]:
+        """The adapter to keep: of the lowest validation loss if that is asked for, else the last."""
+        best = finetune_checkpoints.newest_state(self.checkpoints).best
+        return finetune_checkpoints.load_best(self.checkpoints, best) if best else self.weights
+
+    def _count_steps(self) -> int:
+        if self.settings.max_steps:
+            return self.settings.max_steps
+        whole, part = divmod(self.settings.num_epochs, 1)
+        epochs = [len(self._epoch(epoch)) for epoch in range(int(whole))]
+        return max(1, sum(epochs) + (math.ceil(part * len(self._epoch(int(whole)))) if part else 0))
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        batch = self.settings.micro_batch_size * self.settings.gradient_accumulation_steps
+        return packing.steps_of_epoch(self.lengths, seed=self.seed, epoch=epoch, batch=batch, capacity=self.capacity)
+
+    def _steps_from(self, done: int) -> Iterator[list[int]]:
+        """The rows of each step that is still to do."""
+        step = 0
+        for epoch in count():
+            for rows in self._epoch(epoch):
+                if step == self.total:
+                    return
+                step += 1
+                if step > done:
+                    yield rows
+
+    def _due(self, state: State, every: int) -> bool:
+        return state.step % every == 0 or state.step == self.total
+
+    def step(self, state: State, numbers: Sequence[int]) -> None:
+        """One optimizer step over the training rows of these numbers."""
+        import torch
+
+        torch.manual_seed(self.seed * STEP_SEED + state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(state.step)
+        rows = [self.rows.train[number] for number in numbers]
+        trained = sum(row.trained for row in rows)
+        loss = torch.zeros((), device=self.hardware.device)
+        for some in self._passes(rows):
+            part = summed_loss(self.model, some, self.hardware) / trained
+            part.backward()
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.settings.max_grad_norm)
+        state.step += 1
+        state.tokens += sum(len(row.input_ids) for row in rows)
+        if self._due(state, self.settings.logging_steps):
+            rate = self.rate(state.step - 1)
+            entry = {"train_loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
+            self._must_be_finite(state, entry)
+            state.history.append({"step": state.step, **entry})
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _passes(self, rows: Sequence[Row]) -> list[list[Row]]:
+        lengths = [len(row.input_ids) for row in rows]
+        most = None if self.settings.sample_packing else self.settings.micro_batch_size
+        cut = packing.passes(range(len(rows)), lengths, tokens=self.hardware.tokens_a_pass, most=most)
+        return [[rows[number] for number in some] for some in cut]
+
+    def _must_be_finite(self, state: State, entry: dict[str, float]) -> None:
+        if math.isfinite(entry["train_loss"]) and math.isfinite(entry["grad_norm"]):
+            return
+        raise StageFailed(
+            f"step {state.step}: the loss is {entry['train_loss']} and its gradient {entry['grad_norm']}",
+            key="finetune.learning_rate",
+            remedy=f"lower finetune.learning_rate (it was {self.settings.learning_rate:g}) or raise"
+            f" finetune.warmup_ratio (it was {self.settings.warmup_ratio:g}), and run the same command again",
+        )
+
+    def _report(self, state: State) -> None:
+        if not self._due(state, self.settings.logging_steps):
+            return
+        entry = {name: value for name, value in state.history[-1].items() if name != "step"}
+        entry["tokens_per_second"] = self.tokens_per_second
+        for name, value in entry.items():
+            program.metric(name, value, state.step)
+        shown = {"loss": entry["train_loss"], "lr": entry["learning_rate"]}
+        program.progress(state.step, self.total, "steps", **shown, **{"tokens/s": self.tokens_per_second})
+
+    def _evaluate(self, state: State) -> None:
+        """Validation loss; the adapter is kept when it is the best so far."""
+        rows = self.rows.validation
+        with finetune_model.without_dropout(self.model):
+            total = sum(float(summed_loss(self.model, some, self.hardware)) for some in self._passes(rows))
+        loss = total / sum(row.trained for row in rows)
+        state.history.append({"step": state.step, "eval_loss": loss})
+        program.metric("eval_loss", loss, state.step)
+        if self.settings.load_best_model_at_end and (state.best is None or loss < state.best.loss):
+            state.best = Best(state.step, loss)
+            finetune_checkpoints.save_best(self.checkpoints, state.step, self.weights)
+
+
+def summed_loss(model: Any, rows: Sequence[Row], hardware: finetune_model.Hardware) -> torch.Tensor:
+    """Cross entropy summed over the rows' trained tokens, in nats; logits are made at those tokens alone.
+
+    On a CPU the tokens that all rows begin with, such as a system prompt, go through the model once, and
+    every row attends to them: the same loss and gradient for fewer tokens. Dropout draws for them once, too.
+    """
+    import torch
+
+    prefix = packing.shared_prefix(rows) if hardware.shares_prefixes else 0
+    segments = [range(prefix), *(range(prefix, len(row.input_ids)) for row in rows)][0 if prefix else 1 :]
+    lengths = torch.tensor([len(segment) for segment in segments], dtype=torch.int32)
+    ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    positions = torch.tensor([at for segment in segments for at in segment])
+    ids = torch.tensor([*rows[0].input_ids[:prefix], *(it for row in rows for it in row.input_ids[prefix:])])
+    labels = [IGNORED] * prefix + [it for row in rows for it in (*row.labels[prefix + 1 :], IGNORED)]
+    targets = torch.tensor(labels)
+    at = (targets != IGNORED).nonzero().flatten()
+    ends, ids, positions, targets, at = (
+        it.to(hardware.device, non_blocking=True) for it in (ends, ids, positions, targets, at)
+    )
+    dtype, longest = getattr(torch, hardware.dtype), int(lengths.max())
+    only_ours = {"shared_prefix": True} if prefix else {}
+    with torch.autocast(hardware.device, dtype, enabled=dtype != torch.float32):
+        logits = model(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=at,
+            cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest, **only_ours,
+        ).logits[0]  # fmt: skip
+    return torch.nn.functional.cross_entropy(logits.float(), targets[at], reduction="sum")
+
+
+def make_optimizer(weights: list[torch.Tensor], settings: FinetuneConfig) -> torch.optim.Optimizer:
+    """The optimizer of that name in transformers' TrainingArguments."""
+    import torch
+
+    chosen: dict[str, Any] = {"lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    if settings.optimizer in ("adamw_torch", "adamw_torch_fused"):
+        return torch.optim.AdamW(weights, **chosen, fused=settings.optimizer == "adamw_torch_fused")
+    import bitsandbytes
+
+    made: torch.optim.Optimizer = bitsandbytes.optim.AdamW(
+        weights, **chosen, optim_bits=8, is_paged=settings.optimizer == "paged_adamw_8bit"
+    )
+    return made
+
+
+def learning_rate(optimizer: torch.optim.Optimizer, settings: FinetuneConfig, total: int) -> Any:
+    """Step (from 0) → learning rate, by transformers' scheduler of that name; depends on the step alone."""
+    from transformers import get_scheduler
+
+    warmup = math.ceil(settings.warmup_ratio * total)
+    schedule = get_scheduler(settings.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    factor = schedule.lr_lambdas[0]
+    return lambda step: settings.learning_rate * factor(step)
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse big blocks instead of giving them back: zeroing their pages anew costs time."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+@contextmanager
+def _out_of_memory_named(settings: FinetuneConfig) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not any(words in text for words in OUT_OF_MEMORY):
+            raise
+        raise ResourceError(
+            f"training ran out of memory: {text.splitlines()[0] if text else 'no more to be had'}",
+            key="finetune.micro_batch_size",
+            remedy=_smaller(settings),
+        ) from error
+
+
+def _smaller(settings: FinetuneConfig) -> str:
+    """The settings to change when memory doesn't suffice."""
+    also = "" if settings.gradient_checkpointing is True else ", or set finetune.gradient_checkpointing: true"
+    if settings.micro_batch_size == 1:
+        return "lower data.sequence_len" + also
+    micro = settings.micro_batch_size // 2
+    batch = settings.micro_batch_size * settings.gradient_accumulation_steps
+    return (
+        f"set finetune.micro_batch_size: {micro} and finetune.gradient_accumulation_steps:"
+        f" {math.ceil(batch / micro)} (the same effective batch){also}"
+    )
+
+
+if __name__ == "__main__":
+    program.main(run)

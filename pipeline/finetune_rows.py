@@ -1,0 +1,93 @@
+"""The prepared rows of a training run as token rows, and the record of what training saw.
+
+Runs in the train environment (the base model's tokenizer).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import FinetuneConfig
+from pipeline.errors import DataError
+from pipeline.finetune_curve import write_lines
+from pipeline.packing import Row, encode
+
+SEEN_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows to train and to validate on, as token rows, and what became of them."""
+
+    train: list[Row]
+    validation: list[Row]
+    truncated: int
+    without_answer: int
+
+
+def read(base: Path, prepared: Path, extra: Path, settings: FinetuneConfig, sequence_len: int) -> Rows:
+    """The prepared rows as the base model's chat template and tokenizer write them.
+
+    The first of them go to extra/seen_tokens.jsonl, token by token.
+
+    Raises DataError when no row is left that carries loss.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    ends = end_tokens(base, tokenizer)
+
+    def encoded(name: str) -> list[Row]:
+        lines, inputs = _lines(prepared / name), settings.train_on_inputs
+        return list(encode(lines, tokenizer, end_tokens=ends, sequence_len=sequence_len, train_on_inputs=inputs))
+
+    train, validation = encoded("train.jsonl"), encoded("val.jsonl")
+    write_lines(extra / "seen_tokens.jsonl", _seen(_lines(prepared / "train.jsonl"), train))
+    kept = [row for row in train if row.trained]
+    if not kept:
+        raise DataError(
+            f"none of {len(train)} training rows carries loss within {sequence_len} tokens",
+            file=str(prepared / "train.jsonl"),
+            key="data.sequence_len",
+            remedy="raise data.sequence_len, or set finetune.train_on_inputs: true",
+        )
+    return Rows(
+        train=kept,
+        validation=[row for row in validation if row.trained],
+        truncated=sum(row.truncated for row in train),
+        without_answer=len(train) - len(kept),
+    )
+
+
+def _seen(lines: Iterator[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The first conversations exactly as trained: what a server's tokens are held against."""
+    chats = ((line, row) for line, row in zip(lines, rows, strict=True) if "messages" in line)
+    return [
+        {
+            "messages": line["messages"],
+            "input_ids": row.input_ids.tolist(),
+            "labels": row.labels.tolist(),
+            "prompt_length": row.prompt_length,
+            "truncated": row.truncated,
+        }
+        for line, row in islice(chats, SEEN_ROWS)
+    ]
+
+
+def end_tokens(base: Path, tokenizer: Any) -> set[int]:
+    """The ids that end an answer: the tokenizer's, and those that generation stops at."""
+    file = base / "generation_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    several = named if isinstance(named, list) else [named]
+    return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)

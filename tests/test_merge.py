@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import json
+import math
+
+import model_folder
+import pytest
+import stages
+
+from pipeline import merge
+from pipeline.digests import digest_folder
+from pipeline.errors import ConfigError, ModelError
+
+FINETUNE = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+ADAPTERS = ("sound", "rslora", "dora", "nan", "untrained", "foreign", "wide", "empty")
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """Adapters through the stage: the base, references, and name -> payload and detail or error."""
+    root = tmp_path_factory.mktemp("merge")
+    stages.tiny(root / "base" / "payload")
+    stages.python(stages.TESTS / "make_adapters.py", root / "base" / "payload", root)
+    base = stages.artifact(root / "base", "base", {"eos_token": "<|im_end|>", "licence": "apache-2.0"})
+
+    def ask(name, adapter, merge_base="original", finetune=FINETUNE, parent=base["digest"]):
+        record = stages.artifact(root / adapter, "finetune", {}, {"base": parent})
+        config = {"merge": {"merge_base": merge_base}, "finetune": finetune}
+        return root / "out" / name, config, {"base": base, "finetune": record}
+
+    asked = {name: ask(name, name) for name in ADAPTERS}
+    asked["dequantized"] = ask("dequantized", "sound", "dequantized")
+    asked["not-4bit"] = ask("not-4bit", "sound", "dequantized", {**FINETUNE, "load_in_4bit": False})
+    asked["other-base"] = ask("other-base", "sound", parent="0" * 64)
+    answers = stages.run_many("pipeline.merge", list(asked.values()), root)
+    return root, asked, dict(zip(asked, answers, strict=True))
+
+
+def tensors_of(root, name):
+    return model_folder.tensors(root / "out" / name / "payload" / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_the_original_base_merges_as_peft_does_in_float32(merged):
+    """Every tensor is bit for bit peft's merge_and_unload of the float32 base, rounded to bf16."""
+    root, _, _ = merged
+    assert tensors_of(root, "sound") == model_folder.tensors(root / "reference" / "original.safetensors")
+
+
+@pytest.mark.slow
+def test_the_dequantized_base_is_what_bitsandbytes_trained_on(merged):
+    """Each linear layer is bitsandbytes' own dequantized weight plus the delta; embeddings and norms stay."""
+    root, _, answers = merged
+    assert tensors_of(root, "dequantized") == model_folder.tensors(root / "reference" / "dequantized.safetensors")
+    assert answers["dequantized"]["merge_base"] == "dequantized"
+    assert tensors_of(root, "dequantized") != tensors_of(root, "sound")
+
+
+@pytest.mark.slow
+def test_the_stage_program_gives_the_same_digest_and_tells_what_changed(merged, tmp_path):
+    """Another process makes the same bytes; the rest of the base is copied as it is, the head stays tied."""
+    root, asked, answers = merged
+    _, config, inputs = asked["sound"]
+    detail, events = stages.run("pipeline.merge", tmp_path, config, inputs)
+    assert digest_folder(tmp_path / "payload") == digest_folder(root / "out" / "sound" / "payload")
+    for path in (root / "base" / "payload").iterdir():
+        if path.suffix != ".safetensors":
+            assert (tmp_path / "payload" / path.name).read_bytes() == path.read_bytes()
+    assert detail == answers["sound"]
+    assert (detail["layers"], detail["scaling"], detail["eos_token"]) == (14, 2.0, "<|im_end|>")
+    assert 0 < detail["max_abs_delta"] < 1
+    assert 0.5 < detail["moved_share"] <= 1
+    assert "lm_head.weight" not in tensors_of(root, "sound")
+    assert events[-1]["done"] == events[-1]["total"]
+
+
+@pytest.mark.slow
+def test_rank_stabilized_adapters_have_their_own_scaling(merged):
+    """use_rslora divides by the root of the rank."""
+    assert merged[2]["rslora"]["scaling"] == 8 / math.sqrt(4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dora", "use_dora: True can't be merged"),
+        ("nan", "model.layers.1.mlp.up_proj.weight: holds NaN"),
+        ("untrained", "changes no weight"),
+        ("foreign", "layers.7.self_attn.q_proj.lora_A.weight: fits no layer"),
+        ("wide", "fits no layer"),
+        ("empty", "holds no layer"),
+        ("other-base", "was trained on base 000000000000"),
+    ],
+)
+def test_an_adapter_that_would_not_be_applied_rightly_is_refused(merged, name, said):
+    """Another base, layers or shapes, nothing trained, NaN, other arithmetic: an error, no silent base."""
+    error = merged[2][name]
+    assert isinstance(error, ModelError)
+    assert said in str(error)
+    assert all(problem.remedy for problem in error.problems)
+
+
+@pytest.mark.slow
+def test_dequantized_needs_four_bit_training(merged):
+    """Training in 16 bits never saw a quantized base."""
+    error = merged[2]["not-4bit"]
+    assert isinstance(error, ConfigError)
+    assert error.problems[0].key == "merge.merge_base"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter folder of bytes alone, and the shapes of its base."""
+    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"})
+    )
+    model_folder.safetensors(
+        tmp_path / "adapter_model.safetensors",
+        {f"{prefix}.lora_A.weight": ("F32", [2, 8]), f"{prefix}.lora_B.weight": ("F32", [6, 2])},
+    )
+    return tmp_path, {"model.layers.0.self_attn.q_proj.weight": (6, 8)}
+
+
+def test_pairs_are_matched_by_name_and_shape(adapter):
+    """A and B belong to the base tensor of their module."""
+    found = merge.read_adapter(*adapter)
+    assert list(found.pairs) == ["model.layers.0.self_attn.q_proj.weight"]
+    assert found.scaling == 2.0
+
+
+def test_all_that_keeps_an_adapter_from_merging_is_told_at_once(adapter):
+    """Settings with other arithmetic and layers that fit nothing come in one error."""
+    folder, _ = adapter
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "all", "modules_to_save": ["lm_head"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError) as error:
+        merge.read_adapter(folder, {"model.layers.0.self_attn.q_proj.weight": (8, 8)})
+    assert [problem.key for problem in error.value.problems] == [
+        "bias", "modules_to_save", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
+    ]  # fmt: skip
+
+
+def test_a_tied_head_cannot_be_adapted(adapter):
+    """An adapter for lm_head has no tensor to go to when the head is the embedding."""
+    folder, shapes = adapter
+    model_folder.safetensors(
+        folder / "adapter_model.safetensors",
+        {
+            "base_model.model.lm_head.lora_A.weight": ("F32", [2, 8]),
+            "base_model.model.lm_head.lora_B.weight": ("F32", [6, 2]),
+        },
+    )
+    with pytest.raises(ModelError, match="fits no layer"):
+        merge.read_adapter(folder, shapes)
+
+
+def test_an_adapter_cut_short_is_refused(adapter):
+    """Its header is checked as a base's is."""
+    folder, shapes = adapter
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ModelError, match="the file holds"):
+        merge.read_adapter(folder, shapes)
