@@ -1,0 +1,224 @@
+"""What a report says of a build's scores, load and answers, before it is text or a picture.
+
+Pure: everything comes from the Build record, so that every renderer says the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline import scoring
+from pipeline.artifacts import Build, Evaluation, Interval, Item, LoadLevel
+
+Kind = Literal["lost", "wrong", "won", "right"]
+
+USER_TURN = "\nuser: "  # as evaluate shows a prompt of several messages
+ROLES = ("base", "merged", "candidate", "incumbent")
+EXAMPLE_ORDER: dict[Kind, str] = {
+    "lost": "Lost: another system was better",
+    "wrong": "Wrong for every system",
+    "won": "Won: better than another system, and no worse than any",
+    "right": "Right for every system",
+}
+LATENCIES = ("p50_ttft_ms", "p95_ttft_ms", "p50_itl_ms", "p50_e2el_ms", "p95_e2el_ms")
+LOAD_HEAD = {
+    "p50_ttft_ms": "TTFT p50",
+    "p95_ttft_ms": "TTFT p95",
+    "p50_itl_ms": "ITL p50",
+    "p50_e2el_ms": "E2EL p50",
+    "p95_e2el_ms": "E2EL p95",
+    "output_throughput": "tokens/s",
+    "request_throughput": "requests/s",
+}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A paired difference between two systems: the name of the step and what it gained or lost."""
+
+    step: str
+    metric: str
+    change: Interval
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one system said to an item, and its score."""
+
+    role: str
+    text: str
+    score: float
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item with every system's answer."""
+
+    id: str
+    kind: Kind
+    prompt: str
+    expected: str
+    answers: tuple[Answer, ...]
+
+
+def confidence(build: Build) -> float:
+    """How sure the build's policy wants to be."""
+    return float(build.config.get("gate", {}).get("confidence", 0.95))
+
+
+def evaluated(build: Build) -> dict[str, Evaluation]:
+    """The evaluations in the order in which a model comes to be."""
+    return {role: build.evaluations[role] for role in ROLES if role in build.evaluations}
+
+
+def system_label(build: Build, role: str) -> str:
+    """A system's name with what it really is: a base that was quantized before says so in every table."""
+    base = build.artifacts.get("base")
+    from_gguf = base.detail.get("quantized_from") if base else None
+    quantized = build.artifacts.get("quantize")
+    kind = {
+        "base": from_gguf,
+        "merged": "before AWQ" if quantized else None,
+        "candidate": f"AWQ, groups of {quantized.detail.get('group_size')}" if quantized else "bf16",
+        "incumbent": "champion",
+    }[role]
+    return f"{role} ({kind})" if kind else role
+
+
+def metric_names(build: Build) -> list[str]:
+    """Every metric that some system was scored by, in the scorers' order, a metric's parts behind it."""
+    order = [scorer["metric"] for scorer in build.config.get("evaluate", {}).get("scorers", ())]
+    places = {name: place for place, name in enumerate(order)}
+    found = dict.fromkeys(name for evaluation in evaluated(build).values() for name in evaluation.metrics)
+    return sorted(found, key=lambda name: places.get(name.partition("/")[0], len(order)))
+
+
+def headline(build: Build) -> str | None:
+    """The metric to speak of first: the first that the policy compares, else its first, else any."""
+    checks = build.config.get("gate", {}).get("metrics", ())
+    compared = [check["metric"] for check in checks if check.get("against")]
+    wanted, names = [*compared, *(check["metric"] for check in checks)], metric_names(build)
+    return next((name for name in wanted if name in names), names[0] if names else None)
+
+
+def short(value: float) -> str:
+    """A score or a figure as a person reads it: three digits, no exponent."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def with_interval(interval: Interval | None, *, sign: bool = False) -> str:
+    """`0.910 (0.873 to 0.937)`, with a sign where it is a difference."""
+    if interval is None:
+        return "-"
+    form = "+.3f" if sign else ""
+    values = [format(value, form) if form else short(value) for value in (interval.value, interval.low, interval.high)]
+    return "{} ({} to {})".format(*values)
+
+
+def deltas(build: Build) -> list[Delta]:
+    """What each step did to the headline metric on the same items: training, AWQ, since the incumbent.
+
+    Steps whose two ends weren't scored on the same items are left out.
+    """
+    name, found = headline(build), evaluated(build)
+    tuned = "merged" if "merged" in found else "candidate"
+    steps = [
+        ("fine-tuning", tuned, "base"),
+        ("AWQ", "candidate", "merged"),
+        ("against the incumbent", "candidate", "incumbent"),
+    ]
+    made = []
+    for step, ours, theirs in steps:
+        if name and ours in found and theirs in found and same_items(found[ours], found[theirs]):
+            gap = scoring.difference(found[ours].items, found[theirs].items, name, confidence(build))
+            made.append(Delta(f"{step}: {ours} - {theirs}", name, gap))
+    return made
+
+
+def same_items(one: Evaluation, other: Evaluation) -> bool:
+    """Whether two evaluations can be compared item by item."""
+    return len(one.items) == len(other.items) and all(
+        a.id == b.id and a.scores.keys() == b.scores.keys() for a, b in zip(one.items, other.items, strict=True)
+    )
+
+
+def examples(build: Build, each: int) -> list[Example]:
+    """Items side by side, flips first: up to `each` of every kind, in holdout order.
+
+    Scored by the headline metric (by accuracy where that is macro-F1, which no single item has).
+    """
+    found = evaluated(build)
+    if "candidate" not in found:
+        return []
+    candidate = found["candidate"]
+    name = {scoring.F1_MACRO: "accuracy"}.get(headline(build) or "", headline(build) or "")
+    systems = {role: other for role, other in found.items() if same_items(candidate, other)}
+    shared = len(shared_prompt(build))
+    made = [_example(index, systems, name, shared) for index in range(len(candidate.items))]
+    return [one for kind in EXAMPLE_ORDER for one in [one for one in made if one.kind == kind][:each]]
+
+
+def shared_prompt(build: Build) -> str:
+    """What every prompt begins with, up to the user's own words: most often a system message."""
+    prompts = [item.prompt for item in build.evaluations["candidate"].items] if build.evaluations else []
+    head, turn, _ = prompts[0].partition(USER_TURN) if prompts else ("", "", "")
+    shared = head + turn
+    return shared if turn and all(prompt.startswith(shared) for prompt in prompts) else ""
+
+
+def _example(index: int, systems: Mapping[str, Evaluation], metric: str, shared: int) -> Example:
+    items: dict[str, Item] = {role: found.items[index] for role, found in systems.items()}
+    ours = items["candidate"]
+    scores = {role: item.scores.get(metric, 0.0) for role, item in items.items()}
+    others = [score for role, score in scores.items() if role != "candidate"]
+    score = scores["candidate"]
+    kind: Kind = "right" if score == 1 else "wrong"
+    if any(other > score for other in others):
+        kind = "lost"
+    elif any(other < score for other in others):
+        kind = "won"
+    answers = tuple(Answer(role, item.answer, scores[role], item.finish_reason) for role, item in items.items())
+    return Example(ours.id, kind, ours.prompt[shared:], ours.expected, answers)
+
+
+def load_rows(build: Build) -> list[list[str]]:
+    """The load table: head, then a row for each system and level; milliseconds."""
+    head = ["system", "users", *LOAD_HEAD.values(), "failed"]
+    rows = [
+        [role, str(level.max_concurrency), *(_figure(level, name) for name in LOAD_HEAD), _failed(level)]
+        for role in ROLES
+        if role in build.loadtests
+        for level in build.loadtests[role].levels
+    ]
+    return [head, *rows]
+
+
+def _figure(level: LoadLevel, metric: str) -> str:
+    values = level.metrics.get(metric, ())
+    if not values or not level.completed:
+        return "-"
+    mean = sum(values) / len(values)
+    return f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}"
+
+
+def _failed(level: LoadLevel) -> str:
+    return f"{level.failed} of {level.failed + level.completed}"
+
+
+def summary(build: Build) -> str:
+    """The build in one sentence."""
+    name, found = headline(build), evaluated(build)
+    if not name or "candidate" not in found:
+        return "Nothing was evaluated."
+    candidate = found["candidate"]
+    score = with_interval(candidate.metrics.get(name))
+    said = f"{name} {score} on {len(candidate.items)} held-out items as served by vLLM"
+    others = [
+        f"{system_label(build, role)} {short(found[role].metrics[name].value)}"
+        for role in ("base", "merged", "incumbent")
+        if role in found and name in found[role].metrics
+    ]
+    return f"{said}; {', '.join(others)}." if others else f"{said}."

@@ -1,0 +1,227 @@
+"""Serving a model with vLLM, as a process or in a container, behind one interface.
+
+The only file, with its serving_* siblings, that knows vLLM and containers. A server is started as a
+ServedUnit says, and only if that is what lies there now: other bytes, packages, flags or hardware are
+refused. Ready means that a real completion came back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline import (
+    hardware,
+    serving_command,
+    serving_diagnosis,
+    serving_digests,
+    serving_docker,
+    serving_process,
+    serving_server,
+)
+from pipeline.artifacts import ServedUnit
+from pipeline.config import ServeConfig
+from pipeline.environments import Environment
+from pipeline.errors import EnvironmentMissing, Problem, ServingError
+from pipeline.model import check_folder
+from pipeline.program import Event, write_json
+from pipeline.serving_progress import Progress
+from pipeline.serving_server import Condition, Server
+
+POLL_S = 0.1
+ADDRESS_TRIES = 3
+
+
+def served_unit(model: Path, serve: ServeConfig, name: str, environment: Environment | None) -> ServedUnit:
+    """What would serve the model in this folder on this machine now, with everything that decides an answer.
+
+    `name` is what clients ask for unless the config says otherwise; `environment` holds vLLM for the process
+    runtime and is None for docker. Raises ConfigError for flags and variables that are refused,
+    EnvironmentMissing without vLLM, ServingError when the image isn't there.
+    """
+    device = hardware.device()
+    digests = serving_digests.model_digests(model)
+    if serve.runtime == "docker":
+        image = serving_docker.image(serve.image or "")
+        runtime_digest, version = image.digest, image.vllm_version
+    else:
+        found = serving_digests.installed(_needed(environment))
+        runtime_digest, version = found.digest, found.vllm_version
+    return ServedUnit(
+        **digests,
+        runtime=serve.runtime,
+        runtime_digest=runtime_digest,
+        vllm_version=version,
+        flags=serving_command.unit_flags(serve, name),
+        env=serving_command.unit_env(serve, on_cpu=device.kind == "cpu"),
+        device=device.device_class,
+    )
+
+
+def start(
+    unit: ServedUnit,
+    model: Path,
+    serve: ServeConfig,
+    name: str,
+    folder: Path,
+    environment: Environment | None,
+    *,
+    keep: bool,
+    on_event: Callable[[Event], None],
+) -> Server:
+    """Start a server and return it once it has answered a real chat completion.
+
+    `folder` keeps its log and state; a server of the same unit that runs there already is taken over, another
+    one is stopped. With `keep` it outlives this process and is started again when it dies, else it ends with
+    this process.
+
+    Raises ModelError for an unsafe folder, ServingError when what lies there isn't `unit`, or when the server
+    dies (with its log's telling line) or isn't ready within serve.startup_timeout.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    _verify(unit, model.resolve(), serve, name, environment)
+    before = find(folder)
+    if before is not None and before.unit_digest == unit.digest and is_alive(before):
+        return _until_ready(before, unit, serve, on_event)
+    if before is not None:
+        stop(before, 1)
+    for tries_left in reversed(range(ADDRESS_TRIES)):
+        server = _spawn(unit, model.resolve(), serve, folder, environment, keep=keep)
+        write_json(folder / "server.json", server.model_dump(mode="json"))
+        try:
+            return _until_ready(server, unit, serve, on_event)
+        except ServingError as error:
+            stop(server, 1)
+            if not tries_left or "Address already in use" not in str(error):
+                raise
+        except BaseException:
+            stop(server, 1)
+            raise
+    raise AssertionError("the loop returns or raises")
+
+
+def stop(server: Server, timeout_s: float) -> None:
+    """Let requests in flight finish for `timeout_s` seconds, then end whatever is left; idempotent."""
+    if server.runtime == "docker":
+        serving_docker.stop(server, timeout_s)
+    else:
+        serving_process.stop(server, timeout_s)
+
+
+def find(folder: Path) -> Server | None:
+    """The server that was last started in this folder, running or not, also one whose start was cut short."""
+    file = folder / "server.json"
+    return Server.model_validate_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def is_alive(server: Server) -> bool:
+    """Whether it runs or is being started again; not whether it answers."""
+    if server.runtime == "docker":
+        return serving_docker.is_alive(server)
+    return serving_process.is_alive(server)
+
+
+def in_flight(server: Server) -> int:
+    """Requests it works on or has waiting; raises ServingError when it doesn't tell."""
+    return serving_server.in_flight(server.url)
+
+
+def condition(server: Server) -> Condition:
+    """How the server is now, asked of the system and of the server itself; never raises for a dead one."""
+    look = serving_docker.condition if server.runtime == "docker" else serving_process.condition
+    found = look(server)
+    if found.state == "dead" or not serving_server.is_healthy(server.url):
+        return found
+    try:
+        busy: int | None = in_flight(server)
+    except ServingError:
+        busy = None
+    return found.model_copy(update={"healthy": True, "in_flight": busy})
+
+
+@contextmanager
+def running(
+    unit: ServedUnit,
+    model: Path,
+    serve: ServeConfig,
+    name: str,
+    folder: Path,
+    environment: Environment | None,
+    on_event: Callable[[Event], None],
+) -> Iterator[Server]:
+    """A server for the time of a `with` block; see `start`."""
+    server = start(unit, model, serve, name, folder, environment, keep=False, on_event=on_event)
+    try:
+        yield server
+    finally:
+        stop(server, 1)
+
+
+def _verify(unit: ServedUnit, folder: Path, serve: ServeConfig, name: str, environment: Environment | None) -> None:
+    """Refuse to serve anything but what was judged."""
+    check_folder(folder)
+    found = served_unit(folder, serve, name, environment)
+    problems = [
+        Problem(
+            f"is {getattr(found, field)}",
+            key=f"unit.{field}",
+            allowed=f"{getattr(unit, field)}, as it was judged",
+            remedy="restore it, or build and approve anew",
+        )
+        for field in ServedUnit.model_fields
+        if getattr(found, field) != getattr(unit, field)
+    ]
+    if problems:
+        raise ServingError(problems)
+
+
+def _spawn(
+    unit: ServedUnit,
+    folder_of_model: Path,
+    serve: ServeConfig,
+    folder: Path,
+    environment: Environment | None,
+    *,
+    keep: bool,
+) -> Server:
+    if serve.runtime == "docker":
+        return serving_docker.spawn(unit, folder_of_model, serve, folder, keep=keep)
+    return serving_process.spawn(unit, folder_of_model, serve, folder, _needed(environment), keep=keep)
+
+
+def _until_ready(server: Server, unit: ServedUnit, serve: ServeConfig, on_event: Callable[[Event], None]) -> Server:
+    """Wait for /health, then for a real completion; say what the server is at meanwhile."""
+    progress = Progress(server, unit, on_event)
+    until = time.monotonic() + serve.startup_timeout
+    while not serving_server.is_healthy(server.url, timeout_s=1):
+        _raise_if_dead(server)
+        if time.monotonic() > until:
+            raise serving_diagnosis.of_silence(server.log, serve.startup_timeout)
+        progress.tell()
+        time.sleep(POLL_S)
+    try:
+        serving_server.complete(server.url, server.model, max(1.0, until - time.monotonic()))
+    except ServingError as error:
+        _raise_if_dead(server)
+        raise ServingError(
+            f"the server is up but doesn't generate: {error}", file=str(server.log), remedy="read the log"
+        ) from error
+    (server.folder / "ready").touch()
+    progress.done()
+    return server
+
+
+def _raise_if_dead(server: Server) -> None:
+    if server.runtime == "docker":
+        serving_docker.raise_if_dead(server)
+    else:
+        serving_process.raise_if_dead(server)
+
+
+def _needed(environment: Environment | None) -> Environment:
+    if environment is None:
+        raise EnvironmentMissing("runtime: process needs an environment with vLLM", remedy="make setup")
+    return environment

@@ -1,0 +1,110 @@
+"""Why a model server died: the line of its log that tells, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.errors import Problem, ServingError
+
+START = "=== tunegate starts vLLM"  # a line before each start, so that an old death isn't told again
+PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?((ERROR|WARNING|INFO|CRITICAL) \d\d-\d\d [\d:]+ \[[^\]]+\] ?)?")
+RAISED = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b(:|$)")
+# What vLLM says about a death that another line explains.
+SECOND_HAND = re.compile(
+    r"See root cause above|initialization failed due to|Engine core initialization failed|^KeyboardInterrupt"
+)
+# The first that matches tells; the groups are for nothing but reading.
+KNOWN: tuple[tuple[str, str], ...] = (
+    (r"Address already in use|Errno 98", "another program took the port; run the same command again"),
+    (
+        r"CUDA out of memory|OutOfMemoryError|No available memory for the cache blocks|Free memory on device",
+        "stop what else uses the GPU, or lower serve.kv_cache_memory or serve.max_model_len",
+    ),
+    (
+        r"less than (requested memory for kv|desired CPU)|Cannot allocate memory|[^f]MemoryError",
+        "free some memory, or lower serve.kv_cache_memory",
+    ),
+    (
+        r"larger than the (maximum number of tokens|available KV cache memory)|KV cache is needed",
+        "raise serve.kv_cache_memory, or lower serve.max_model_len",
+    ),
+    (
+        r"max_model_len .* is greater than the derived max_model_len",
+        "lower serve.max_model_len to what the model was made for",
+    ),
+    (
+        r"Model architectures .* not supported|not supported for now|architecture .* failed to be inspected",
+        "this vLLM doesn't serve that architecture: choose another base_model, or another vLLM",
+    ),
+    (
+        r"unrecognized arguments|invalid choice|error: argument",
+        "this vLLM doesn't know a flag: correct serve.extra_args, or the vLLM under environments.serve",
+    ),
+    (
+        r"No module named|cannot import name|cannot open shared object file|undefined symbol",
+        "the serving environment is broken: make setup",
+    ),
+    (
+        r"must be divisible by tensor parallel|World size .* is larger than|Not enough allowed NUMA nodes",
+        "lower serve.tensor_parallel_size to the number of devices",
+    ),
+    (r"No space left on device", "free some disk: tunegate gc"),
+    (
+        r"safetensors_rust\.|SafetensorError|size mismatch|shape mismatch|KeyError: '(model|lm_head)",
+        "the model's files don't fit each other: run the build again",
+    ),
+)
+
+
+def last_run(log: Path) -> list[str]:
+    """The log's lines since the server was last started."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    begin = max((index for index, line in enumerate(lines) if line.startswith(START)), default=-1)
+    return lines[begin + 1 :]
+
+
+def of_death(log: Path, how: str) -> ServingError:
+    """The error for a server that ended by itself; `how` says with which status or signal."""
+    telling, remedy = _telling(last_run(log), how)
+    what = f"vLLM {how}" + (f": {telling}" if telling else " without a word")
+    return ServingError(Problem(what, file=str(log), remedy=remedy))
+
+
+def of_silence(log: Path, seconds: int) -> ServingError:
+    """The error for a server that wasn't ready in time."""
+    words = [line for line in map(_bare, last_run(log)) if line.strip()]
+    return ServingError(
+        f"vLLM was not ready within {seconds} s; its last words: {words[-1][:300] if words else 'none'}",
+        file=str(log),
+        key="serve.startup_timeout",
+        remedy="raise it if the log shows progress; the first start on a machine is the slowest",
+    )
+
+
+def _telling(lines: list[str], how: str) -> tuple[str, str]:
+    bare = [_bare(line) for line in lines]
+    for pattern, remedy in KNOWN:
+        for line in bare:
+            if re.search(pattern, line):
+                return line.strip()[:500], remedy
+    if "signal 9" in how:
+        return (
+            "killed, most often by the system when memory ran out",
+            "free some memory, or lower serve.kv_cache_memory",
+        )
+    raised = list(_raised(bare)) or [line for line in bare if line.strip()][-1:]
+    return (raised[0].strip()[:500] if raised else ""), "read the log"
+
+
+def _raised(lines: list[str]) -> Iterator[str]:
+    """Lines that end a traceback, the first cause first, without those that only repeat it."""
+    yield from (line for line in lines if RAISED.match(line) and not SECOND_HAND.search(line))
+
+
+def _bare(line: str) -> str:
+    return PREFIX.sub("", line, count=1)

@@ -1,0 +1,193 @@
+"""Keeps one model server running: `python -m pipeline.serving_supervisor FOLDER`. Standard library only.
+
+It reads FOLDER/spec.json, starts the server as its child, notes in FOLDER/state.json how it is, and ends with
+it. A server that dies, or whose /health stays silent, is started again after a growing pause, but only once
+it was ready (FOLDER/ready is there) and while the model folder still has the digests that were judged. One
+that nobody is to keep, or that isn't ready yet, ends when the process that asked for it is gone.
+
+SIGTERM passes to the server, which finishes its requests in flight. Limits: Linux; the log grows until the
+next start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import processes
+from pipeline.program import write_json
+from pipeline.serving_digests import model_digests
+
+POLL_S = 0.1
+PAUSES_S = (0.5, 2.0, 5.0, 15.0, 60.0)  # before each restart in a row; after the last it is given up
+STEADY_S = 300.0  # running that long counts as recovered: the next death starts from the first pause
+HEALTH_EVERY_S, HEALTH_TIMEOUT_S, HEALTH_FAILURES = 15.0, 30.0, 8
+TEARDOWN_S = 10.0  # what vLLM may take to end after its last request
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to run. `owner` is the process to live with unless `keep` and ready; times are in seconds."""
+
+    command: tuple[str, ...]
+    environ: dict[str, str]
+    log: str
+    url: str
+    model: str
+    digests: dict[str, str]
+    shutdown_timeout: float
+    keep: bool
+    owner: tuple[int, int]
+
+    def write(self, folder: Path) -> None:
+        """Leave it where the supervisor reads it."""
+        write_json(folder / "spec.json", asdict(self))
+
+
+@dataclass
+class State:
+    """The server is starting, running, restarting, stopped or failed.
+
+    `supervisor` is the pid of who noted it, `pid` and `started` are the server's own, `since` is in seconds.
+    """
+
+    state: str = "starting"
+    supervisor: int = 0
+    pid: int = 0
+    started: int = 0
+    restarts: int = 0
+    since: float = 0.0
+    why: str = ""
+
+
+def read_spec(folder: Path) -> Spec:
+    """The spec in a folder."""
+    raw: dict[str, Any] = json.loads((folder / "spec.json").read_text(encoding="utf-8"))
+    raw["command"], raw["owner"] = tuple(raw["command"]), tuple(raw["owner"])
+    return Spec(**raw)
+
+
+def read_state(folder: Path) -> State:
+    """The last state that a supervisor noted; the first one where none did yet."""
+    try:
+        return State(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return State()
+
+
+class Supervisor:
+    """One server, started as often as it takes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spec = read_spec(folder)
+        self.owner = processes.Process(*self.spec.owner)
+        self.state = State(supervisor=os.getpid())
+        self._stop = threading.Event()
+
+    def run(self) -> None:
+        """Start, watch, start again, until told to stop, orphaned or out of patience."""
+        signal.signal(signal.SIGTERM, self._on_term)
+        signal.signal(signal.SIGINT, self._on_term)
+        in_a_row = 0
+        while True:
+            began = time.monotonic()
+            child = self._start()
+            why = self._watch(child)
+            if self._stop.is_set() or not self._is_ready():
+                return self._note("stopped" if self._stop.is_set() else "failed", why)
+            in_a_row = 0 if time.monotonic() - began > STEADY_S else in_a_row
+            if in_a_row == len(PAUSES_S):
+                return self._note("failed", f"{why}; started again {in_a_row} times in a row, now given up")
+            self._note("restarting", why)
+            self._pause(PAUSES_S[in_a_row])
+            in_a_row += 1
+            if self._stop.is_set():
+                return self._note("stopped", why)
+            if model_digests(Path(self.spec.model)) != self.spec.digests:
+                return self._note("failed", f"{why}; not started again: the model folder isn't what was judged")
+            self.state.restarts += 1
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with Path(self.spec.log).open("ab") as sink:
+            child = subprocess.Popen(
+                self.spec.command, env=self.spec.environ, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
+                process_group=0,
+            )  # fmt: skip
+        found = processes.find(child.pid)
+        self.state.pid, self.state.started = child.pid, found.started if found else 0
+        self._note("running" if self._is_ready() else "starting")
+        return child
+
+    def _watch(self, child: subprocess.Popen[bytes]) -> str:
+        """Wait for the server's end, bringing it about when asked, orphaned or deaf; says why it ended."""
+        asked, silent, next_check = "", 0, time.monotonic() + HEALTH_EVERY_S
+        while (status := child.poll()) is None:
+            if self.state.state == "starting" and self._is_ready():
+                self._note("running")
+            if not asked and (self._stop.is_set() or self._is_orphan()):
+                asked = "told to stop" if self._stop.is_set() else "its owner is gone"
+                self._stop.set()
+                self._end(child)
+            if not asked and self._is_ready() and time.monotonic() > next_check:
+                silent = 0 if self._answers() else silent + 1
+                next_check = time.monotonic() + HEALTH_EVERY_S
+                if silent >= HEALTH_FAILURES:
+                    asked = f"/health was silent {silent} times"
+                    self._end(child)
+            time.sleep(POLL_S)
+        self._kill_rest(child)
+        return asked or (f"killed by signal {-status}" if status < 0 else f"ended with status {status}")
+
+    def _end(self, child: subprocess.Popen[bytes]) -> None:
+        """SIGTERM to the server alone: its children finish their requests; SIGKILL when it is late."""
+        with suppress(ProcessLookupError):
+            child.terminate()
+        patience = (self.spec.shutdown_timeout if self._is_ready() else 0) + TEARDOWN_S
+        try:
+            child.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._kill_rest(child)
+
+    def _kill_rest(self, child: subprocess.Popen[bytes]) -> None:
+        """End what the server left behind: its group is alive as long as one of its workers is."""
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+    def _pause(self, seconds: float) -> None:
+        self._stop.wait(seconds)
+
+    def _is_ready(self) -> bool:
+        return (self.folder / "ready").exists()
+
+    def _is_orphan(self) -> bool:
+        return not (self.spec.keep and self._is_ready()) and not processes.is_alive(self.owner)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.spec.url}/health", timeout=HEALTH_TIMEOUT_S) as response:  # noqa: S310
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _note(self, state: str, why: str = "") -> None:
+        self.state.state, self.state.why, self.state.since = state, why, time.time()
+        write_json(self.folder / "state.json", asdict(self.state))
+
+    def _on_term(self, *_: object) -> None:
+        self._stop.set()
+
+
+if __name__ == "__main__":
+    Supervisor(Path(sys.argv[1])).run()

@@ -1,0 +1,220 @@
+"""Confidence intervals: for scores, for paired differences of scores, for latencies and throughput.
+
+Pure and deterministic: the bootstraps are seeded. All intervals are two-sided and cover `confidence` in the
+long run; which formula is used where, and what it assumes, stands at each function. Items are taken as
+independent draws from the traffic that the holdout stands for; nothing here corrects for a holdout that was
+looked at many times.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.artifacts import Interval
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Indices = NDArray[np.intp]
+
+RESAMPLES = 4000
+SEED = 20240229
+BATCH_ELEMENTS = 4_000_000
+
+
+def normal_quantile(confidence: float) -> float:
+    """The z of a two-sided interval: 1.96 for 0.95."""
+    from scipy.stats import norm
+
+    return float(norm.ppf(0.5 + confidence / 2))
+
+
+def wilson(successes: float, n: int, confidence: float) -> Interval:
+    """A proportion's interval by Wilson's score method (Wilson 1927); never empty, never outside 0 to 1.
+
+    `successes` may be fractional: the mean of scores between 0 and 1 varies at most as much as a proportion
+    of the same value, so the interval then errs on the wide side.
+    """
+    z2 = normal_quantile(confidence) ** 2
+    p = successes / n
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return Interval(
+        value=p,
+        low=0.0 if p == 0 else max(0.0, middle - half),
+        high=1.0 if p == 1 else min(1.0, middle + half),
+    )
+
+
+def mean_interval(scores: Sequence[float], confidence: float) -> Interval:
+    """The mean of scores in 0 to 1: Wilson where all are 0 or 1 or alike, else bootstrap BCa (Efron 1987)."""
+    import numpy as np
+
+    values = np.asarray(scores, dtype=float)
+    if is_binary(values) or np.ptp(values) == 0:
+        return wilson(float(values.sum()), len(values), confidence)
+    return bootstrap(lambda chosen: values[chosen].mean(axis=-1), len(values), confidence)
+
+
+def difference_interval(ours: Sequence[float], theirs: Sequence[float], confidence: float) -> Interval:
+    """The mean difference of two systems' scores on the same items, ours minus theirs.
+
+    0/1 scores: Tango's score interval; others: bootstrap BCa over the items' differences. Where no item
+    differs, both become what Tango's gives for no discordant pair: ±z²/(n+z²), because agreeing on n items is
+    no proof of being alike.
+    """
+    import numpy as np
+
+    first, second = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    if first.shape != second.shape:
+        raise ValueError(f"paired scores must be of one length, not {len(first)} and {len(second)}")
+    gap = first - second
+    if (is_binary(first) and is_binary(second)) or not gap.any():
+        return tango(int((gap > 0).sum()), int((gap < 0).sum()), len(gap), confidence)
+    if np.ptp(gap) == 0:
+        return Interval(value=float(gap[0]), low=float(gap[0]), high=float(gap[0]))
+    return bootstrap(lambda chosen: gap[chosen].mean(axis=-1), len(gap), confidence)
+
+
+def is_binary(values: Floats) -> bool:
+    """Whether all scores are 0 or 1."""
+    return bool(((values == 0) | (values == 1)).all())
+
+
+def tango(better: int, worse: int, n: int, confidence: float) -> Interval:
+    """The difference of two paired proportions, (better - worse) / n, by Tango's score interval.
+
+    `better` items are right only with us, `worse` only with them. The limits are the differences d at which
+    the score statistic (b - c - n·d) / sqrt(n·(2q + d·(1 - d))) is ±z, q being the constrained maximum
+    likelihood estimate of the share of worse items (T. Tango, Statistics in Medicine 17:891-908, 1998). At d
+    = 0 it is McNemar's statistic, so the interval leaves out 0 exactly when McNemar's test rejects.
+    """
+    z = normal_quantile(confidence)
+    value = (better - worse) / n
+
+    def score(d: float) -> float:
+        linear = -better - worse + (2 * n - better + worse) * d
+        root = math.sqrt(max(0.0, linear * linear + 8 * n * worse * d * (1 - d)))
+        variance = n * (2 * (root - linear) / (4 * n) + d * (1 - d))
+        gap = better - worse - n * d
+        return gap / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, gap) if gap else 0.0
+
+    low = -1.0 if value == -1 else _falling_root(lambda d: score(d) - z, -1.0, value)
+    high = 1.0 if value == 1 else _falling_root(lambda d: score(d) + z, value, 1.0)
+    return Interval(value=value, low=low, high=high)
+
+
+def _falling_root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a falling function crosses zero between `low` and `high`, by bisection."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) > 0 else (low, middle)
+    return (low + high) / 2
+
+
+def bootstrap(statistic: Callable[[Indices], Floats], n: int, confidence: float) -> Interval:
+    """A seeded bootstrap BCa interval of a statistic of n items; percentile where BCa isn't defined.
+
+    `statistic` maps item indices, any shape (..., n), to values of shape (...).
+    """
+    import warnings
+
+    import numpy as np
+    from scipy import stats
+
+    def limits(method: str) -> tuple[float, float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a degenerate jackknife; see below
+            found = stats.bootstrap(
+                (np.arange(n),),
+                lambda chosen, axis: statistic(np.moveaxis(chosen, axis, -1)),
+                n_resamples=RESAMPLES,
+                batch=max(1, BATCH_ELEMENTS // n),
+                vectorized=True,
+                axis=-1,
+                confidence_level=confidence,
+                method=method,
+                rng=np.random.default_rng(SEED),
+            ).confidence_interval
+        return float(found.low), float(found.high)
+
+    value = float(statistic(np.arange(n)))
+    low, high = limits("BCa")
+    if not (math.isfinite(low) and math.isfinite(high)):
+        low, high = limits("percentile")
+    return Interval(value=value, low=min(low, value), high=max(high, value))
+
+
+def f1_macro(expected: Sequence[str], predicted: Sequence[str]) -> float:
+    """Macro-averaged F1 over the labels that are expected somewhere, as sklearn's f1_score computes it.
+
+    A made-up label counts as a miss of the expected one, not as a class of its own: a model that chatters
+    would otherwise be averaged over hundreds of classes that nobody asked for.
+    """
+    from sklearn.metrics import f1_score
+
+    labels = sorted(set(expected))
+    return float(f1_score(expected, predicted, labels=labels, average="macro", zero_division=0.0))
+
+
+def f1_macro_interval(expected: Sequence[str], predicted: Sequence[str], confidence: float) -> Interval:
+    """Macro-F1 with a bootstrap BCa interval over the items."""
+    return bootstrap(_f1_macro_of(expected, predicted), len(expected), confidence)
+
+
+def f1_macro_difference_interval(
+    expected: Sequence[str], ours: Sequence[str], theirs: Sequence[str], confidence: float
+) -> Interval:
+    """The difference of two systems' macro-F1 on the same items, by the paired bootstrap."""
+    if list(ours) == list(theirs):
+        return tango(0, 0, len(expected), confidence)
+    mine, other = _f1_macro_of(expected, ours), _f1_macro_of(expected, theirs)
+    return bootstrap(lambda chosen: mine(chosen) - other(chosen), len(expected), confidence)
+
+
+def _f1_macro_of(expected: Sequence[str], predicted: Sequence[str]) -> Callable[[Indices], Floats]:
+    """`f1_macro` of resampled items, from counts: many times faster than sklearn on each resample.
+
+    A class that a resample lacks is left out of that resample's mean.
+    """
+    import numpy as np
+
+    names = {label: code for code, label in enumerate(sorted(set(expected)))}
+    classes = len(names)
+    truth = np.array([names[label] for label in expected])
+    guess = np.array([names.get(label, classes) for label in predicted])
+
+    def counts(codes: NDArray[np.intp]) -> Floats:
+        """How often each class occurs in each row of codes; the code `classes` is counted and dropped."""
+        rows = codes.reshape(-1, codes.shape[-1])
+        shifted = rows + (classes + 1) * np.arange(len(rows))[:, None]
+        found = np.bincount(shifted.ravel(), minlength=len(rows) * (classes + 1))
+        return found.reshape(*codes.shape[:-1], classes + 1)[..., :classes].astype(float)
+
+    def statistic(chosen: Indices) -> Floats:
+        true, guessed = truth[chosen], guess[chosen]
+        support = counts(true)
+        hits = counts(np.where(true == guessed, true, classes))
+        f1 = 2 * hits / np.maximum(support + counts(guessed), 1)
+        present = support > 0
+        averaged: Floats = (f1 * present).sum(axis=-1) / present.sum(axis=-1)
+        return averaged
+
+    return statistic
+
+
+def items_to_decide(interval: Interval, n: int, threshold: float) -> int | None:
+    """About how many items would decide against `threshold` if the estimate stays; None: no number.
+
+    An interval's width falls with the square root of n.
+    """
+    distance = abs(interval.value - threshold)
+    reach = interval.value - interval.low if interval.value > threshold else interval.high - interval.value
+    if distance == 0 or not math.isfinite(reach / distance):
+        return None
+    needed = n * (reach / distance) ** 2
+    return max(n + 1, math.ceil(needed)) if needed < 1e7 else None

@@ -1,0 +1,96 @@
+"""The supervisor as a program of its own: when it gives up, and what it notes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline import processes
+from pipeline.serving_digests import model_digests
+from pipeline.serving_supervisor import Spec, read_spec, read_state
+
+ROOT = Path(__file__).parent.parent
+
+
+def supervise(folder, code, *, ready=True, keep=True, pauses="(0.05, 0.05)", patch=""):
+    """Run the supervisor over `python -c code` to its end, and return what it noted last."""
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    me = processes.find(processes.os.getpid())
+    spec = Spec(
+        command=(sys.executable, "-c", code), environ={}, log=str(folder / "vllm.log"), url="http://127.0.0.1:9",
+        model=str(model), digests=model_digests(model), shutdown_timeout=1, keep=keep,
+        owner=(me.pid, me.started),
+    )  # fmt: skip
+    spec.write(folder)
+    assert read_spec(folder) == spec
+    if ready:
+        (folder / "ready").touch()
+    program = f"import pipeline.serving_supervisor as s; s.PAUSES_S = {pauses}; {patch}\n"
+    program += f"s.Supervisor(s.Path({str(folder)!r})).run()"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=30, check=True)
+    return read_state(folder)
+
+
+def starts(folder):
+    """How often the server was started."""
+    return (folder / "vllm.log").read_text().count("started")
+
+
+def test_it_gives_up_after_a_number_of_deaths_in_a_row(tmp_path):
+    """One start and a restart for each pause; the note says why it ended."""
+    state = supervise(tmp_path, "print('started', flush=True); raise SystemExit(3)")
+    assert (state.state, state.restarts, starts(tmp_path)) == ("failed", 2, 3)
+    assert "status 3" in state.why
+    assert "given up" in state.why
+
+
+def test_a_server_that_was_never_ready_is_not_started_again(tmp_path):
+    """Its first death is the caller's to tell."""
+    state = supervise(tmp_path, "print('started', flush=True); raise SystemExit(1)", ready=False)
+    assert (state.state, state.restarts, starts(tmp_path)) == ("failed", 0, 1)
+
+
+def test_a_deaf_server_is_ended_and_started_again(tmp_path):
+    """One that runs but whose /health is silent for long enough counts as dead."""
+    patch = "s.HEALTH_EVERY_S = 0.1; s.HEALTH_FAILURES = 3; s.HEALTH_TIMEOUT_S = 0.2"
+    code = "import time; print('started', flush=True); time.sleep(60)"
+    began = time.monotonic()
+    state = supervise(tmp_path, code, pauses="(0.05,)", patch=patch)
+    assert time.monotonic() - began < 20
+    assert (state.state, starts(tmp_path)) == ("failed", 2)
+    assert "/health was silent" in state.why
+
+
+def test_long_steady_running_forgives_earlier_deaths(tmp_path):
+    """Deaths count in a row only: a server that counts as steady at once is started again and again."""
+    code = (
+        f"import pathlib; p = pathlib.Path({str(tmp_path)!r}) / 'count'; print('started', flush=True)\n"
+        "p.write_text((p.read_text() if p.exists() else '') + 'x')\n"
+        "(p.parent / 'ready').unlink() if len(p.read_text()) == 6 else None"
+    )
+    state = supervise(tmp_path, code, patch="s.STEADY_S = 0")
+    assert starts(tmp_path) == 6
+    assert state.restarts == 5
+
+
+def test_what_the_server_leaves_behind_is_ended_with_it(tmp_path):
+    """A worker that outlives its server holds memory; it goes with its process group."""
+    code = (
+        "import subprocess, sys; print('started', flush=True)\n"
+        "c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); "
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(c.pid))"
+    )
+    supervise(tmp_path, code, ready=False)
+    assert processes.find(int((tmp_path / "pid").read_text())) is None
+
+
+def test_the_note_is_json_that_others_read(tmp_path):
+    """state.json holds the whole state, and a folder without one reads as starting."""
+    state = supervise(tmp_path, "pass", ready=False)
+    assert json.loads((tmp_path / "state.json").read_text()) == asdict(state)
+    assert read_state(tmp_path / "elsewhere").state == "starting"

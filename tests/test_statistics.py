@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest, norm
+
+from pipeline import statistics
+from pipeline.artifacts import Interval
+
+Z = norm.ppf(0.975)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 20), (1, 50), (81, 263), (20, 20), (500, 1000)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_wilson_is_scipys(successes, n, confidence):
+    """Wilson's interval equals scipy's, at the edges too."""
+    found = statistics.wilson(successes, n, confidence)
+    reference = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=1e-12)
+    assert found.value == successes / n
+
+
+def test_wilson_gives_the_published_example():
+    """Newcombe (1998) gives 0.2553 to 0.3662 for 81 of 263."""
+    found = statistics.wilson(81, 263, 0.95)
+    assert (round(found.low, 4), round(found.high, 4)) == (0.2553, 0.3662)
+
+
+def tango_by_quartic(b: int, c: int, n: int) -> tuple[float, float]:
+    """Tango's limits as roots of the quartic of Yang, Sun and Hardin (Statistics in Medicine 32, 2013)."""
+    g = Z**2
+    gap, both = b - c, b + c
+    roots = np.roots(
+        [
+            n**2 * (n / g + 1) ** 2,
+            -n * gap * (n / g + 1) * (4 * n / g + 1),
+            2 * n * gap**2 * (3 * n / g + 2) / g - n**2 * (both / g + 1),
+            n * gap * (2 * both / g + 1) - gap**3 * (4 * n / g + 1) / g,
+            gap**2 * (gap**2 / g - both) / g,
+        ]
+    )
+    real = sorted(root.real for root in roots if abs(root.imag) < 1e-7)
+    return real[0], real[-1]
+
+
+@pytest.mark.parametrize(("b", "c", "n"), [(1, 7, 21), (6, 16, 161), (40, 20, 160), (12, 2, 200), (3, 9, 32)])
+def test_tango_agrees_with_its_closed_form(b, c, n):
+    """The limits found by bisection are the roots of the published non-iterative solution."""
+    found = statistics.tango(b, c, n, 0.95)
+    assert (found.low, found.high) == pytest.approx(tango_by_quartic(b, c, n), abs=1e-6)
+    assert found.value == (b - c) / n
+
+
+def test_tango_excludes_zero_exactly_when_mcnemar_rejects():
+    """At no difference the score statistic is McNemar's (b - c) / sqrt(b + c)."""
+    for b in range(15):
+        for c in range(15):
+            if b + c and abs(abs(b - c) / math.sqrt(b + c) - Z) > 1e-9:
+                found = statistics.tango(b, c, 60, 0.95)
+                assert (found.low > 0 or found.high < 0) == (abs(b - c) / math.sqrt(b + c) > Z), (b, c)
+
+
+def test_tango_is_antisymmetric_and_stays_within_one():
+    """Swapping the systems mirrors the interval, and no limit leaves -1 to 1, even where one wins all."""
+    for b, c, n in [(0, 0, 1), (5, 0, 5), (0, 5, 5), (3, 1, 50), (0, 1, 30)]:
+        one, other = statistics.tango(b, c, n, 0.95), statistics.tango(c, b, n, 0.95)
+        assert (one.low, one.high) == pytest.approx((-other.high, -other.low), abs=1e-9)
+        assert -1 <= one.low <= one.value <= one.high <= 1
+
+
+def test_systems_that_agree_on_every_item_are_not_proved_equal():
+    """Without a discordant pair the interval is ±z²/(n+z²), for binary and for graded scores."""
+    reach = Z**2 / (100 + Z**2)
+    for scores in ([1.0, 0.0] * 50, [0.25, 0.75] * 50):
+        found = statistics.difference_interval(scores, scores, 0.95)
+        assert (found.low, found.high) == pytest.approx((-reach, reach))
+
+
+def test_tango_covers_the_truth():
+    """In 2,000 simulated holdouts of 150 items the 95 % interval holds the true difference in about 95 %."""
+    rng = np.random.default_rng(1)
+    counts = rng.multinomial(150, [0.08, 0.03, 0.89], size=2000)
+    inside = 0
+    for b, c, _ in counts:
+        found = statistics.tango(int(b), int(c), 150, 0.95)
+        inside += found.low <= 0.05 <= found.high
+    assert 0.935 <= inside / 2000 <= 0.97
+
+
+def test_bca_covers_the_mean_of_skewed_scores():
+    """Over 150 simulated holdouts the 95 % bootstrap interval mostly holds the true mean."""
+    rng = np.random.default_rng(2)
+    inside = 0
+    for _ in range(150):
+        scores = rng.choice([0.0, 0.25, 0.5, 1.0], p=[0.05, 0.05, 0.2, 0.7], size=80)
+        found = statistics.mean_interval(scores.tolist(), 0.95)
+        inside += found.low <= 0.8125 <= found.high
+    assert 0.88 <= inside / 150 <= 1.0
+
+
+def test_intervals_are_the_same_every_time():
+    """The bootstrap is seeded."""
+    scores = [0.1, 0.5, 0.9, 1.0] * 20
+    assert statistics.mean_interval(scores, 0.95) == statistics.mean_interval(scores, 0.95)
+
+
+def test_equal_graded_scores_get_a_wide_interval_instead_of_none():
+    """All items scoring 0.75 is no proof that every item will."""
+    found = statistics.mean_interval([0.75] * 40, 0.95)
+    assert found == statistics.wilson(30, 40, 0.95)
+
+
+def test_paired_differences_are_narrower_than_unpaired_ones():
+    """Pairing takes the items' own difficulty out of a graded comparison."""
+    rng = np.random.default_rng(3)
+    theirs = rng.uniform(0.1, 0.9, 200)
+    ours = theirs + rng.normal(0.02, 0.02, 200)
+    found = statistics.difference_interval(ours.tolist(), theirs.tolist(), 0.95)
+    assert 0 < found.low < 0.02 < found.high
+    assert found.high - found.low < 0.01
+
+
+def test_unpaired_scores_are_refused():
+    """Two lists of different length can't be paired."""
+    with pytest.raises(ValueError, match="one length, not 2 and 1"):
+        statistics.difference_interval([1.0, 0.0], [1.0], 0.95)
+
+
+def random_labels(seed: int, n: int = 120) -> tuple[list[str], list[str]]:
+    rng = np.random.default_rng(seed)
+    expected = rng.choice(["a", "b", "c", "d"], p=[0.5, 0.3, 0.15, 0.05], size=n)
+    answered = np.where(rng.random(n) < 0.7, expected, rng.choice(["a", "b", "nonsense"], size=n))
+    return expected.tolist(), answered.tolist()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_fast_macro_f1_is_sklearns(seed):
+    """The counts used for resampling give sklearn's value on the whole data."""
+    expected, answered = random_labels(seed)
+    found = statistics.f1_macro_interval(expected, answered, 0.95)
+    assert found.value == pytest.approx(statistics.f1_macro(expected, answered), abs=1e-12)
+    assert found.low < found.value < found.high
+
+
+def test_macro_f1_counts_a_made_up_label_as_a_miss():
+    """Two classes, one answered by nonsense: (1 + 0) / 2, not a third class in the mean."""
+    assert statistics.f1_macro(["a", "b"], ["a", "zzz"]) == 0.5
+
+
+def test_a_better_labeller_is_seen_by_the_paired_macro_f1():
+    """Twenty corrected answers lift macro-F1 by an interval above zero; none give one around it."""
+    expected, answered = random_labels(7, 300)
+    wrong = [index for index, pair in enumerate(zip(expected, answered, strict=True)) if pair[0] != pair[1]]
+    better = list(answered)
+    for index in wrong[:20]:
+        better[index] = expected[index]
+    assert statistics.f1_macro_difference_interval(expected, better, answered, 0.95).low > 0
+    same = statistics.f1_macro_difference_interval(expected, answered, answered, 0.95)
+    assert same.low < 0 < same.high
+
+
+def test_the_items_said_to_decide_do_decide():
+    """With a tenth more items than named the threshold lies outside, with a quarter fewer inside."""
+    for successes, n, threshold in [(85, 100, 0.8), (150, 200, 0.8), (45, 60, 0.7)]:
+        needed = statistics.items_to_decide(statistics.wilson(successes, n, 0.95), n, threshold)
+        share = successes / n
+        enough = statistics.wilson(share * needed * 1.1, int(needed * 1.1), 0.95)
+        short = statistics.wilson(share * needed * 0.75, int(needed * 0.75), 0.95)
+        assert not enough.low < threshold <= enough.high
+        assert short.low < threshold <= short.high
+
+
+def test_an_estimate_on_the_threshold_is_never_decided():
+    """No number of items is named where none would help."""
+    assert statistics.items_to_decide(Interval(value=0.8, low=0.7, high=0.9), 100, 0.8) is None
