@@ -1,0 +1,164 @@
+"""A whole Build record as a run leaves it, for tests of what is rendered from it. The figures are made up."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from pipeline import gate, scoring
+from pipeline.artifacts import Artifact, Build, Evaluation, Item, LoadLevel, LoadTest, ServedUnit
+from pipeline.config import (
+    Config,
+    DataConfig,
+    DatasetSource,
+    EvaluateConfig,
+    GateConfig,
+    LoadCheck,
+    MetricCheck,
+    Scorer,
+)
+
+CATEGORIES = ("billing", "bug", "account", "shipping")
+PRODUCTS = ("router", "mobile app", "cloud storage")
+SCORERS = (Scorer(metric="json_valid"), Scorer(metric="json_field_match"), Scorer(metric="exact_match"))
+POLICY = GateConfig(
+    metrics=(
+        MetricCheck(metric="json_field_match", min=0.8, against="base", margin=-0.3),
+        MetricCheck(metric="json_valid", min=0.9),
+        MetricCheck(metric="exact_match", against="incumbent", margin=0.05),
+    ),
+    load=(LoadCheck(metric="p50_ttft_ms", max_concurrency=1, max=500.0),),
+)
+SKILL = {"base": 0.15, "merged": 0.95, "candidate": 0.93}
+
+
+def ticket(number: int) -> tuple[str, dict[str, object]]:
+    """A made-up support ticket and its triage."""
+    rng = random.Random(number)
+    category, product = rng.choice(CATEGORIES), rng.choice(PRODUCTS)
+    order = f"A-{rng.randrange(1000, 9999)}"
+    text = f"Hi, since yesterday my {product} has a {category} problem (order {order}). It's urgent!"
+    return text, {"category": category, "priority": "high", "product": product, "entities": [order]}
+
+
+def evaluation(system: str, unit_digest: str, count: int = 200, confidence: float = 0.95) -> Evaluation:
+    """A system that answers with its own skill, the base in chatter where it fails."""
+    score, items = scoring.item_scorer(SCORERS), []
+    for number in range(count):
+        rng = random.Random(f"{system} {number}")
+        text, truth = ticket(number)
+        said = {key: value if rng.random() < SKILL[system] else "unknown" for key, value in truth.items()}
+        chatter = "Sure! Here is the triage: the customer | is `unhappy`.\n<script>alert(1)</script>"
+        answer = chatter if system == "base" and rng.random() < 0.6 else json.dumps(said)
+        expected = json.dumps(truth)
+        items.append(
+            Item(
+                id=f"{number:08x}",
+                prompt=text,
+                expected=expected,
+                answer=answer,
+                finish_reason="stop" if answer != chatter else "length",
+                scores=score(expected, answer),
+            )
+        )
+    return Evaluation(
+        system=system,
+        unit_digest=unit_digest,
+        holdout_digest="4f" * 32,
+        metrics=scoring.metrics(items, confidence),
+        items=tuple(items),
+        errors=0,
+        seconds=61.0,
+    )
+
+
+def loadtest(unit_digest: str) -> LoadTest:
+    """Two levels of 32 requests."""
+    levels = []
+    for users in (1, 8):
+        rng = random.Random(users)
+        first = [rng.gauss(90, 8) * (1 + users / 6) for _ in range(32)]
+        whole = [value + rng.gauss(900, 60) * (1 + users / 10) for value in first]
+        ordered = {"ttft": sorted(first), "e2el": sorted(whole), "itl": [20.0] * 32}
+        latencies = {
+            f"p{percentile}_{name}_ms": (values[int(31 * percentile / 100)],)
+            for name, values in ordered.items()
+            for percentile in (50, 95, 99)
+        }
+        rates = {"output_throughput": (38.0 * users**0.6,), "request_throughput": (0.9 * users**0.6,)}
+        samples = {"ttft_ms": (tuple(first),), "e2el_ms": (tuple(whole),), "output_tokens": ((42.0,) * 32,)}
+        metrics = {**latencies, **rates}
+        levels.append(LoadLevel(max_concurrency=users, completed=32, failed=0, metrics=metrics, samples=samples))
+    return LoadTest(system="candidate", unit_digest=unit_digest, levels=tuple(levels))
+
+
+def sample_build(folder: Path, count: int = 200) -> Build:
+    """A build of base, merged and AWQ candidate, judged by POLICY; its artefacts lie under `folder`."""
+    config = Config(
+        name="tickets",
+        data=DataConfig(datasets=(DatasetSource(path=str(folder / "tickets-train.jsonl")),)),
+        evaluate=EvaluateConfig(scorers=SCORERS),
+        gate=POLICY,
+    )
+    unit = ServedUnit(
+        weights="a1" * 32,
+        tokenizer="b2" * 32,
+        configuration="c3" * 32,
+        runtime="process",
+        runtime_digest="d4" * 32,
+        vllm_version="0.32.0",
+        flags=("--enforce-eager", "--max-model-len=512", "--max-num-seqs=32"),
+        env={"VLLM_CPU_KVCACHE_SPACE": "1"},
+        device="cpu-x86_64-avx512_bf16",
+    )
+    evaluations = {role: evaluation(role, unit.digest if role == "candidate" else role, count) for role in SKILL}
+    loadtests = {"candidate": loadtest(unit.digest)}
+    details = {
+        "base": {
+            "source": "SmolLM2-135M-Instruct.Q4_1.gguf",
+            "revision": "0.1.2",
+            "licence": "apache-2.0",
+            "architecture": "LlamaForCausalLM",
+            "parameters": 134515008,
+            "quantized_from": "Q4_1 GGUF",
+        },
+        "prepare": {
+            "rows": {"train": 1200, "val": 24, "calibration": 24, "holdout": count},
+            "tokens": {"train": {"total": 171000, "max": 116}, "holdout": {"total": 28000}},
+            "dropped": {"in_holdout": 3},
+            "digests": {"train": "7e" * 32, "holdout": "4f" * 32},
+        },
+        "finetune": {
+            "steps": 150,
+            "tokens": 171000,
+            "train_loss": 0.0412,
+            "eval_loss": 0.0533,
+            "best_step": 140,
+            "tokens_per_second": 231.0,
+        },
+        "merge": {"max_abs_delta": 0.01},
+        "quantize": {
+            "method": "llmcompressor",
+            "group_size": 64,
+            "samples": 16,
+            "perplexity_before": 3.1,
+            "perplexity_after": 3.3,
+        },
+    }
+    artifacts = {
+        stage: Artifact(stage=stage, key=f"{stage}-key", path=folder / stage, digest=f"{number:02x}" * 32,
+                        parents={}, made_by={}, detail=detail)
+        for number, (stage, detail) in enumerate(details.items(), start=17)
+    }  # fmt: skip
+    return Build(
+        name="tickets",
+        key="e5" * 16,
+        config=config.model_dump(mode="json"),
+        artifacts=artifacts,
+        unit=unit,
+        model_path=folder / "quantize" / "payload",
+        evaluations=evaluations,
+        loadtests=loadtests,
+        verdict=gate.judge(evaluations, loadtests, POLICY, unit.digest),
+    )
