@@ -1,0 +1,155 @@
+"""The build: base → prepare → finetune → merge → quantize → evaluate → loadtest → gate → register, read top to bottom.
+
+`build` is the Prefect flow. What it makes is cached by digest, so running it again does only what is missing; what it
+measured and decided lies in mlruns/work/build/KEY/ and in the build's MLflow run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from flows import curves, progress, stages
+from flows.measure import Measured, measure
+from flows.stages import OnEvent
+from pipeline import (
+    gate,
+    hardware,
+    notify,
+    plan,
+    program,
+    registry,
+    registry_client,
+    registry_runs,
+    report,
+    resolve,
+    serving,
+    store,
+)
+from pipeline.artifacts import Artifact, Build, ServedUnit, Stage, Verdict
+from pipeline.config import Config
+from pipeline.errors import RegistryError
+
+
+@flow(name="build", persist_result=False)
+def build(config: str = "configs/demo.yaml", data_dir: str | None = None, overrides: list[str] | None = None,
+          again: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Take a config file to a verdict, and to a registered model version when that is a pass.
+
+    Returns what `finished.json` holds: outcome, run_id, version (or null), unit digest, page, time.
+    Raises the TunegateError of the stage that failed; what was finished before it stays.
+    """
+    resolved = resolve.resolve(Path(config), overrides or [], Path(data_dir) if data_dir else None)
+    return run(resolved, progress.logged(get_run_logger()), again=again)
+
+
+def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) -> dict[str, Any]:
+    """The build itself, with its events shown by the caller. Must be called inside a Prefect flow."""
+    sources = resolve.sources(config)
+    planned = plan.make(config, sources, hardware.device().name)
+    if planned.finished and not again:
+        return dict(planned.finished)
+    with store.lock(f"build/{planned.key}"), store.running(planned.name):
+        if registry_client.is_new():
+            on_event({"event": "message", "text": "MLflow makes its database, once; some seconds"})
+        run_id = registry_runs.open_run(planned.name, planned.key, config)
+        show = curves.tee(on_event, run_id)
+        lines: list[str] = []
+        plan.render(planned, Path(planned.name), lines.append)
+        create_markdown_artifact(
+            "```\n" + "\n".join(lines) + "\n```", key="plan", description=f"Plan of {planned.name}"
+        )
+        try:
+            finished = _steps(config, planned, sources, run_id, show)
+        except BaseException as error:
+            with suppress(RegistryError):  # what went wrong first is what the user must read
+                registry_runs.close_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        registry_runs.close_run(run_id, "FINISHED")
+    return finished
+
+
+def _steps(
+    config: Mapping[str, Any], planned: plan.Plan, sources: Mapping[str, str], run_id: str, show: OnEvent
+) -> dict[str, Any]:
+    artifacts: dict[Stage, Artifact] = {}
+    for step in plan.steps(config):
+        inputs = {name: artifacts[cast("Stage", name)] for name in step.inputs}
+        artifacts[cast("Stage", step.stage)] = artifact = stages.run(step, config, inputs, sources, show)
+        registry_runs.log_artifact(run_id, artifact)
+    served = artifacts[cast("Stage", plan.served_stage(config))]
+    settings = Config.model_validate(config)
+    unit = serving.served_unit(served.payload, settings.serve, settings.name, stages.serve_environment(config))
+    measured = measure(config, planned.key, artifacts, unit, show)
+    verdict = judge(measured, settings, unit, show)
+    made = Build(
+        name=planned.name,
+        key=planned.key,
+        config=dict(config),
+        artifacts=artifacts,
+        unit=unit,
+        model_path=served.payload,
+        evaluations=measured.evaluations,
+        loadtests=measured.loadtests,
+        verdict=verdict,
+    )
+    return _conclude(made, run_id, settings, show)
+
+
+def judge(measured: Measured, settings: Config, unit: ServedUnit, show: OnEvent) -> Verdict:
+    """Judge the measurements as a named task."""
+    verdict = _judge(measured, settings, unit.digest)
+    show({"event": "stage", "stage": "gate", "state": verdict.outcome})
+    create_markdown_artifact(report.gate_table(verdict), key="gate", description=f"Verdict: {verdict.outcome}")
+    return verdict
+
+
+@task(name="gate", cache_policy=NO_CACHE, persist_result=False)
+def _judge(measured: Measured, settings: Config, unit_digest: str) -> Verdict:
+    return gate.judge(measured.evaluations, measured.loadtests, settings.gate, unit_digest)
+
+
+@task(name="register", retries=2, retry_delay_seconds=10, retry_condition_fn=stages.worth_retrying,
+      timeout_seconds=1800, cache_policy=NO_CACHE, persist_result=False)  # fmt: skip
+def _register(made: Build, run_id: str) -> str | None:
+    registry_runs.record_build(run_id, made)
+    if made.verdict and made.verdict.outcome == "pass":
+        return registry.register(run_id, made)
+    registry.note_verdict(run_id, made)
+    return None
+
+
+def _conclude(made: Build, run_id: str, settings: Config, show: OnEvent) -> dict[str, Any]:
+    """Record the build in MLflow, register a passing one, tell the reviewer, leave finished.json."""
+    version = _register(made, run_id)
+    show({"event": "stage", "stage": "register", "state": f"v{version}" if version else "recorded"})
+    verdict = cast("Verdict", made.verdict)
+    page = registry.page(made.name, version, run_id)
+    create_markdown_artifact(
+        f"[{made.name} {'version ' + version if version else 'run'} in MLflow]({page})", key="mlflow"
+    )
+    finished = {
+        "name": made.name,
+        "build_key": made.key,
+        "outcome": verdict.outcome,
+        "run_id": run_id,
+        "version": version,
+        "unit_digest": made.unit.digest,
+        "page": page,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    folder = store.build_folder(made.key)
+    folder.mkdir(parents=True, exist_ok=True)
+    program.write_json(folder / "build.json", json.loads(made.model_dump_json()))
+    program.write_json(folder / "finished.json", finished)
+    if version:
+        notify.review_waits(finished, settings.notify)
+    return finished

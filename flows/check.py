@@ -1,0 +1,49 @@
+"""`tunegate check`, `schema` and `doctor`: answers that need no build. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline import environments, hardware, plan, resolve
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print the plan of a config.
+
+    Raises ConfigError, DataError, ModelError or EnvironmentMissing with all that is wrong.
+    """
+    config = resolve.resolve(options.config, options.set, options.data_dir)
+    if options.resolved:
+        print(json.dumps(config, indent=2))
+    show(config, options.config)
+    return 0
+
+
+def show(config: Mapping[str, Any], path: Any) -> plan.Plan:
+    """Print and return the plan of a resolved config."""
+    planned = plan.make(config, resolve.sources(config), hardware.device().name)
+    plan.render(planned, path, print)
+    return planned
+
+
+def schema(_options: argparse.Namespace) -> int:
+    """Print the JSON Schema of a config file."""
+    from pipeline.config_file import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Print what the machine has and lacks; 1 when something needed is missing."""
+    settings = environments.settings(resolve.resolve(options.config)) if options.config else None
+    findings = environments.doctor(settings)
+    for finding in findings:
+        mark = "ok" if finding.ok else "missing" if finding.needed else "absent"
+        print(f"{mark:<9}{finding.name:<22}{finding.detail}")
+        if not finding.ok and finding.remedy:
+            print(f"{'':<9}{'':<22}→ {finding.remedy}{'' if finding.needed else '  (only some configs need it)'}")
+    return int(any(not finding.ok and finding.needed for finding in findings))

@@ -1,0 +1,158 @@
+"""The `tunegate` command: what can be typed, and which module answers it.
+
+Nothing heavy is imported before the command is known, so that `--help` and `check` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.errors import TunegateError
+
+DESCRIPTION = (
+    "From a base model and your data to an approved model that serves: what was judged is byte for byte what serves."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a TunegateError is printed with its remedy and sets the exit code."""
+    options = parser().parse_args(arguments)
+    module, function = options.answer.split(":")
+    try:
+        code = getattr(importlib.import_module(module), function)(options)
+    except TunegateError as error:
+        sys.exit(_print(error))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
+    sys.exit(code or 0)
+
+
+def _print(error: TunegateError) -> int:
+    count = len(error.problems)
+    print(f"{type(error).__name__}: {count} problems" if count > 1 else type(error).__name__, file=sys.stderr)
+    for problem in error.problems:
+        print(problem, file=sys.stderr)
+    return error.exit_code
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
+    top = argparse.ArgumentParser("tunegate", description=DESCRIPTION)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _build_commands(commands)
+    _review_commands(commands)
+    _serving_commands(commands)
+    _house_commands(commands)
+    return top
+
+
+Commands = argparse._SubParsersAction  # noqa: SLF001 - argparse has no public name for it
+
+
+def _command(commands: Commands[argparse.ArgumentParser], name: str, answer: str, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(answer=answer)
+    return command
+
+
+def _build_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+    check = _command(
+        commands, "check", "flows.check:check", "print the resolved plan: stages, environments, cache, memory"
+    )
+    run = _command(commands, "run", "flows.run:run", "build: data to a gated, registered model version")
+    for command in (check, run):
+        command.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
+        command.add_argument("--data-dir", type=Path, help="where relative dataset paths start; default: beside CONFIG")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override a key, such as finetune.max_steps=10",
+        )
+    check.add_argument("--resolved", action="store_true", help="print every setting as well, defaults included")
+    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    run.add_argument("--again", action="store_true", help="measure and judge again although nothing changed")
+    _command(commands, "schema", "flows.check:schema", "print the config's JSON Schema, for editors")
+
+
+def _review_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+    review = _command(
+        commands, "review", "flows.review:review", "show what waits for a decision, with the gate's table"
+    )
+    _named(review)
+    for name, text in (("approve", "approve a version for promotion"), ("reject", "reject a version")):
+        decide = _command(commands, name, f"flows.review:{name}", text)
+        _named(decide)
+        decide.add_argument("--reviewer", default=os.environ.get("USER"), help="who decides; default: $USER")
+        decide.add_argument("--reason", default="", help="why; needed to reject")
+
+
+def _serving_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+    promote = _command(
+        commands, "promote", "flows.operate:promote", "put an approved version behind the proxy, dropping no request"
+    )
+    _named(promote)
+    promote.add_argument(
+        "--dry-run", action="store_true", help="verify the digests and print the steps, change nothing"
+    )
+    rollback = _command(commands, "rollback", "flows.operate:rollback", "put the release before this one back")
+    _named(rollback, version=False)
+    rollback.add_argument("--dry-run", action="store_true", help="print what would serve, change nothing")
+    status = _command(commands, "status", "flows.operate:status", "what serves, what runs, what waits")
+    _named(status, version=False)
+    status.add_argument("--json", action="store_true", help="for programs")
+    logs = _command(commands, "logs", "flows.operate:logs", "print a log: of what serves, or of a build's stages")
+    _named(logs, version=False)
+    logs.add_argument("--stage", help="a stage of the last build instead of the server")
+    logs.add_argument("-n", "--lines", type=int, default=50)
+    logs.add_argument("-f", "--follow", action="store_true")
+    chat = _command(commands, "chat", "flows.operate:chat", "talk to what serves, or to a candidate before approval")
+    _named(chat, version=False)
+    chat.add_argument(
+        "--candidate", action="store_true", help="start the version that waits for review, for this chat only"
+    )
+    chat.add_argument("--message", "-m", help="one message instead of a conversation")
+
+
+def _house_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+    cancel = _command(
+        commands, "cancel", "flows.operate:cancel", "stop a running build; the next run goes on where it was"
+    )
+    _named(cancel, version=False)
+    gc = _command(commands, "gc", "flows.operate:gc", "delete what no release, candidate or recent build needs")
+    gc.add_argument("--dry-run", action="store_true", help="print what would go and how much it frees")
+    gc.add_argument("--keep-days", type=float, default=7.0, help="keep what is younger; default 7")
+    doctor = _command(commands, "doctor", "flows.check:doctor", "say what this machine lacks and how to get it")
+    doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="also check what this config needs")
+    demo = _command(commands, "demo", "flows.demo:demo", "the whole chain on a small model, with a visible approval")
+    demo.add_argument("--reviewer", default="demo", help="the name under which the demo approves")
+    up = _command(
+        commands, "up", "flows.services:up", "start Prefect's and MLflow's pages, the worker and the deployments"
+    )
+    up.add_argument(
+        "config", type=Path, nargs="?", metavar="CONFIG", help="what the deployments build; default: the demo"
+    )
+    up.add_argument("--data-dir", type=Path, help="where relative dataset paths start; default: beside CONFIG")
+    _command(commands, "down", "flows.services:down", "stop everything that tunegate started here")
+
+
+def _named(command: argparse.ArgumentParser, *, version: bool = True) -> None:
+    command.add_argument(
+        "name", nargs="?", metavar="NAME", help="registered model; may be left out when there is only one"
+    )
+    if version:
+        command.add_argument("--version", help="a version; default: the newest one that fits")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Each system served once by vLLM, scored on the holdout and load-tested: base, merged, candidate and incumbent.
+
+An evaluation is kept by the digests of the served unit and the holdout. Load tests are kept for one build only, so that
+candidate and incumbent are measured side by side at every gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from flows import stages
+from flows.stages import OnEvent
+from pipeline import plan, program, registry, serving, store
+from pipeline.artifacts import Artifact, Evaluation, LoadTest, ServedUnit, Stage
+from pipeline.config import Config
+from pipeline.digests import digest_of
+from pipeline.serving_server import Server
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that the gate is told."""
+
+    evaluations: dict[str, Evaluation]
+    loadtests: dict[str, LoadTest]
+
+
+@dataclass(frozen=True)
+class System:
+    """A model folder in a role."""
+
+    role: str
+    model: Path
+    unit: ServedUnit
+
+
+def measure(
+    config: Mapping[str, Any], build_key: str, artifacts: Mapping[Stage, Artifact], unit: ServedUnit, show: OnEvent
+) -> Measured:
+    """Serve and measure every system that the config compares; what was measured before is read back."""
+    evaluations: dict[str, Evaluation] = {}
+    loadtests: dict[str, LoadTest] = {}
+    for system in systems(config, artifacts, unit):
+        named = _measure.with_options(name=f"measure-{system.role}")
+        evaluation, loadtest = named(dict(config), build_key, dict(artifacts), system, show)
+        evaluations[system.role] = evaluation
+        if loadtest:
+            loadtests[system.role] = loadtest
+    return Measured(evaluations, loadtests)
+
+
+def systems(config: Mapping[str, Any], artifacts: Mapping[Stage, Artifact], unit: ServedUnit) -> list[System]:
+    """The systems to measure, in order; merged is left out where it is itself the candidate."""
+    settings = Config.model_validate(config)
+    environment = stages.serve_environment(config)
+    found = []
+    for role in settings.evaluate.compare:
+        model = artifacts["base" if role == "base" else "merge"].payload
+        other = serving.served_unit(model, settings.serve, settings.name, environment)
+        if other.digest != unit.digest:
+            found.append(System(role, model, other))
+    found.append(System("candidate", artifacts["quantize" if "quantize" in artifacts else "merge"].payload, unit))
+    champion = registry.champion(settings.name)
+    if champion and champion.unit.digest != unit.digest:
+        found.append(System("incumbent", champion.model_path, champion.unit))
+    return found
+
+
+@task(retries=1, retry_delay_seconds=10, retry_condition_fn=stages.worth_retrying, timeout_seconds=6 * 3600,
+      cache_policy=NO_CACHE, persist_result=False)  # fmt: skip
+def _measure(
+    config: dict[str, Any], build_key: str, artifacts: dict[Stage, Artifact], system: System, show: OnEvent
+) -> tuple[Evaluation, LoadTest | None]:
+    """Evaluate and load-test one system on one vLLM start; no start when both are there already."""
+    with ExitStack() as stack:
+        server = _Lazy(config, build_key, system, show, stack)
+        evaluation = _evaluate(config, artifacts, system, server, show)
+        loadtest = None
+        if system.role in ("candidate", "incumbent"):
+            loadtest = _loadtest(config, build_key, artifacts, system, server, show)
+    return evaluation, loadtest
+
+
+class _Lazy:
+    """A server that starts when it is first asked for."""
+
+    def __init__(self, config: dict[str, Any], build_key: str, system: System, show: OnEvent, stack: ExitStack) -> None:
+        self._arguments = (config, build_key, system, show)
+        self._stack = stack
+        self._server: Server | None = None
+
+    def __call__(self) -> Server:
+        """The running server."""
+        if self._server is None:
+            config, build_key, system, show = self._arguments
+            settings = Config.model_validate(config)
+            show({"event": "stage", "stage": "serve", "state": "running", "log": system.role})
+            self._stack.enter_context(stages.device_slot())
+            self._server = self._stack.enter_context(
+                serving.running(
+                    system.unit, system.model, settings.serve, settings.name, store.build_folder(build_key) / f"serve-{system.role}",
+                    stages.serve_environment(config), show,
+                )
+            )  # fmt: skip
+        return self._server
+
+
+def _evaluate(
+    config: dict[str, Any], artifacts: dict[Stage, Artifact], system: System, server: _Lazy, show: OnEvent
+) -> Evaluation:
+    trained = system.role in ("merged", "candidate")
+    needed: tuple[str, ...] = ("prepare", "finetune") if trained else ("prepare",)
+    inputs = {name: artifacts[name] for name in needed}  # type: ignore[index]
+    parents = {"unit": system.unit.digest, **{name: artifact.digest for name, artifact in inputs.items()}}
+    key = digest_of(
+        {
+            "system": system.role,
+            "inputs": parents,
+            "config": config["evaluate"],
+            "confidence": config["gate"]["confidence"],
+            "source": plan.source_digest("evaluate"),
+        }
+    )[:32]
+    if store.find("evaluate", key) is None:
+        running = server()
+        with store.making("evaluate", key) as partial:
+            show({"event": "stage", "stage": "evaluate", "state": "running", "log": system.role})
+            settings = {"evaluate": config["evaluate"], "gate": config["gate"], **_where(system, running)}
+            request = program.Request(settings, stages.inputs_json(artifacts, needed), partial)
+            detail = stages.run_program("evaluate", "control", config, request, show)
+            store.finish(
+                "evaluate", key, partial, parents=parents, made_by={"vllm": system.unit.vllm_version}, detail=detail
+            )
+    found = store.find("evaluate", key)
+    assert found is not None  # noqa: S101 - finished above
+    show({"event": "stage", "stage": "evaluate", "state": system.role})
+    return Evaluation.model_validate_json((found.payload / "report.json").read_text(encoding="utf-8"))
+
+
+def _loadtest(
+    config: dict[str, Any],
+    build_key: str,
+    artifacts: dict[Stage, Artifact],
+    system: System,
+    server: _Lazy,
+    show: OnEvent,
+) -> LoadTest:
+    folder = store.build_folder(build_key) / f"loadtest-{system.role}"
+    file = folder / "payload" / "report.json"
+    done = folder / "result.json"
+    if not (done.is_file() and system.unit.digest in file.read_text(encoding="utf-8")):
+        running = server()
+        show({"event": "stage", "stage": "loadtest", "state": "running", "log": system.role})
+        settings = {"loadtest": config["loadtest"], "model_path": str(system.model), **_where(system, running)}
+        request = program.Request(settings, stages.inputs_json(artifacts, ("prepare",)), folder)
+        stages.run_program("loadtest", "serve", config, request, show)
+    show({"event": "stage", "stage": "loadtest", "state": system.role})
+    return LoadTest.model_validate_json(file.read_text(encoding="utf-8"))
+
+
+def _where(system: System, server: Server) -> dict[str, str]:
+    return {"system": system.role, "url": server.url, "model": server.model, "unit_digest": system.unit.digest}

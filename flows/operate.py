@@ -1,0 +1,254 @@
+"""Day two from a terminal: promote, rollback, status, logs, chat, cancel, gc."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import psutil
+
+from flows import progress, stages
+from flows import promote as promotion
+from flows.review import one_name, waiting
+from pipeline import deployment, deployment_steps, registry, serving, store
+from pipeline.errors import Problem, ReviewError, ServingError
+
+
+def promote(options: argparse.Namespace) -> int:
+    """Put an approved version behind the proxy.
+
+    Raises ReviewError when nothing is approved or the unit changed; ServingError when the new one does not come up.
+    """
+    name = one_name(options.name)
+    release = registry.release(name, options.version)
+    config = registry.config_of(release.run_id)
+    environment = stages.serve_environment(config.model_dump(mode="json"))
+    if options.dry_run:
+        deployment_steps.verify(release, config, environment)
+        print(
+            f"{name} v{release.version} is approved by {release.approval.reviewer} and unchanged: unit {release.unit.digest[:12]}"
+        )
+        print(
+            "steps: start beside the old one, canary, switch the proxy, drain and stop the old one, move the alias champion"
+        )
+        return 0
+    with progress.shown() as on_event:
+        promotion.run(release, config, environment, on_event)
+    return _print_status(name)
+
+
+def rollback(options: argparse.Namespace) -> int:
+    """Put the release before this one back; raises ReviewError when there is none."""
+    name = one_name(options.name)
+    earlier = deployment.previous(name)
+    if earlier is None:
+        raise ReviewError("there is no release before this one", key=name, remedy=f"tunegate review {name}")
+    release, config = earlier.release, earlier.settings()
+    if options.dry_run:
+        print(f"would put back {name} v{release.version}, unit {release.unit.digest[:12]}")
+        return 0
+    with progress.shown() as on_event:
+        promotion.run(release, config, stages.serve_environment(config.model_dump(mode="json")), on_event)
+    return _print_status(name)
+
+
+def status(options: argparse.Namespace) -> int:
+    """Print what serves, what runs and what waits."""
+    names = [one_name(options.name)] if options.name else registry.names()
+    if options.json:
+        print(json.dumps([deployment.status(name).model_dump(mode="json") for name in names], indent=1))
+        return 0
+    for name in names:
+        _print_status(name)
+        candidate = waiting(name)
+        if candidate:
+            print(f"  v{candidate.version} waits for review: tunegate review {name}")
+    for pid, name in _running_builds():
+        print(f"build of {name} runs as process {pid}: tunegate cancel {name}")
+    if not names:
+        print("no model is registered yet; next: tunegate run CONFIG")
+    return 0
+
+
+def _print_status(name: str) -> int:
+    for line in deployment.status(name).lines():
+        print(line)
+    return 0
+
+
+def logs(options: argparse.Namespace) -> int:
+    """Print the end of a log: the server's, or a stage's of the newest build."""
+    file = _stage_log(options.stage) if options.stage else deployment.log_file(one_name(options.name))
+    for line in _tail(file, options.lines):
+        print(line)
+    if options.follow:
+        _follow(file)
+    return 0
+
+
+def _stage_log(stage: str) -> Path:
+    found = sorted((store.home() / "work" / stage).glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
+    found += sorted((store.home() / "work" / stage).glob(".*.partial/log.txt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        known = sorted(path.name for path in (store.home() / "work").glob("*") if any(path.glob("*/log.txt")))
+        raise ReviewError(
+            f"no log of a stage {stage}", allowed=", ".join(known) or None, remedy="tunegate logs --stage STAGE"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _tail(file: Path, count: int) -> list[str]:
+    with file.open("rb") as log:
+        log.seek(max(0, file.stat().st_size - 400 * count))
+        return log.read().decode("utf-8", errors="replace").splitlines()[-count:]
+
+
+def _follow(file: Path) -> None:
+    with file.open(encoding="utf-8", errors="replace") as log:
+        log.seek(0, 2)
+        while True:
+            line = log.readline()
+            print(line, end="", flush=True) if line else time.sleep(0.5)
+
+
+def chat(options: argparse.Namespace) -> int:
+    """Talk to what serves, through the proxy, or to a candidate started for this chat alone."""
+    name = one_name(options.name)
+    with _chat_server(name, candidate=options.candidate) as (url, headers, model):
+        messages: list[dict[str, str]] = []
+        for text in [options.message] if options.message else _typed():
+            messages.append({"role": "user", "content": text})
+            answer = _stream(url, headers, {"model": model, "messages": messages, "stream": True, "temperature": 0})
+            messages.append({"role": "assistant", "content": answer})
+    return 0
+
+
+@contextmanager
+def _chat_server(name: str, *, candidate: bool) -> Iterator[tuple[str, dict[str, str], str]]:
+    if not candidate:
+        live = deployment.status(name)
+        if live.url is None:
+            raise ServingError(
+                "nothing serves", key=name, remedy=f"tunegate promote {name}, or tunegate chat {name} --candidate"
+            )
+        config = registry.config_of(registry.release(name, live.version).run_id)
+        key = os.environ.get(config.promote.api_key_env)
+        yield live.url, {"Authorization": f"Bearer {key}"} if key else {}, config.serve.served_model_name or name
+        return
+    found = waiting(name)
+    if found is None:
+        raise ReviewError("no version waits for review", key=name, remedy=f"tunegate chat {name}")
+    config = registry.config_of(found.run_id)
+    environment = stages.serve_environment(config.model_dump(mode="json"))
+    folder = store.home() / "work" / "chat" / name
+    with (
+        progress.shown() as on_event,
+        serving.running(
+            found.unit, registry.model_path(found), config.serve, name, folder, environment, on_event
+        ) as server,
+    ):
+        yield server.url, {}, server.model
+
+
+def _typed() -> Iterator[str]:
+    print("an empty line or Ctrl-D ends the chat")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        yield text
+
+
+def _stream(url: str, headers: dict[str, str], body: dict[str, object]) -> str:
+    said = ""
+    try:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", headers=headers, json=body, timeout=600) as response:
+            if response.is_error:
+                response.read()
+                raise ServingError(
+                    f"{url} answered {response.status_code}: {response.text[:300]}", remedy="tunegate status"
+                )
+            for line in response.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    piece = json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or ""
+                    said += piece
+                    print(piece, end="", flush=True)
+    except httpx.HTTPError as error:
+        raise ServingError(f"{url} did not answer: {error}", remedy="tunegate status, tunegate logs") from error
+    print()
+    return said
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """Stop a running build politely; what it finished stays, and the next run goes on."""
+    builds = [(pid, name) for pid, name in _running_builds() if options.name in (None, name)]
+    for pid, name in builds:
+        os.kill(pid, signal.SIGINT)
+        print(f"told the build of {name} (process {pid}) to stop; tunegate run goes on where it was")
+    if not builds:
+        print("no build runs")
+    return 0
+
+
+def _running_builds() -> list[tuple[int, str]]:
+    """Builds that run on this machine, by the notes they keep while they do: process id and name."""
+    found = []
+    for file in sorted((store.home() / "running").glob("*.json")):
+        note = json.loads(file.read_text(encoding="utf-8"))
+        if psutil.pid_exists(note["pid"]) and abs(psutil.Process(note["pid"]).create_time() - note["started"]) < 1:
+            found.append((int(note["pid"]), str(note["name"])))
+    return found
+
+
+def gc(options: argparse.Namespace) -> int:
+    """Delete old artefacts that no version, no deployment and no recent build refers to; what was released is never touched."""
+    freed = 0
+    for folder, why in _garbage(options.keep_days):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink == 1)
+        freed += size
+        print(
+            f"{'would delete' if options.dry_run else 'deleted'} {folder.relative_to(store.home())}  {size / 2**20:.0f} MiB  ({why})"
+        )
+        if not options.dry_run:
+            shutil.rmtree(folder)
+    print(f"{freed / 2**20:.0f} MiB {'would be ' if options.dry_run else ''}freed")
+    return 0
+
+
+def _garbage(keep_days: float) -> Iterator[tuple[Path, str]]:
+    """Folders of the store that may go, with the reason.
+
+    Kept are: artefacts of builds that a registered version came from, what is younger than `keep_days`, what a running build holds.
+    """
+    if _running_builds():
+        raise ReviewError([Problem("a build runs", allowed="gc when none does", remedy="tunegate cancel, or wait")])
+    kept = set()
+    for name in registry.names():
+        for version in registry.versions(name):
+            file = store.build_folder(version.build_key) / "build.json"
+            if file.is_file():
+                kept |= {
+                    artifact["key"] for artifact in json.loads(file.read_text(encoding="utf-8"))["artifacts"].values()
+                }
+                kept.add(file.parent.name)
+    horizon = time.time() - keep_days * 86400
+    for folder in sorted((store.home() / "work").glob("*/*")):
+        if not folder.is_dir() or folder.parent.name in ("configs", "releases"):
+            continue
+        key = folder.name.strip(".").removesuffix(".partial")
+        if key not in kept and folder.stat().st_mtime < horizon:
+            yield (
+                folder,
+                "left by a killed run" if folder.name.endswith(".partial") else f"older than {keep_days:g} days",
+            )

@@ -1,0 +1,144 @@
+"""Promotion as a Prefect flow: pipeline.deployment_steps as named tasks, and what the terminal calls.
+
+From a terminal the steps run as a flow when a Prefect server answers, so that they show there, and without
+Prefect otherwise: starting a temporary server takes longer than a promotion's own work, and bringing an old
+release back must never wait for one. The order of the steps is deployment.promote's in both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
+from prefect.tasks import Task
+
+from flows import progress, stages
+from pipeline import deployment, registry, store
+from pipeline.artifacts import Release
+from pipeline.config import Config
+from pipeline.deployment_state import Deployment
+from pipeline.deployment_steps import Promotion, Step
+from pipeline.environments import Environment
+from pipeline.errors import RegistryError, RoutingError, ServingError
+from pipeline.program import Event
+
+SetChampion = Callable[[str, str], None]
+# A server that doesn't start or answer is news, not noise; Caddy and MLflow may be told again.
+RETRIES = {"switch": 2, "alias": 3}
+RETRY_DELAY_S = 2
+
+
+@flow(name="promote", flow_run_name="promote-{name}", persist_result=False)
+def promote(name: str, version: str | None = None) -> dict[str, Any]:
+    """Put an approved version behind the proxy: the newest approved one unless a version is named.
+
+    Returns the deployment's status. Raises the TunegateError of the step that failed.
+    """
+    release = registry.release(name, version)
+    config = registry.config_of(release.run_id)
+    environment = stages.serve_environment(config.model_dump(mode="json"))
+    logged = progress.logged(get_run_logger())
+    _take_steps(Promotion(release, config, environment, registry.set_champion, logged))
+    return deployment.status(name).model_dump(mode="json")
+
+
+def run(
+    release: Release,
+    config: Config,
+    environment: Environment | None,
+    on_event: Callable[[Event], None],
+    set_champion: SetChampion = registry.set_champion,
+) -> None:
+    """Bring a release to where clients reach it; one that serves already is left alone at once.
+
+    Raises the TunegateErrors of deployment.promote, as they are, whether Prefect was in between or not.
+    """
+    promotion = Promotion(release, config, environment, set_champion, on_event)
+    if deployment.is_settled(promotion):
+        return
+    url = _prefect_url()
+    if url is None:
+        deployment.promote(promotion)
+        return
+
+    @flow(name="promote", flow_run_name=f"promote-{release.name}", persist_result=False)
+    def from_terminal() -> None:
+        _take_steps(promotion)
+
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_SERVER_ANALYTICS_ENABLED: False}):
+        from_terminal()
+
+
+def _take_steps(promotion: Promotion) -> Deployment:
+    """Take the steps as Prefect tasks and leave an artifact that says what serves now."""
+    made = deployment.promote(promotion, as_task)
+    now = deployment.status(promotion.name)
+    lines = "\n".join(now.lines())
+    create_markdown_artifact(
+        f"```\n{lines}\n```", key="serves", description=f"{now.name} v{now.version} is {now.state}"
+    )
+    if now.url:
+        create_link_artifact(f"{now.url}/v1/models", key="proxy", link_text=f"{now.name} v{now.version}")
+    return made
+
+
+def as_task(name: str, step: Step, promotion: Promotion) -> None:
+    """Take one step as a Prefect task of that name; its error comes out as it is."""
+    named = _step.with_options(
+        name=name,
+        retries=RETRIES.get(name, 0),
+        retry_delay_seconds=RETRY_DELAY_S,
+        retry_condition_fn=_worth_retrying,
+        timeout_seconds=_timeout_s(name, promotion.config),
+    )
+    try:
+        named(name, step, promotion)
+    except TimeoutError as error:
+        raise ServingError(
+            f"{name} took longer than {_timeout_s(name, promotion.config):.0f} s",
+            key=promotion.name,
+            remedy="tunegate status",
+        ) from error
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def _step(name: str, step: Step, promotion: Promotion) -> None:
+    deployment.directly(name, step, promotion)
+
+
+def _worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    try:
+        state.result()
+    except (RoutingError, RegistryError, OSError):
+        return True
+    except Exception:  # noqa: BLE001 - whatever it was, trying again doesn't mend it
+        return False
+    return False
+
+
+def _timeout_s(name: str, config: Config) -> float:
+    """How long a step may take: what its own settings allow, and something on top."""
+    serve, proxy = config.serve, config.promote
+    allowed = {
+        "verify": 3600,
+        "start": serve.startup_timeout,
+        "drain": proxy.drain_timeout + serve.shutdown_timeout,
+    }
+    return 120.0 + allowed.get(name, 480)
+
+
+def _prefect_url() -> str | None:
+    """The API of a Prefect server that answers: the environment's, or the one that `tunegate up` started."""
+    noted = store.home() / "services" / "prefect-api-url"
+    url = os.environ.get("PREFECT_API_URL") or (noted.read_text(encoding="utf-8").strip() if noted.is_file() else "")
+    try:
+        return url if url and httpx.get(f"{url}/health", timeout=2).is_success else None
+    except httpx.HTTPError:
+        return None

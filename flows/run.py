@@ -1,0 +1,67 @@
+"""`tunegate run`: the build flow from a terminal, with or without a Prefect server."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from flows import check
+from pipeline import resolve
+from pipeline.errors import GateFailed, Problem
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build from a config; a build that is done and unchanged is only reported.
+
+    Raises GateFailed when the verdict isn't a pass, whether it was reached now or before.
+    """
+    config = resolve.resolve(options.config, options.set, options.data_dir)
+    planned = check.show(config, options.config)
+    if options.dry_run:
+        return 0
+    finished = planned.finished
+    if finished is None or options.again:
+        finished = build_here(config, again=options.again)
+    else:
+        print("nothing changed since; this is what that build found (--again measures anew)")
+    report(finished)
+    return 0
+
+
+def build_here(config: Mapping[str, Any], *, again: bool = False) -> Mapping[str, Any]:
+    """Run the build flow in this process, its progress on this terminal."""
+    from flows.services import prefect_environment
+
+    prefect_environment()
+    from prefect import flow
+
+    from flows import build, progress
+
+    with progress.shown() as on_event:
+
+        @flow(name="build", flow_run_name=str(config["name"]), persist_result=False, validate_parameters=False)
+        def from_terminal() -> dict[str, Any]:
+            return build.run(config, on_event, again=again)
+
+        return from_terminal()
+
+
+def report(finished: Mapping[str, Any]) -> None:
+    """Print what a build came to and what comes next; raises GateFailed unless it passed."""
+    from flows.tables import print_build
+
+    print_build(str(finished["build_key"]))
+    if finished["outcome"] != "pass":
+        raise GateFailed(
+            Problem(
+                f"the verdict is {finished['outcome']}; nothing was registered",
+                file=str(finished["page"]),
+                allowed="every check of the policy passes",
+                remedy="read the table above; change data, training or policy, then run again",
+            )
+        )
+    print(f"\n{finished['name']} version {finished['version']} passed and waits for review: {finished['page']}")
+    print(
+        "  next: " + ", then ".join(f"tunegate {verb} {finished['name']}" for verb in ("review", "approve", "promote"))
+    )

@@ -1,0 +1,120 @@
+"""One pipeline stage as a Prefect task: its environment, the GPU slot, retries, the cache and live progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.tasks import Task
+
+from pipeline import environments, hardware, plan, program, store
+from pipeline.artifacts import Artifact
+from pipeline.errors import RegistryError, ServingError, StageFailed, TunegateError
+from pipeline.plan import Step
+
+# A gated model needs the user's token; no other stage program sees a secret.
+SECRETS_OF = {"model": ("HF_TOKEN",), "data": ("HF_TOKEN",)}
+OnEvent = Callable[[program.Event], None]
+
+
+def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """A crashed stage or a server that did not come up or answer may do better next time; a user's mistake won't."""
+    try:
+        state.result()
+    except (StageFailed, ServingError, RegistryError, TimeoutError):
+        return True
+    except Exception:  # noqa: BLE001 - whatever it was, trying again doesn't mend it
+        return False
+    return False
+
+
+def run(
+    step: Step, config: Mapping[str, Any], inputs: Mapping[str, Artifact], sources: Mapping[str, str], on_event: OnEvent
+) -> Artifact:
+    """Return the step's artefact: from the store, or made now by its stage program as a named Prefect task."""
+    made_by = plan.versions(step, config)
+    digests = {name: artifact.digest for name, artifact in inputs.items()}
+    key = plan.key_of(step, config, plan.inputs_of(step, digests, sources, hardware.device().name), made_by)
+    found = store.find(step.stage, key)
+    if found is not None:
+        on_event({"event": "stage", "stage": step.stage, "state": "cached", "seconds": 0.0, "key": key})
+        return found
+    named = _make.with_options(
+        name=step.stage,
+        retries=step.retries,
+        retry_delay_seconds=10,
+        retry_condition_fn=worth_retrying,
+        timeout_seconds=timedelta(hours=step.timeout_hours).total_seconds(),
+    )
+    records = {name: artifact.model_dump(mode="json") for name, artifact in inputs.items()}
+    key = named(step, dict(config), records, key, digests, made_by, on_event)
+    artifact = store.find(step.stage, key)
+    if artifact is None:
+        raise StageFailed(
+            f"the {step.stage} artefact {key} is gone from the store", remedy="run the same command again"
+        )
+    return artifact
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def _make(
+    step: Step,
+    config: dict[str, Any],
+    inputs: dict[str, Any],
+    key: str,
+    parents: dict[str, str],
+    made_by: dict[str, str],
+    on_event: OnEvent,
+) -> str:
+    """Run the stage program under the key's lock and put what it made into the store."""
+    with store.making(step.stage, key) as partial:
+        if store.peek(step.stage, key):  # another run made it while this one waited
+            return key
+        started = time.monotonic()
+        on_event(
+            {"event": "stage", "stage": step.stage, "state": "running", "log": str(partial / "log.txt"), "key": key}
+        )
+        request = program.Request(
+            {name.rpartition(".")[2]: plan.section(config, name) for name in step.sections}, inputs, partial
+        )
+        try:
+            with device_slot():
+                detail = run_program(plan.program_of(step.stage), step.environment, config, request, on_event)
+        except TunegateError:
+            on_event({"event": "stage", "stage": step.stage, "state": "failed", "seconds": time.monotonic() - started})
+            raise
+        store.finish(step.stage, key, partial, parents=parents, made_by=made_by, detail=detail)
+        on_event({"event": "stage", "stage": step.stage, "state": "done", "seconds": time.monotonic() - started})
+    return key
+
+
+def run_program(
+    module: str, environment: str, config: Mapping[str, Any], request: program.Request, on_event: OnEvent
+) -> dict[str, Any]:
+    """Run `python -m pipeline.MODULE` in the named environment."""
+    found = environments.find(environment, environments.settings(config))
+    environ = environments.child_environ(found, SECRETS_OF.get(module, ()))
+    return program.run(environments.command(found, f"pipeline.{module}"), environ, request, on_event)
+
+
+def device_slot() -> AbstractContextManager[None]:
+    """One stage at a time on a GPU, across all runs of this machine; a CPU is shared by the system itself."""
+    return store.lock("gpu") if hardware.device().kind == "cuda" else nullcontext()
+
+
+def inputs_json(artifacts: Mapping[Any, Artifact], names: tuple[str, ...]) -> dict[str, Any]:
+    """The records a program takes, as JSON by name."""
+    return {name: artifacts[name].model_dump(mode="json") for name in names if name in artifacts}
+
+
+def serve_environment(config: Mapping[str, Any]) -> environments.Environment | None:
+    """Where vLLM is installed; None when a container image holds it."""
+    if config["serve"]["runtime"] == "docker":
+        return None
+    return environments.find("serve", environments.settings(config))

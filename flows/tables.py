@@ -1,0 +1,73 @@
+"""Records as tables in a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline import report, store
+from pipeline.artifacts import Build, Interval, Verdict
+
+COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+WIDTH_OF_A_PIPE = 140
+
+
+def read_build(key: str, run_id: str | None = None) -> Build:
+    """A finished build's record: from the store, or from its MLflow run where another machine built it.
+
+    Raises RegistryError when neither has it.
+    """
+    file = store.build_folder(key) / "build.json"
+    if file.is_file() or run_id is None:
+        return Build.model_validate_json(file.read_text(encoding="utf-8"))
+    from pipeline import registry_runs
+
+    return Build.model_validate_json(registry_runs.read_text(run_id, registry_runs.RECORD))
+
+
+def print_build(key: str, run_id: str | None = None) -> None:
+    """Print a finished build: the scores of every system, then the gate's table."""
+    made = read_build(key, run_id)
+    console = terminal()
+    head, *rows = report.scores_table(made)
+    title = f"\n{made.name}: as served by vLLM {made.unit.vllm_version}, on the holdout"
+    console.print(_table(head, [list(map(escape, row)) for row in rows], title=escape(title)))
+    if made.verdict:
+        print_verdict(made.verdict, console)
+
+
+def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
+    """Print the gate's checks and its verdict."""
+    rows = [
+        [
+            escape(check.name),
+            escape(check.rule),
+            interval(check.estimate),
+            f"[{COLOURS[check.outcome]}]{check.outcome}[/]",
+            escape(check.why),
+        ]
+        for check in verdict.checks
+    ]
+    title = f"gate: [{COLOURS[verdict.outcome]}]{verdict.outcome}[/]"
+    (console or terminal()).print(_table(["check", "rule", "measured", "outcome", "why"], rows, title=title))
+
+
+def interval(estimate: Interval | None) -> str:
+    """A point estimate and its interval, short."""
+    return f"{estimate.value:.3g} ({estimate.low:.3g} to {estimate.high:.3g})" if estimate else "-"
+
+
+def terminal() -> Console:
+    """This terminal, or lines wide enough for a table where the output goes elsewhere."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH_OF_A_PIPE)
+
+
+def _table(head: list[str], rows: list[list[str]], title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in head:
+        table.add_column(escape(name), overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,253 @@
+"""The whole chain with a tiny random Llama that learns rows by heart: everything else is real.
+
+Real commands in real processes: Prefect, QLoRA, AWQ, vLLM, MLflow, Caddy. The first run is killed in the middle of
+fine-tuning, so what is tested afterwards is also what a resumed run comes to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from pipeline import environments, gate, program
+from pipeline.artifacts import Build
+from pipeline.config import Config
+from pipeline.digests import digest_folder
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+TESTS = Path(__file__).parents[1]
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "ivory", "jade")
+CONFIG = """
+name: tiny
+base_model: {folder}/model
+data:
+  datasets: [{{path: train.jsonl}}]
+  test_datasets: [{{path: holdout.jsonl}}]
+  sequence_len: 128
+  val_set_size: 2
+  calibration_set_size: 4
+  max_near_duplicate_rate: 1.0
+finetune: {{micro_batch_size: 2, num_epochs: 30, learning_rate: 1e-2, save_steps: 20, eval_steps: 20}}
+quantize: {{num_calibration_samples: 4, max_calibration_tokens: 64}}
+serve: {{enforce_eager: true, max_model_len: 128, max_num_seqs: 4, kv_cache_memory: 128MiB}}
+evaluate: {{max_tokens: 16, compare: [base]}}
+loadtest: {{max_concurrency: [2], num_prompts: 8, max_tokens: 8}}
+gate:
+  min_items: 10
+  metrics:
+    - {{metric: exact_match, min: 0.4}}
+    - {{metric: exact_match, against: base, margin: -0.3}}
+promote: {{port: {port}}}
+"""
+
+
+def row(verb: str, item: int) -> str:
+    """One conversation that can be learned by heart."""
+    messages = [
+        {"role": "user", "content": f"{verb} code of item {item}"},
+        {"role": "assistant", "content": WORDS[item]},
+    ]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+@dataclass
+class House:
+    """A folder with a config, its data and its store; `said` is what the build that went through printed."""
+
+    folder: Path
+    port: int
+    said: str = ""
+
+    def command(self, *arguments: str) -> list[str]:
+        """A tunegate command line."""
+        return [sys.executable, "-m", "flows.cli", *arguments]
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The environment of every command here."""
+        return {
+            **os.environ,
+            "TUNEGATE_HOME": str(self.folder / "mlruns"),
+            "PYTHONPATH": str(TESTS.parent),
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def tunegate(self, *arguments: str, code: int = 0) -> str:
+        """Run a command to its end; returns all that it printed."""
+        ended = subprocess.run(
+            self.command(*arguments),
+            env=self.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == code, ended.stdout
+        return ended.stdout
+
+    @property
+    def config(self) -> str:
+        """The config file."""
+        return str(self.folder / "tiny.yaml")
+
+    def only(self, pattern: str) -> Path:
+        """The one path in the store that fits."""
+        (found,) = (self.folder / "mlruns" / "work").glob(pattern)
+        return found
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """A house whose first build was killed and whose second went through."""
+    folder = tmp_path_factory.mktemp("chain")
+    made = House(folder, 18000 + os.getpid() % 2000)
+    (folder / "train.jsonl").write_text(
+        "".join(row(verb, item) for verb in ("Tell me the", "What is the") for item in range(10))
+    )
+    (folder / "holdout.jsonl").write_text("".join(row("Say the", item) for item in range(10)))
+    (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder, port=made.port))
+    train = environments.find("train")
+    subprocess.run(
+        [train.interpreter, TESTS / "tiny.py", folder / "model"], env=environments.child_environ(train), check=True
+    )
+    kill_after_a_checkpoint(made)
+    made.said = made.tunegate("run", made.config)
+    yield made
+    made.tunegate("down")
+
+
+def kill_after_a_checkpoint(house: House) -> None:
+    """Start a build and kill it, -9, its stage too, once fine-tuning has written a checkpoint and gone on."""
+    build = subprocess.Popen(
+        house.command("run", house.config), env=house.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    work = house.folder / "mlruns" / "work"
+    while not list(work.glob("finetune/.*.partial/checkpoints/step-*")):
+        assert build.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for pid in [build.pid, *children(build.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    build.wait()
+    assert not list(work.glob("finetune/*/artifact.json"))
+
+
+def children(pid: int) -> list[int]:
+    """All processes below one."""
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def build_of(house: House) -> Build:
+    """The finished build's record."""
+    return Build.model_validate_json(house.only("build/*/build.json").read_text())
+
+
+def ask(house: House, path: str = "/v1/chat/completions") -> httpx.Response:
+    """Ask the proxy for the word of item 3."""
+    body = {
+        "model": "tiny",
+        "messages": json.loads(row("Say the", 3))["messages"][:1],
+        "temperature": 0,
+        "max_tokens": 16,
+    }
+    return httpx.post(f"http://127.0.0.1:{house.port}{path}", json=body, timeout=60)
+
+
+def test_a_killed_build_goes_on_and_repeats_no_finished_stage(house: House) -> None:
+    """The second run takes base and data from the store, fine-tunes on from the checkpoint, and passes."""
+    lines = [line.split() for line in house.said.splitlines()]
+    states = {words[0]: words[1] for words in lines if len(words) > 1 and words[1] in ("cached", "done")}
+    assert (states["base"], states["prepare"], states["finetune"]) == ("cached", "cached", "done")
+    steps = [int(words[1].split("/")[0]) for words in lines if words[:1] == ["finetune"] and words[2:3] == ["steps"]]
+    assert steps
+    assert min(steps) > 1
+    verdict = build_of(house).verdict
+    assert verdict
+    assert verdict.outcome == "pass"
+
+
+def test_the_resumed_adapter_is_the_uninterrupted_one(house: House, tmp_path: Path) -> None:
+    """The same request run in one go gives the same bytes."""
+    resumed = house.only("finetune/*/artifact.json").parent
+    request = json.loads((resumed / "request.json").read_text())
+    train = environments.find("train")
+    program.run(
+        environments.command(train, "pipeline.finetune"), environments.child_environ(train),
+        program.Request(request["config"], request["inputs"], tmp_path), lambda _event: None,
+    )  # fmt: skip
+    assert digest_folder(tmp_path / "payload") == digest_folder(resumed / "payload")
+
+
+def test_the_untrained_self_fails_the_same_gate(house: House) -> None:
+    """The base model's answers, judged as if it were the candidate, fail the policy that the tuned one passed."""
+    made = build_of(house)
+    untrained = made.evaluations["base"].model_copy(update={"system": "candidate"})
+    policy = Config.model_validate(made.config).gate
+    loadtests = {
+        role: test.model_copy(update={"unit_digest": untrained.unit_digest}) for role, test in made.loadtests.items()
+    }
+    verdict = gate.judge(
+        {"base": made.evaluations["base"], "candidate": untrained}, loadtests, policy, untrained.unit_digest
+    )
+    assert verdict.outcome == "fail"
+
+
+def test_running_again_is_a_no_op(house: House) -> None:
+    """Nothing changed, so nothing runs, and Prefect isn't started."""
+    started = time.monotonic()
+    said = house.tunegate("run", house.config)
+    assert "nothing changed" in said
+    assert " running " not in said
+    assert time.monotonic() - started < 20
+
+
+def test_only_an_approved_version_is_promoted_and_answers(house: House) -> None:
+    """Promotion is refused before approval; after it the proxy answers with what was learned, and rollback has nowhere to go."""
+    refused = house.tunegate("promote", "tiny", code=5)
+    assert "nothing unapproved is promoted" in refused
+    assert "waits for review" in house.tunegate("review", "tiny")
+    house.tunegate("approve", "tiny", "--reviewer", "tests", "--reason", "it knows its words")
+    assert "is live" in house.tunegate("promote", "tiny")
+    answer = ask(house)
+    assert answer.status_code == httpx.codes.OK, answer.text
+    evaluated = {item.prompt: item.answer for item in build_of(house).evaluations["candidate"].items}
+    assert answer.json()["choices"][0]["message"]["content"] == evaluated["Say the code of item 3"]
+    assert ask(house, "/tokenize").status_code == httpx.codes.NOT_FOUND
+    status = json.loads(house.tunegate("status", "tiny", "--json"))[0]
+    assert (status["state"], status["version"], status["unit_digest"]) == ("live", "1", build_of(house).unit.digest)
+    house.tunegate("rollback", "tiny", code=5)
+
+
+def test_what_serves_is_byte_for_byte_what_was_judged(house: House) -> None:
+    """The folder in MLflow's store has the digest that the evaluation, the approval and the deployment name."""
+    made = build_of(house)
+    (served,) = (house.folder / "mlruns" / "artifacts").glob("tiny/*/artifacts/model")
+    assert digest_folder(served) == made.artifacts["quantize"].digest
+    assert made.evaluations["candidate"].unit_digest == made.unit.digest
+
+
+def test_a_promoted_release_that_changed_on_disk_is_not_served_again(house: House) -> None:
+    """One byte more in the weights' folder voids the approval."""
+    house.tunegate("down")
+    (served,) = (house.folder / "mlruns" / "artifacts").glob("tiny/*/artifacts/model")
+    template = served / "tokenizer_config.json"
+    original = template.read_bytes()
+    template.unlink()
+    template.write_bytes(original + b" ")
+    assert "unit.tokenizer" in house.tunegate("promote", "tiny", code=5)
+    template.write_bytes(original)
+    assert "is live" in house.tunegate("promote", "tiny")
+    assert ask(house).status_code == httpx.codes.OK
