@@ -57,7 +57,7 @@ def run(request: program.Request) -> dict[str, Any]:
     model = backend.load(source, scratch)
     original = quantize_check.read(model, calibration.probe)
     quantization = backend.quantize(
-        model, tokenizer, calibration.samples, group_size=group_size, zero_point=settings.zero_point,
+        model, tokenizer, [sample.ids for sample in calibration.samples], group_size=group_size, zero_point=settings.zero_point,
         folder=made, on_layer=lambda done, layers: program.progress(done, layers, "layers"), **effort,
     )  # fmt: skip
     del model

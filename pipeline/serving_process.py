@@ -174,8 +174,10 @@ def free_port() -> int:
 
 
 def _supervisor_environ() -> dict[str, str]:
+    """This process's packages, which may come by PYTHONPATH where there are no virtual environments, and no secret."""
     kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH") if key in os.environ}
-    return {**kept, "PYTHONPATH": str(ROOT)}
+    here = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return {**kept, "PYTHONPATH": os.pathsep.join([str(ROOT), *(entry for entry in here if entry)])}
 
 
 def _supervisor(server: Server) -> processes.Process:
