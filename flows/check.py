@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pipeline import environments, hardware, plan, resolve
@@ -22,10 +23,12 @@ def check(options: argparse.Namespace) -> int:
     return 0
 
 
-def show(config: Mapping[str, Any], path: Any) -> plan.Plan:
-    """Print and return the plan of a resolved config."""
+def show(config: Mapping[str, Any], path: Path) -> plan.Plan:
+    """Print and return the plan of a resolved config, with a warning where its builds can't pass."""
     planned = plan.make(config, resolve.sources(config), hardware.device().name)
     plan.render(planned, path, print)
+    for warning in resolve.warnings(config, path):
+        print(f"warning: {warning}")
     return planned
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,17 @@ SETTLED = {
 }
 
 
-def load(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = None) -> Config:
+def load(
+    path: Path,
+    overrides: Sequence[str] = (),
+    data_dir: Path | None = None,
+    judge: Callable[[Config], Iterable[Problem]] = lambda _config: (),
+) -> Config:
     """Read a config file.
 
     `overrides` are `section.key=value` (values are YAML), applied last. Relative dataset and model paths are looked up under
-    `data_dir` when given, else beside the file.
+    `data_dir` when given, else beside the file. `judge` tells what is wrong with settings that are right one by one; its
+    problems get the file and line of their key.
 
     Raises ConfigError with every mistake of the file: its line, the key, what is allowed and what was probably meant.
     """
@@ -78,6 +85,7 @@ def load(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = None
     data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem))
     try:
         config = Config.model_validate(data)
+        problems += [_located(problem, lines, path) for problem in judge(config)]
     except ValidationError as error:
         problems += _problems(error, data, lines, path)
     if problems:
@@ -258,6 +266,13 @@ def _problems(
             allowed=_allowed(detail, known),
             remedy=f"correct it, then: tunegate check {path}",
         )
+
+
+def _located(problem: Problem, lines: Mapping[KeyPath, int], path: Path) -> Problem:
+    """The problem with the place of its key (such as gate.metrics[0].metric) in the file, or of the nearest that stands there."""
+    parts = re.findall(r"[^.\[\]]+", problem.key or "")
+    line = _line(tuple(int(part) if part.isdigit() else part for part in parts), lines)
+    return replace(problem, file="--set" if line == 0 else str(path), line=line or None)
 
 
 def _line(at: KeyPath, lines: Mapping[KeyPath, int]) -> int | None:

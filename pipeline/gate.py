@@ -76,19 +76,30 @@ def worst(outcomes: Sequence[Outcome]) -> Outcome:
 
 def policy_problems(policy: GateConfig, evaluate: EvaluateConfig, loadtest: LoadtestConfig) -> list[Problem]:
     """What a policy asks for that evaluation and load test won't measure: known before anything runs."""
+    names = scoring.names_measured(evaluate.scorers)
     problems = []
-    measured_names = {scorer.metric for scorer in evaluate.scorers}
-    names = sorted(measured_names | ({scoring.F1_MACRO} if "accuracy" in measured_names else set()))
     for index, check in enumerate(policy.metrics):
-        if check.metric.partition("/")[0] not in names:
+        if not scoring.is_measured(check.metric, evaluate.scorers):
             problems.append(_absent(f"gate.metrics[{index}].metric", check.metric, names, "evaluate.scorers"))
         if check.against == "base" and "base" not in evaluate.compare:
             problems.append(
                 _absent(f"gate.metrics[{index}].against", "base", list(evaluate.compare), "evaluate.compare")
             )
+    problems += _too_few_items(policy, evaluate)
     problems += _load_problems(policy, loadtest.max_concurrency)
     problems += _too_few_requests(policy, loadtest)
     return problems
+
+
+def _too_few_items(policy: GateConfig, evaluate: EvaluateConfig) -> Iterator[Problem]:
+    """Fewer scored items than the policy wants, however large the holdout is."""
+    if evaluate.max_items is not None and evaluate.max_items < policy.min_items:
+        yield Problem(
+            f"{policy.min_items} scored items are wanted and only {evaluate.max_items} are asked for: it can't pass",
+            key="gate.min_items",
+            allowed=f"at most evaluate.max_items, {evaluate.max_items}",
+            remedy=f"set evaluate.max_items: {policy.min_items} or more, or lower gate.min_items",
+        )
 
 
 def _absent(key: str, asked: str, there: Sequence[str], where: str) -> Problem:

@@ -1,21 +1,27 @@
 """A config file as resolved JSON, remembered by the digest of all it was read from.
 
 Reading a config needs pydantic, which takes longer to import than everything else that `tunegate check` does; a file that was
-found right once needs no second look until it, or the code that judges it, changes. Standard library only.
+found right once needs no second look until it, or the code that judges it, changes. The standard library is enough then.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import environments, store
 from pipeline.digests import digest_file, digest_of
+from pipeline.errors import ConfigError, Problem
 from pipeline.program import write_json
 
-JUDGES = ("config.py", "config_file.py", "resolve.py")
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
+JUDGES = (
+    "config.py", "config_file.py", "gate.py", "load_statistics.py", "resolve.py", "scoring.py", "serving_refusals.py",
+)  # fmt: skip
 
 
 def resolve(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = None) -> dict[str, Any]:
@@ -28,11 +34,43 @@ def resolve(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = N
         return dict(json.loads(memory.read_text(encoding="utf-8")))
     from pipeline.config_file import load
 
-    config = load(path, overrides, data_dir).model_dump(mode="json")
+    config = load(path, overrides, data_dir, judge).model_dump(mode="json")
     if memory:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, config)
     return config
+
+
+def judge(config: Config) -> Iterator[Problem]:
+    """What would be found wrong hours later: a policy that can never be decided, a scorer or a served unit that can't be made."""
+    from pipeline import gate, scoring
+    from pipeline.serving_refusals import argument_problems, env_problems
+
+    try:
+        scoring.item_scorer(config.evaluate.scorers)
+    except ConfigError as error:
+        yield from error.problems
+    yield from argument_problems(config.serve.extra_args)
+    yield from env_problems(config.serve.env)
+    yield from gate.policy_problems(config.gate, config.evaluate, config.loadtest)
+
+
+def warnings(config: Mapping[str, Any], path: Path) -> list[Problem]:
+    """What is allowed and still keeps a build of this resolved config from passing its gate."""
+    checks = config["gate"]["metrics"]
+    if any(check["min"] is not None or check["against"] == "base" for check in checks):
+        return []
+    why = "every check compares with the incumbent, and before the first promotion there is none" if checks else "no quality is asked for"
+    metric = next((scorer["metric"] for scorer in config["evaluate"]["scorers"]), "exact_match")
+    return [
+        Problem(
+            f"{why}: the verdict can't be pass, and nothing would be registered",
+            file=str(path),
+            key="gate.metrics",
+            allowed="at least one check with min, or against: base",
+            remedy=f"add one, such as {{metric: {metric}, min: 0.5}}",
+        )
+    ]
 
 
 def _memory(path: Path, overrides: Sequence[str], data_dir: Path | None) -> Path:

@@ -26,6 +26,7 @@ from pipeline.statistics import (
 )
 
 F1_MACRO = "f1_macro"
+FIELDS = "json_field_match"
 LABEL_WRAPPING = " .,;:!\"'`*"
 _MISSING = object()
 
@@ -145,7 +146,7 @@ def item_scorer(scorers: Iterable[Scorer]) -> Callable[[str, str | None], dict[s
 
 
 def _scorer(scorer: Scorer) -> Callable[[str, str], dict[str, float]]:
-    if scorer.metric == "json_field_match":
+    if scorer.metric == FIELDS:
         return lambda expected, answer: json_field_match(expected, answer, scorer.fields)
     if scorer.metric == "json_valid":
         schema = _validator(scorer.json_schema) if scorer.json_schema is not None else None
@@ -173,7 +174,7 @@ def _validator(schema: dict[str, Any]) -> Any:
 
 def unfit(scorers: Iterable[Scorer], rows: Iterable[tuple[str, str]]) -> list[Problem]:
     """What is wrong with expected answers for these scorers: `rows` are (id, expected)."""
-    if not any(scorer.metric == "json_field_match" for scorer in scorers):
+    if not any(scorer.metric == FIELDS for scorer in scorers):
         return []
     problems = []
     for identity, expected in rows:
@@ -191,6 +192,20 @@ def unfit(scorers: Iterable[Scorer], rows: Iterable[tuple[str, str]]) -> list[Pr
                 )
             )
     return problems
+
+
+def names_measured(scorers: Sequence[Scorer]) -> list[str]:
+    """The metrics that these scorers are sure to give, sorted; a field is sure where `fields` names it."""
+    names = {scorer.metric for scorer in scorers} | {
+        f"{scorer.metric}/{name}" for scorer in scorers for name in scorer.fields if scorer.metric == FIELDS
+    }
+    return sorted(names | ({F1_MACRO} if "accuracy" in names else set()))
+
+
+def is_measured(metric: str, scorers: Sequence[Scorer]) -> bool:
+    """Whether these scorers can give the metric; without `fields` any field may turn out to be in the holdout."""
+    any_field = any(scorer.metric == FIELDS and not scorer.fields for scorer in scorers)
+    return metric in names_measured(scorers) or (any_field and metric.startswith(f"{FIELDS}/"))
 
 
 def metric_names(items: Sequence[Item]) -> list[str]:

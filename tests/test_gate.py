@@ -281,6 +281,30 @@ def test_a_policy_that_asks_for_what_is_not_measured_is_told_before_anything_run
     assert gate.policy_problems(FLOOR, EvaluateConfig(), LoadtestConfig()) == []
 
 
+def test_fewer_items_than_the_policy_wants_are_told_before_anything_runs():
+    """max_items below min_items could only be inconclusive."""
+    (problem,) = gate.policy_problems(FLOOR, EvaluateConfig(max_items=50), LoadtestConfig())
+    assert problem.key == "gate.min_items"
+    assert "set evaluate.max_items: 100" in str(problem)
+    assert gate.policy_problems(FLOOR, EvaluateConfig(max_items=100), LoadtestConfig()) == []
+
+
+def test_a_field_is_measured_where_the_scorer_compares_it():
+    """Named fields are all there is; without names the holdout's own fields are, whatever they will be."""
+    policy = GateConfig(
+        metrics=(
+            MetricCheck(metric="json_field_match/category", min=0.5),
+            MetricCheck(metric="json_field_match/colour", min=0.5),
+        )
+    )
+    some = EvaluateConfig(scorers=(Scorer(metric="json_field_match", fields=("category",)),))
+    (problem,) = gate.policy_problems(policy, some, LoadtestConfig())
+    assert problem.key == "gate.metrics[1].metric"
+    assert problem.allowed == "json_field_match, json_field_match/category"
+    every = EvaluateConfig(scorers=(Scorer(metric="json_field_match"),))
+    assert gate.policy_problems(policy, every, LoadtestConfig()) == []
+
+
 def test_a_tail_that_too_few_requests_cannot_bound_is_told_before_anything_runs():
     """A 95th percentile needs 72 requests; 2 repeats of 16 get the number of prompts that would do."""
     loadtest = LoadtestConfig(max_concurrency=(4,), num_prompts=16, repeats=2)
