@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-STARTED, STATE = 19, 0  # places in /proc/PID/stat after the command's name
+STATE, GROUP, THREADS, STARTED = 0, 2, 17, 19  # places in /proc/PID/stat after the command's name
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,22 @@ class Process:
 
 
 def find(pid: int) -> Process | None:
-    """The process that runs under this pid now, or None; a zombie doesn't run."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+    """The process that runs under this pid now, or None; a zombie doesn't run.
+
+    One whose first thread ended while others live still runs: a killed program of many threads is so for some
+    milliseconds, and holds its sockets and locks until its last thread is gone.
+    """
+    fields = _fields(pid)
+    if fields is None or (fields[STATE] in "ZX" and int(fields[THREADS]) <= 1):
         return None
-    return None if fields[STATE] in "ZX" else Process(pid, int(fields[STARTED]))
+    return Process(pid, int(fields[STARTED]))
+
+
+def _fields(pid: int) -> list[str] | None:
+    """What /proc/PID/stat says after the command's name, or None."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return None
 
 
 def is_alive(process: Process) -> bool:
@@ -49,13 +59,24 @@ def spawn(command: Sequence[str], environ: Mapping[str, str], log: Path) -> Proc
 
 def end(process: Process, timeout_s: float) -> None:
     """End the process and its group: SIGTERM, then SIGKILL after `timeout_s` seconds; one that is gone is left alone."""
+    if not is_alive(process):
+        return
     for sign, patience in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 10.0)):
-        if not is_alive(process):
-            return
         with suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
         deadline = time.monotonic() + patience
-        while is_alive(process) and time.monotonic() < deadline:
+        while left := _group(process.pid):
+            if time.monotonic() > deadline:
+                break
             with suppress(ChildProcessError):
                 os.waitpid(process.pid, os.WNOHANG)  # when it is our own child
-            time.sleep(0.05)
+            time.sleep(0.02)
+        if not left:
+            return
+
+
+def _group(leader: int) -> list[int]:
+    """Pids in a process group that still run."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    members = [pid for pid in pids if (fields := _fields(pid)) and fields[GROUP] == str(leader)]
+    return [pid for pid in members if find(pid)]

@@ -37,6 +37,22 @@ def test_one_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     assert not processes.is_alive(process)
 
 
+def test_a_process_runs_as_long_as_its_last_thread(tmp_path: Path) -> None:
+    """Its first thread is a zombie, as in a program that is being killed; its sockets are held by the other one."""
+    code = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=lambda: (print('up', flush=True), time.sleep(600))).start()\n"
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    process = processes.spawn([sys.executable, "-c", code], os.environ, tmp_path / "log")
+    while ") Z " not in Path(f"/proc/{process.pid}/stat").read_text() or not (tmp_path / "log").read_text():
+        pass
+    assert processes.is_alive(process)
+    processes.end(process, 5)
+    assert not processes.is_alive(process)
+    assert not list(Path(f"/proc/{process.pid}/task").glob("*/fd/*"))
+
+
 def test_a_pid_used_again_is_another_process() -> None:
     """The same pid with another start time is neither alive nor ended."""
     mine = processes.find(os.getpid())
