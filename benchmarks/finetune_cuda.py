@@ -1,6 +1,6 @@
 """QLoRA on one GPU: pipeline.finetune against the plain loop of peft and bitsandbytes.
 
-    python benchmarks/finetune_cuda.py BASE [--rows ROWS.jsonl] [--steps 24] [--sides plain,ours] [--out FOLDER]
+    python benchmarks/finetune_cuda.py BASE [--rows ROWS.jsonl] [--steps 24] [--sides plain,ours] [--memory 15] [--out FOLDER]
 
 Runs in the train environment. BASE is a Hugging Face folder (benchmarks/make_llama.py makes one of 7.4 B). Every side
 trains the same rows in the same order with the same NF4 base (double quantization), LoRA r=16 on all linear layers,
@@ -8,21 +8,22 @@ alpha 32, dropout 0.05 and 8-bit paged AdamW, and starts from the same adapter s
 
   plain        rows padded to the longest, bf16 autocast, sdpa, every layer checkpointed (non-reentrant)
   plain-open   the same without checkpointing
-  ours         pipeline.finetune with the same rows in each step
+  ours         pipeline.finetune with the same rows in each step, within --memory GiB where that is given
 
 Without ROWS.jsonl (prepared rows) a step has 4 rows of 1024 random ids, of which 16 are learned by heart; with it, 32
-rows. Prints useful tokens/s (padding isn't counted; the median step after the first third), the peak of allocated
+rows. Each side has a process to itself. Prints useful tokens/s (padding isn't counted; the median step after the first third), the peak of allocated
 memory, and the share of the card's matrix rate: (4 + 2·checkpointed) N FLOP a token for N parameters in matrices (a
-frozen base needs no weight gradients), over --peak-tflops. Writes losses.json and losses.png to FOLDER.
+frozen base needs no weight gradients), over --peak-tflops. Writes each side's JSON and losses.png to FOLDER.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from array import array
@@ -166,6 +167,8 @@ def matrix_parameters(base: Path) -> int:
 def measure(name: str, it: Work, args: argparse.Namespace) -> Measured:
     """Train every batch of `it` on one side."""
     began = time.perf_counter()
+    if name == "ours" and args.memory:
+        torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.mem_get_info()[1])
     made = {
         "plain": lambda: plain(it, checkpointed=True),
         "plain-open": lambda: plain(it, checkpointed=False),
@@ -222,36 +225,43 @@ def draw(found: Sequence[Measured], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def main() -> None:
-    """Measure the sides in turn and print their ratios to the first."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", type=Path)
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--sides", default="plain,plain-open,ours")
     parser.add_argument("--optimizer", default="paged_adamw_8bit")
+    parser.add_argument("--memory", type=float)
     parser.add_argument("--peak-tflops", type=float, default=790.0)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path())
-    args = parser.parse_args()
-    it = work(args.base, args.rows, args.steps)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {len(it.batches)} steps, "
-          f"{statistics.mean(map(it.tokens, it.batches)):.0f} useful tokens each", flush=True)  # fmt: skip
-    found: list[Measured] = []
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure the sides in turn and print their ratios to the first."""
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.only:
+        found = measure(args.only, work(args.base, args.rows, args.steps), args)
+        (args.out / f"{args.only}.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
+        return
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.steps} steps", flush=True)
+    sides: list[Measured] = []
     for name in args.sides.split(","):
-        found.append(measure(name, it, args))
-        gc.collect()
-        torch.cuda.empty_cache()
-        one = found[-1]
+        subprocess.run([sys.executable, *sys.argv, "--only", name], check=True)
+        sides.append(Measured(**json.loads((args.out / f"{name}.json").read_text(encoding="utf-8"))))
+        one = sides[-1]
         print(
-            f"{one.side:<12}{one.tokens_per_second:>10.0f} tokens/s {one.tokens_per_second / found[0].tokens_per_second:>7.2f}x"
-            f"{one.peak_gib:>8.1f} GiB {one.utilisation:>7.1%} of the matrix rate, first step {one.seconds_to_first_step:.1f} s,"
+            f"{one.side:<12}{one.tokens_per_second:>9.0f} tokens/s{one.tokens_per_second / sides[0].tokens_per_second:>8.2f}x"
+            f"{one.peak_gib:>8.1f} GiB{one.utilisation:>8.1%} of the matrix rate, first step {one.seconds_to_first_step:.1f} s,"
             f" loss {one.losses[0]:.4f} -> {one.losses[-1]:.4f}",
             flush=True,
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "losses.json").write_text(json.dumps([asdict(one) for one in found]) + "\n", encoding="utf-8")
-    draw(found, args.out / "losses.png")
+    draw(sides, args.out / "losses.png")
 
 
 if __name__ == "__main__":

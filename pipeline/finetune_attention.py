@@ -33,16 +33,17 @@ def choose(config: Any, device: str, sequence_len: int) -> str | None:
         return None
     if device == "cpu":
         return CPU
-    return CUDA if _has_varlen() and not getattr(config, "attention_dropout", 0) else None
+    return CUDA if "window_size" in _varlen_parameters() and not getattr(config, "attention_dropout", 0) else None
 
 
-def _has_varlen() -> bool:
-    """Whether torch has the kernel in the form used here (torch 2.11; 2.10 has it with other arguments)."""
+@lru_cache(maxsize=1)
+def _varlen_parameters() -> frozenset[str]:
+    """What torch's kernel can be told (2.10 takes no window, some versions no shared keys); empty without one."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return "window_size" in inspect.signature(varlen_attn).parameters
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def register() -> None:
@@ -117,10 +118,11 @@ def rows_on_cuda(
 
     groups = query.shape[1] // key.shape[1]
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if groups > 1:
+    shared = {"enable_gqa": True} if groups > 1 and "enable_gqa" in _varlen_parameters() else {}
+    if groups > 1 and not shared:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     answer = varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(), cu_seq_lens_q, cu_seq_lens_q,
-        max_length_q, max_length_q, scale=scaling, window_size=(-1, 0),
+        max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), **shared,
     )  # fmt: skip
     return answer.unsqueeze(0), None

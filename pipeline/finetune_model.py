@@ -1,7 +1,9 @@
 """The model that is trained: the base in NF4, frozen, with LoRA layers in float32 around its linear ones.
 
-On a CPU the frozen NF4 weights are unpacked once: training sees the same values as if each pass unpacked them
-again, for 2 bytes a parameter. Runs in the train environment.
+Where memory allows, the frozen NF4 weights are unpacked once: training sees the same values as if each pass unpacked
+them again, for 2 bytes a parameter. On a GPU, Liger's kernels and the fused LoRA layers of finetune_lora keep little for
+the backward pass, so that short passes without checkpointing fit where a whole batch wouldn't. Runs in the train
+environment.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import finetune_attention
+from pipeline import finetune_attention, finetune_lora
 from pipeline.config import FinetuneConfig
 from pipeline.errors import ConfigError, ModelError
 
@@ -21,7 +23,11 @@ if TYPE_CHECKING:
     import torch
 
 CPU_TOKENS_A_PASS = 1024
+GPU_TOKENS_A_PASS = range(1024, 16384 + 1)  # fewer leave a GPU idle and unpack NF4 too often; more gain nothing
 UNPACKED_BYTES = 2
+UNPACK_UP_TO = {"cpu": 0.5, "cuda": 0.05}  # of free memory; a big model hides the unpacking behind its products
+USED_BY_ACTIVATIONS = 0.8  # of free memory
+LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Hardware:
     threads: int
     attention: str
     shares_prefixes: bool
+    kernels: str
     frozen_weights: str
     gradient_checkpointing: bool
     tokens_a_pass: int
@@ -71,13 +78,17 @@ def load(base: Path, settings: FinetuneConfig, sequence_len: int) -> tuple[Any, 
     model.config.use_cache = False
     weights = "bf16" if dtype == torch.bfloat16 else "float32"
     if settings.load_in_4bit:
-        unpacked = device == "cpu" and _unpack(model, dtype)
+        unpacked = _unpack(model, dtype, UNPACK_UP_TO[device] * _free_memory(device))
         weights = settings.bnb_4bit_quant_type + (", unpacked once" if unpacked else "")
     finetune_attention.register()
     attention = finetune_attention.choose(model.config, device, sequence_len)
     if attention:
         model.set_attn_implementation(attention)
+    kernels = "torch"
+    if device == "cuda":
+        kernels = "liger, fused LoRA" if _use_liger(model) else "torch, fused LoRA"
     tokens = settings.micro_batch_size * sequence_len
+    checkpointing, tokens_a_pass = passes(settings, model.config, device, tokens, sequence_len)
     hardware = Hardware(
         device=device,
         name=torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -85,9 +96,10 @@ def load(base: Path, settings: FinetuneConfig, sequence_len: int) -> tuple[Any, 
         threads=torch.get_num_threads(),
         attention=attention or model.config._attn_implementation,  # noqa: SLF001 - transformers' own place for it
         shares_prefixes=attention == finetune_attention.CPU,
+        kernels=kernels,
         frozen_weights=weights,
-        gradient_checkpointing=_checkpointing(settings, model.config, device, tokens),
-        tokens_a_pass=min(tokens, max(CPU_TOKENS_A_PASS, sequence_len)) if device == "cpu" else tokens,
+        gradient_checkpointing=checkpointing,
+        tokens_a_pass=tokens_a_pass,
     )
     return model, hardware
 
@@ -119,8 +131,8 @@ def four_bit(settings: FinetuneConfig, dtype: torch.dtype) -> Any:
     )
 
 
-def _unpack(model: Any, dtype: torch.dtype) -> bool:
-    """Replace each 4-bit layer by a plain one of its dequantized values; False if memory doesn't allow it."""
+def _unpack(model: Any, dtype: torch.dtype, most: float) -> bool:
+    """Replace each 4-bit layer by a plain one of its dequantized values; False if that takes over `most` bytes."""
     import bitsandbytes
     import torch
 
@@ -130,14 +142,11 @@ def _unpack(model: Any, dtype: torch.dtype) -> bool:
         for name, child in parent.named_children()
         if isinstance(child, bitsandbytes.nn.Linear4bit)
     ]
-    needed = UNPACKED_BYTES * sum(child.in_features * child.out_features for _, _, child in packed)
-    if needed > 0.5 * _free_memory():
+    if UNPACKED_BYTES * sum(child.in_features * child.out_features for _, _, child in packed) > most:
         return False
     for parent, name, child in packed:
-        packed_values = child.weight
-        weight = bitsandbytes.functional.dequantize_4bit(packed_values.data, packed_values.quant_state).to(dtype)
         plain = torch.nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
-        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        plain.weight = torch.nn.Parameter(finetune_lora.weight_of(child, dtype), requires_grad=False)
         plain.bias = child.bias
         setattr(parent, name, plain)
     # peft asks the model whether its layers are packed
@@ -145,26 +154,62 @@ def _unpack(model: Any, dtype: torch.dtype) -> bool:
     return True
 
 
-def _free_memory() -> int:
-    """Bytes that the system could give now."""
-    meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
-    return int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
-
-
-def _checkpointing(settings: FinetuneConfig, config: Any, device: str, tokens: int) -> bool:
-    """`auto`: only when the activations of a pass wouldn't fit the GPU; on a CPU passes are short enough.
-
-    Bytes a token and layer, from a 7.4 B Llama (40 GiB for 4,096 tokens): bf16 of 16 hidden and 6 inner rows.
-    """
-    if settings.gradient_checkpointing != "auto":
-        return settings.gradient_checkpointing
+def _free_memory(device: str) -> float:
+    """Bytes that the system, or the GPU within this process's share of it, could give now."""
     if device == "cpu":
-        return False
+        meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
+        return int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
     import torch
 
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    share = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
+    return float(min(free, share))
+
+
+def _use_liger(model: Any) -> bool:
+    """Give the model Liger's norms, rotary embedding and SwiGLU; False where Liger doesn't know its architecture."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False
+    apply_liger_kernel(model, LIGER)
+    return True
+
+
+def passes(settings: FinetuneConfig, config: Any, device: str, tokens: int, sequence_len: int) -> tuple[bool, int]:
+    """Whether layers are checkpointed, and how many tokens go through the model at once, for a batch of `tokens`.
+
+    `auto` checkpoints only when GPU_TOKENS_A_PASS.start tokens (or a whole row) wouldn't fit without: passing a batch
+    in parts costs less than computing every layer twice. On a CPU passes are short enough.
+    """
+    if device == "cpu":
+        return settings.gradient_checkpointing is True, min(tokens, max(CPU_TOKENS_A_PASS, sequence_len))
+    free = USED_BY_ACTIVATIONS * _free_memory(device)
+    least = max(GPU_TOKENS_A_PASS.start, sequence_len)
+    kept = int(free / bytes_a_token(config, checkpointed=False))
+    checkpointed = settings.gradient_checkpointing
+    if checkpointed == "auto":
+        checkpointed = kept < min(tokens, least)
+    fits = int(free / bytes_a_token(config, checkpointed=True)) if checkpointed else kept
+    return checkpointed, min(tokens, max(sequence_len, min(fits, GPU_TOKENS_A_PASS.stop - 1)))
+
+
+def bytes_a_token(config: Any, *, checkpointed: bool) -> int:
+    """Memory that a token's activations take until its backward pass, in bytes.
+
+    A layer keeps, in bf16: six rows as wide as the model (its two inputs, the norms' results, queries, the attention's
+    result), keys and values, three rows of the inner width. The logits: bf16, float32 and its gradient.
+    """
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    a_token = 2 * config.num_hidden_layers * (16 * config.hidden_size + 6 * inner) + 12 * config.vocab_size
-    return bool(tokens * a_token > 0.8 * torch.cuda.mem_get_info()[0])
+    heads = getattr(config, "num_attention_heads", 1)
+    keys = config.hidden_size * (getattr(config, "num_key_value_heads", None) or heads) // heads
+    layer = 2 * (6 * config.hidden_size + 2 * keys + 3 * inner)
+    kept = (
+        2 * config.hidden_size * config.num_hidden_layers + layer if checkpointed else layer * config.num_hidden_layers
+    )
+    return int(kept + 12 * config.vocab_size)
 
 
 def with_lora(model: Any, settings: FinetuneConfig, hardware: Hardware, base_digest: str, seed: int) -> Any:
@@ -197,6 +242,8 @@ def with_lora(model: Any, settings: FinetuneConfig, hardware: Hardware, base_dig
     adapted.peft_config["default"].base_model_name_or_path = f"sha256:{base_digest}"
     if hardware.device == "cpu":
         _quicken_dropout(adapted)
+    else:
+        finetune_lora.fuse(adapted)
     if hardware.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         adapted.enable_input_require_grads()

@@ -55,7 +55,7 @@ ALL = (
     Lock("cpu/train.txt", groups=("train",), constraints=CPU, overrides=CPU_OVERRIDES),
     Lock("cpu/serve.txt", groups=("serve-cpu",), constraints=CPU, overrides=CPU_OVERRIDES),
     Lock("cpu/autoawq.txt", groups=("autoawq",), constraints=CPU, overrides=CPU_OVERRIDES),
-    Lock("cuda/train.txt", groups=("train",), constraints=CUDA),
+    Lock("cuda/train.txt", groups=("train", "train-cuda"), constraints=CUDA),
     Lock("cuda/serve.txt", groups=("serve-cuda",), constraints=CUDA),
     Lock("cuda/autoawq.txt", groups=("autoawq",), constraints=CUDA),
 )
