@@ -11,9 +11,10 @@ alpha 32, dropout 0.05 and 8-bit paged AdamW, and starts from the same adapter s
   ours         pipeline.finetune with the same rows in each step, within --memory GiB where that is given
 
 Without ROWS.jsonl (prepared rows) a step has 4 rows of 1024 random ids, of which 16 are learned by heart; with it, 32
-rows. Each side has a process to itself. Prints useful tokens/s (padding isn't counted; the median step after the first third), the peak of allocated
-memory, and the share of the card's matrix rate: (4 + 2·checkpointed) N FLOP a token for N parameters in matrices (a
-frozen base needs no weight gradients), over --peak-tflops. Writes each side's JSON and losses.png to FOLDER.
+rows. Each side has a process to itself. Prints useful tokens/s (padding isn't counted; the median step after the first
+third), the peak of allocated memory, and the share of the card's matrix rate: (4 + 2·checkpointed) N FLOP a token for N
+parameters in matrices (a frozen base needs no weight gradients), over --peak-tflops. Writes each side's JSON and
+losses.png to FOLDER.
 """
 
 from __future__ import annotations
