@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := $(or $(TUNEGATE_VENVS),.venv)/control/bin
 export DEVICE
+# Byte code is kept, whatever the caller's shell says: compiling Prefect and MLflow anew costs 6 s a process.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint up down locks locks-check clean
@@ -17,7 +19,7 @@ demo: setup   ## from a base model to an approved, promoted release that answers
 
 test: setup   ## all tests but those that need a GPU or a container engine
 	@$(PYTHON) -m pipeline.install autoawq
-	@$(BIN)/python -m pytest -m "not gpu and not container"
+	@$(BIN)/python -m pytest -m "not gpu and not container" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup   ## ruff, mypy --strict and the import contracts
 	@$(BIN)/ruff check

@@ -60,7 +60,11 @@ def warnings(config: Mapping[str, Any], path: Path) -> list[Problem]:
     checks = config["gate"]["metrics"]
     if any(check["min"] is not None or check["against"] == "base" for check in checks):
         return []
-    why = "every check compares with the incumbent, and before the first promotion there is none" if checks else "no quality is asked for"
+    why = (
+        "every check compares with the incumbent, and before the first promotion there is none"
+        if checks
+        else "no quality is asked for"
+    )
     metric = next((scorer["metric"] for scorer in config["evaluate"]["scorers"]), "exact_match")
     return [
         Problem(

@@ -68,7 +68,11 @@ def test_an_override_that_makes_a_policy_undecidable_is_named_as_such(tmp_path: 
 
 def test_all_of_them_come_at_once(tmp_path: Path) -> None:
     """One run shows every mistake, in the order of the file."""
-    text = "serve: {extra_args: {port: 1}}\n" + PASSABLE + "    - {metric: rougeL, min: 0.1}\n  min_items: 300\nevaluate: {max_items: 9}\n"
+    text = (
+        "serve: {extra_args: {port: 1}}\n"
+        + PASSABLE
+        + "    - {metric: rougeL, min: 0.1}\n  min_items: 300\nevaluate: {max_items: 9}\n"
+    )
     assert [problem.line for problem in problems(tmp_path, text)] == [3, 7, 8]
 
 
