@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import TunegateError
 
+OURS = ("127.0.0.1", "localhost")
 DESCRIPTION = (
     "From a base model and your data to an approved model that serves: what was judged is byte for byte what serves."
 )
@@ -22,6 +23,7 @@ DESCRIPTION = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a TunegateError is printed with its remedy and sets the exit code."""
     options = parser().parse_args(arguments)
+    pass_proxies_by()
     module, function = options.answer.split(":")
     try:
         code = getattr(importlib.import_module(module), function)(options)
@@ -34,6 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     sys.exit(code or 0)
+
+
+def pass_proxies_by() -> None:
+    """Keep HTTP_PROXY away from our own servers: Prefect, MLflow and vLLM on this machine, here and in children."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in named.split(",") if host.strip()]
+    if "*" not in hosts:
+        hosts += [host for host in OURS if host not in hosts]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
 
 
 def _print(error: TunegateError) -> int:

@@ -12,11 +12,9 @@ import shlex
 import time
 from pathlib import Path
 
-import httpx
-
 from flows import cli
 from flows.review import waiting
-from pipeline import demo_tickets, deployment, store
+from pipeline import demo_tickets, deployment, loopback, store
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 NAME = "tickets"
@@ -60,7 +58,8 @@ def _ask(holdout: Path) -> None:
     *prompt, expected = row["messages"]
     body = {"model": NAME, "messages": prompt, "temperature": 0, "max_tokens": 128}
     started = time.monotonic()
-    response = httpx.post(f"{live.url}/v1/chat/completions", json=body, timeout=120)
+    with loopback.client(str(live.url), 120) as http:
+        response = http.post("/v1/chat/completions", json=body)
     response.raise_for_status()
     print(f'\n$ curl {live.url}/v1/chat/completions -d \'{{"model": "{NAME}", "messages": […]}}\'')
     print(f"  ticket    {prompt[-1]['content']}")

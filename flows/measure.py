@@ -124,6 +124,7 @@ def _evaluate(
             "system": system.role,
             "inputs": parents,
             "config": config["evaluate"],
+            "seed": config["seed"],
             "confidence": config["gate"]["confidence"],
             "source": plan.source_digest("evaluate"),
         }
@@ -132,7 +133,7 @@ def _evaluate(
         running = server()
         with store.making("evaluate", key) as partial:
             show({"event": "stage", "stage": "evaluate", "state": "running", "log": system.role})
-            settings = {"evaluate": config["evaluate"], "gate": config["gate"], **_where(system, running)}
+            settings = {"evaluate": config["evaluate"], "gate": config["gate"], **_where(config, system, running)}
             request = program.Request(settings, stages.inputs_json(artifacts, needed), partial)
             detail = stages.run_program("evaluate", "control", config, request, show)
             store.finish(
@@ -158,12 +159,14 @@ def _loadtest(
     if not (done.is_file() and system.unit.digest in file.read_text(encoding="utf-8")):
         running = server()
         show({"event": "stage", "stage": "loadtest", "state": "running", "log": system.role})
-        settings = {"loadtest": config["loadtest"], "model_path": str(system.model), **_where(system, running)}
+        settings = {"loadtest": config["loadtest"], "model_path": str(system.model), **_where(config, system, running)}
         request = program.Request(settings, stages.inputs_json(artifacts, ("prepare",)), folder)
         stages.run_program("loadtest", "serve", config, request, show)
     show({"event": "stage", "stage": "loadtest", "state": system.role})
     return LoadTest.model_validate_json(file.read_text(encoding="utf-8"))
 
 
-def _where(system: System, server: Server) -> dict[str, str]:
-    return {"system": system.role, "url": server.url, "model": server.model, "unit_digest": system.unit.digest}
+def _where(config: Mapping[str, Any], system: System, server: Server) -> dict[str, Any]:
+    """What both stage programs are told of the server, and the config's seed."""
+    of_system = {"system": system.role, "unit_digest": system.unit.digest, "seed": config["seed"]}
+    return {**of_system, "url": server.url, "model": server.model}

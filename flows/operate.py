@@ -18,7 +18,7 @@ import psutil
 from flows import progress, stages
 from flows import promote as promotion
 from flows.review import one_name, waiting
-from pipeline import deployment, deployment_steps, registry, serving, store
+from pipeline import deployment, deployment_steps, loopback, registry, serving, store
 from pipeline.errors import Problem, ReviewError, ServingError
 
 
@@ -173,7 +173,10 @@ def _typed() -> Iterator[str]:
 def _stream(url: str, headers: dict[str, str], body: dict[str, object]) -> str:
     said = ""
     try:
-        with httpx.stream("POST", f"{url}/v1/chat/completions", headers=headers, json=body, timeout=600) as response:
+        with (
+            loopback.client(url, 600) as http,
+            http.stream("POST", "/v1/chat/completions", headers=headers, json=body) as response,
+        ):
             if response.is_error:
                 response.read()
                 raise ServingError(

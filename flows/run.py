@@ -61,7 +61,25 @@ def report(finished: Mapping[str, Any]) -> None:
                 remedy="read the table above; change data, training or policy, then run again",
             )
         )
-    print(f"\n{finished['name']} version {finished['version']} passed and waits for review: {finished['page']}")
-    print(
-        "  next: " + ", then ".join(f"tunegate {verb} {finished['name']}" for verb in ("review", "approve", "promote"))
-    )
+    print(f"\n{standing(str(finished['name']), str(finished['version']), str(finished['page']))}")
+
+
+def standing(name: str, version: str, page: str) -> str:
+    """Where a passed version stands between its gate and its clients, and the next commands.
+
+    Raises ReviewError when it was deleted in MLflow.
+    """
+    from pipeline import deployment_state, registry
+
+    made = registry.version(name, version).approval
+    passed = f"{name} version {version} passed"
+    if made is None:
+        verbs = ", then ".join(f"tunegate {verb} {name}" for verb in ("review", "approve", "promote"))
+        return f"{passed} and waits for review: {page}\n  next: {verbs}"
+    if made.decision == "rejected":
+        return f"{passed} and was rejected by {made.reviewer}: {made.reason}\n  next: tunegate review {name}"
+    approved = f"{passed} and was approved by {made.reviewer}"
+    live = deployment_state.read(name).live
+    if live is None or live.release.version != version:
+        return f"{approved}: {page}\n  next: tunegate promote {name} --version {version}"
+    return f"{approved} and promoted: {page}\n  next: tunegate status {name}"

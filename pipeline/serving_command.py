@@ -39,6 +39,8 @@ def unit_flags(serve: ServeConfig, name: str) -> tuple[str, ...]:
         "--served-model-name": serve.served_model_name or name,
         "--tensor-parallel-size": str(serve.tensor_parallel_size),
         "--load-format": "safetensors",
+        # a base's own temperature or repetition penalty must not colour what is judged; its end tokens still count
+        "--generation-config": "vllm",
     }
     bare = ["--enforce-eager"] if serve.enforce_eager else []
     for key, value in serve.extra_args.items():

@@ -65,7 +65,7 @@ REFUSED = {
         "model-impl",
     ], OTHER_CODE),
     **dict.fromkeys([
-        "config", "chat-template", "allowed-local-media-path", "log-config-file", "logging-config",
+        "config", "chat-template", "generation-config", "allowed-local-media-path", "log-config-file", "logging-config",
         "pt-load-map-location",
     ], OTHER_FILE),
     "hf-token": "is a secret: export HF_TOKEN instead (serving needs no hub)",

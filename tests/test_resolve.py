@@ -89,19 +89,23 @@ def test_a_broken_config_is_not_remembered_and_a_right_one_is(tmp_path: Path, ho
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "why", "metric"),
     [
-        ("", "no quality is asked for"),
-        ("gate:\n  metrics:\n    - {metric: exact_match, against: incumbent}\n", "compares with the incumbent"),
+        ("", "no quality is asked for", "exact_match"),
+        ("evaluate:\n  scorers:\n    - metric: token_f1\n", "no quality is asked for", "token_f1"),
+        (
+            "gate:\n  metrics:\n    - {metric: exact_match, against: incumbent}\n",
+            "compares with the incumbent",
+            "exact_match",
+        ),
     ],
 )
-def test_a_policy_that_cannot_pass_is_warned_of(tmp_path: Path, text: str, why: str) -> None:
+def test_a_policy_that_cannot_pass_is_warned_of(tmp_path: Path, text: str, why: str, metric: str) -> None:
     """It is allowed, so that one may look first, but what to add is said."""
-    file = written(tmp_path, text + "evaluate:\n  scorers:\n    - metric: token_f1\n" if not text else text)
+    file = written(tmp_path, text)
     (warning,) = resolve.warnings(resolve.resolve(file), file)
     assert why in str(warning)
     assert "the verdict can't be pass" in str(warning)
-    metric = "token_f1" if not text else "exact_match"
     assert f"{{metric: {metric}, min: 0.5}}" in str(warning.remedy)
 
 

@@ -28,6 +28,7 @@ def test_every_setting_is_a_flag_sorted_and_in_bytes():
     assert serving_command.unit_flags(serve, "tickets") == (
         "--dtype=bfloat16",
         "--enforce-eager",
+        "--generation-config=vllm",
         "--kv-cache-memory-bytes=1610612736",
         "--load-format=safetensors",
         "--max-model-len=512",
@@ -70,7 +71,7 @@ def test_host_port_path_and_timeouts_are_in_the_command_and_not_in_the_unit():
     "flag",
     ["trust-remote-code", "trust_remote_code", "no-trust-remote-code", "host", "port", "api-key", "model",
      "load-format", "tokenizer", "chat-template", "middleware", "worker-cls", "lora-modules", "config", "hf-token", "uds",
-     "speculative-config", "allowed-local-media-path", "disable-log-stats", "logits-processors", "hf_config_path",
+     "speculative-config", "allowed-local-media-path", "disable-log-stats", "logits-processors", "generation-config", "hf_config_path",
      "speculative-config.model"],
 )  # fmt: skip
 def test_arguments_that_break_the_promise_are_refused(flag):

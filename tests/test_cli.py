@@ -1,0 +1,60 @@
+"""The command line: what holds for every command."""
+
+from __future__ import annotations
+
+import os
+
+import httpx
+import pytest
+from loopback import fake_vllm
+
+from flows import cli, operate
+
+DEAD_PROXY = "http://127.0.0.1:9"
+
+
+@pytest.fixture
+def proxies(monkeypatch):
+    """An environment with a proxy that answers nobody."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, DEAD_PROXY)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variable", "given", "then"),
+    [
+        ("NO_PROXY", "", "127.0.0.1,localhost"),
+        ("NO_PROXY", "intern.example, localhost", "intern.example,localhost,127.0.0.1"),
+        ("no_proxy", "intern.example", "intern.example,127.0.0.1,localhost"),
+        ("NO_PROXY", "*", "*"),
+    ],
+)
+def test_what_is_ours_passes_no_proxy_and_the_users_list_stays(proxies, variable, given, then):
+    """Both spellings, as some programs read one and some the other."""
+    proxies.setenv(variable, given)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["schema"])
+    assert not ended.value.code
+    assert (os.environ["NO_PROXY"], os.environ["no_proxy"]) == (then, then)
+
+
+def test_a_plain_client_reaches_our_servers_past_a_proxy(proxies):
+    """Prefect's and MLflow's clients go by the environment, and without our entries they would ask the proxy."""
+    with fake_vllm("m") as url:
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health")
+        cli.pass_proxies_by()
+        assert httpx.get(f"{url}/health").is_success
+        with pytest.raises(httpx.ConnectError):
+            httpx.get("http://elsewhere.example")
+
+
+def test_a_chat_reaches_the_proxy_of_the_release_past_any_other(proxies, capsys):
+    """Also where it listens at an address that no list names."""
+    with fake_vllm("m", answer="as learned") as url:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": True}
+        assert operate._stream(url, {}, body) == "as learned"
+    assert "as learned" in capsys.readouterr().out
