@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from pipeline.digests import digest_file, digest_of
 HERE = Path(__file__).parent
 # Shared by all stages and free of decisions about a result: a change there makes nothing stale.
 NOT_SOURCE = {"artifacts", "config", "digests", "environments", "errors", "program", "store"}
+
+IMPORT = re.compile(r"^[ \t]*from pipeline(?:\.(\w+) import| import \(([^)]*)\)| import ([\w, ]+))", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -103,19 +106,27 @@ def program_of(stage: str) -> str:
 
 def source_digest(module: str) -> str:
     """Digest of a stage program's own source: its file and the pipeline files it imports, by name."""
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
         path = HERE / f"{name}.py"
         if name in seen or name in NOT_SOURCE or not path.is_file():
             continue
-        seen.add(name)
-        text = path.read_text(encoding="utf-8")
-        waiting += re.findall(r"^\s*from pipeline\.(\w+) import", text, re.MULTILINE)
-        for names in re.findall(r"^\s*from pipeline import ([\w, ]+)", text, re.MULTILINE):
-            waiting += [part.strip().split(" ")[0] for part in names.split(",")]
-    return digest_of({name: digest_file(HERE / f"{name}.py") for name in seen})
+        stat = path.stat()
+        seen[name], imports = _source(path, stat.st_mtime_ns, stat.st_size)
+        waiting += imports
+    return digest_of(seen)
+
+
+@cache
+def _source(path: Path, _mtime_ns: int, _size: int) -> tuple[str, tuple[str, ...]]:
+    """The digest of a source file and the names it imports from pipeline/; read once while it stays as it is."""
+    names: list[str] = []
+    for module, listed, bare in IMPORT.findall(path.read_text(encoding="utf-8")):
+        several = re.sub(r"#.*", "", listed or bare).split(",")
+        names += [module] if module else [part.split()[0] for part in several if part.strip()]
+    return digest_file(path), tuple(names)
 
 
 def versions(step: Step, config: Mapping[str, Any]) -> dict[str, str]:

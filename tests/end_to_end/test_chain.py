@@ -28,6 +28,8 @@ from pipeline.digests import digest_folder
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TESTS = Path(__file__).parents[1]
+# The base's own sampling default: vLLM would apply it to every request, and no answer would end.
+PENALTY = 5.0
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "ivory", "jade")
 CONFIG = """
 name: tiny
@@ -122,6 +124,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     subprocess.run(
         [train.interpreter, TESTS / "tiny.py", folder / "model"], env=environments.child_environ(train), check=True
     )
+    generation = folder / "model" / "generation_config.json"
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), "repetition_penalty": PENALTY}))
     kill_after_a_checkpoint(made)
     made.said = made.tunegate("run", made.config)
     yield made
@@ -179,6 +183,23 @@ def test_a_killed_build_goes_on_and_repeats_no_finished_stage(house: House) -> N
     assert verdict.outcome == "pass"
 
 
+def test_the_bases_own_sampling_defaults_do_not_colour_what_is_judged(house: House) -> None:
+    """The penalty is still in the folder that serves; asked plainly, the model answers as it was trained, and ends."""
+    made = build_of(house)
+    served = json.loads((made.artifacts["quantize"].payload / "generation_config.json").read_text())
+    assert served["repetition_penalty"] == PENALTY
+    assert "--generation-config=vllm" in made.unit.flags
+    assert {item.finish_reason for item in made.evaluations["candidate"].items} == {"stop"}
+
+
+def test_every_measurement_is_told_the_configs_seed(house: House) -> None:
+    """Evaluations and load tests are as repeatable as the training."""
+    work = house.folder / "mlruns" / "work"
+    requests = [*work.glob("evaluate/*/request.json"), *work.glob("build/*/loadtest-*/request.json")]
+    assert len(requests) == 3
+    assert {json.loads(file.read_text())["config"]["seed"] for file in requests} == {42}
+
+
 def test_the_resumed_adapter_is_the_uninterrupted_one(house: House, tmp_path: Path) -> None:
     """The same request run in one go gives the same bytes."""
     resumed = house.only("finetune/*/artifact.json").parent
@@ -221,6 +242,7 @@ def test_only_an_approved_version_is_promoted_and_answers(house: House) -> None:
     assert "waits for review" in house.tunegate("review", "tiny")
     house.tunegate("approve", "tiny", "--reviewer", "tests", "--reason", "it knows its words")
     assert "is live" in house.tunegate("promote", "tiny")
+    assert "was approved by tests and promoted" in house.tunegate("run", house.config)
     answer = ask(house)
     assert answer.status_code == httpx.codes.OK, answer.text
     evaluated = {item.prompt: item.answer for item in build_of(house).evaluations["candidate"].items}

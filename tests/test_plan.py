@@ -1,0 +1,59 @@
+"""What a stage's key covers of its own source."""
+
+from __future__ import annotations
+
+import ast
+import os
+
+import pytest
+
+from pipeline import plan
+
+
+def imported(text):
+    """The pipeline modules that a source file imports, by Python's own parser."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "pipeline":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(plan.HERE.glob("*.py")), ids=lambda file: file.name)
+def test_no_import_escapes_a_key(file):
+    """Over several lines, inside functions, under another name: what is imported is part of the source."""
+    assert set(plan._source(file, 0, 0)[1]) == imported(file.read_text())
+
+
+def test_a_changed_import_changes_the_digest(tmp_path, monkeypatch):
+    """Also that of an import's import, while what nobody imports counts for nothing."""
+    monkeypatch.setattr(plan, "HERE", tmp_path)
+    texts = {
+        "stage": "from pipeline import (\n    one,  # why\n    two,\n)\n",
+        "one": "",
+        "two": "",
+        "three": "",
+        "four": "",
+    }
+    texts["two"] = "def f():\n    from pipeline.three import x\n"
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    digests = [plan.source_digest("stage")]
+    for name in ("one", "two", "three", "four"):
+        (tmp_path / f"{name}.py").write_text(f"{texts[name]}# changed\n")
+        digests.append(plan.source_digest("stage"))
+    assert len(set(digests[:4])) == 4
+    assert digests[4] == digests[3]
+
+
+def test_a_file_is_read_again_when_only_its_time_changed(tmp_path, monkeypatch):
+    """An edit that keeps the size is an edit."""
+    monkeypatch.setattr(plan, "HERE", tmp_path)
+    file = tmp_path / "stage.py"
+    file.write_text("x = 1\n")
+    first = plan.source_digest("stage")
+    file.write_text("x = 2\n")
+    os.utime(file, ns=(1, 1))
+    assert plan.source_digest("stage") != first
