@@ -58,7 +58,7 @@ def running(url: str) -> int:
     return int(float(re.findall(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics, re.MULTILINE)[0]))
 
 
-def wait_for(condition, timeout_s: float = 10.0) -> None:
+def wait_for(condition, timeout_s: float = 30.0) -> None:
     """Poll until the condition holds; fail after the timeout."""
     until = time.monotonic() + timeout_s
     while not condition():

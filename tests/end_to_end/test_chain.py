@@ -30,6 +30,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 TESTS = Path(__file__).parents[1]
 # The base's own sampling default: vLLM would apply it to every request, and no answer would end.
 PENALTY = 5.0
+# So small a model gains nothing by more, and other tests run beside this one.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "ivory", "jade")
 CONFIG = """
 name: tiny
@@ -84,6 +86,7 @@ class House:
             "TUNEGATE_HOME": str(self.folder / "mlruns"),
             "PYTHONPATH": str(TESTS.parent),
             "HF_HUB_OFFLINE": "1",
+            **ONE_THREAD,
         }
 
     def tunegate(self, *arguments: str, code: int = 0) -> str:
@@ -206,7 +209,7 @@ def test_the_resumed_adapter_is_the_uninterrupted_one(house: House, tmp_path: Pa
     request = json.loads((resumed / "request.json").read_text())
     train = environments.find("train")
     program.run(
-        environments.command(train, "pipeline.finetune"), environments.child_environ(train),
+        environments.command(train, "pipeline.finetune"), {**environments.child_environ(train), **ONE_THREAD},
         program.Request(request["config"], request["inputs"], tmp_path), lambda _event: None,
     )  # fmt: skip
     assert digest_folder(tmp_path / "payload") == digest_folder(resumed / "payload")
