@@ -160,8 +160,12 @@ def _loadtest(
         running = server()
         show({"event": "stage", "stage": "loadtest", "state": "running", "log": system.role})
         settings = {"loadtest": config["loadtest"], "model_path": str(system.model), **_where(config, system, running)}
+        module, environment = "loadtest", "serve"
+        if system.unit.runtime == "docker":  # vLLM's bench is in the image
+            module, environment = "loadtest_container", "control"
+            settings |= {"image": system.unit.runtime_digest, "container": config["serve"]["container"]}
         request = program.Request(settings, stages.inputs_json(artifacts, ("prepare",)), folder)
-        stages.run_program("loadtest", "serve", config, request, show)
+        stages.run_program(module, environment, config, request, show)
     show({"event": "stage", "stage": "loadtest", "state": system.role})
     return LoadTest.model_validate_json(file.read_text(encoding="utf-8"))
 

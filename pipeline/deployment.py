@@ -197,6 +197,7 @@ def log_file(name: str) -> Path:
     deployment = state.read(name)
     for placement in (deployment.live, deployment.wanted):
         if placement is not None and placement.server is not None:
+            serving.refresh_log(placement.server)
             return placement.server.log
     raise ServingError("no server runs, so there is no log", key=name, remedy=f"tunegate promote {name}")
 

@@ -142,6 +142,17 @@ def remedy(name: str) -> str:
     return "make setup" if name in install.DEFAULT else f"python3 -m pipeline.install {name}"
 
 
+def engine_sockets() -> list[str]:
+    """Where Docker's and Podman's sockets usually are, the system's first."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
+    return [
+        "/var/run/docker.sock",
+        f"{runtime}/docker.sock",
+        f"{runtime}/podman/podman.sock",
+        "/run/podman/podman.sock",
+    ]
+
+
 def doctor(settings: Mapping[str, EnvironmentSetting] | None = None) -> list[Finding]:
     """What a machine has and lacks, and the commands that mend it; `settings` are a config's environments."""
     return [
@@ -276,20 +287,14 @@ def _caddy() -> Finding:
 def _container_engine() -> Finding:
     """The engine's socket only: whether it answers is seen when a server is started."""
     named = os.environ.get("DOCKER_HOST", "").removeprefix("unix://")
-    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
-    places = [
-        named,
-        "/var/run/docker.sock",
-        f"{runtime}/docker.sock",
-        f"{runtime}/podman/podman.sock",
-        "/run/podman/podman.sock",
-    ]
-    found = named if "://" in named else next((place for place in places if place and Path(place).is_socket()), None)
-    advice = (
-        "only for runtime: docker. Install Docker, or Podman with its socket: "
-        "podman system service --time 0 unix://SOCKET & export DOCKER_HOST=unix://SOCKET"
-    )
-    return Finding("container engine", bool(found), found or "no socket", None if found else advice, needed=False)
+    places = [named] if named else engine_sockets()
+    found = named if "://" in named else next((place for place in places if Path(place).is_socket()), None)
+    if shutil.which("podman"):
+        advice = "podman system service --time 0 unix://SOCKET &  export DOCKER_HOST=unix://SOCKET"
+    else:
+        advice = "install Docker, or Podman (apt-get install podman runc); docker/README.md has the rest"
+    detail = found or (f"no socket at {named}" if named else "no socket")
+    return Finding("container engine", bool(found), detail, None if found else advice, needed=False)
 
 
 def _gpu() -> Finding:

@@ -31,6 +31,7 @@ from pipeline.serving_progress import Progress
 from pipeline.serving_server import Condition, Server
 
 POLL_S = 0.1
+ENGINE_POLL_S = 1.0  # a container engine is asked for the log each time
 ADDRESS_TRIES = 3
 
 
@@ -44,7 +45,7 @@ def served_unit(model: Path, serve: ServeConfig, name: str, environment: Environ
     device = hardware.device()
     digests = serving_digests.model_digests(model)
     if serve.runtime == "docker":
-        image = serving_docker.image(serve.image or "")
+        image = serving_docker.image(serve.image or "", serve.container)
         runtime_digest, version = image.digest, image.vllm_version
     else:
         found = serving_digests.installed(_needed(environment))
@@ -124,6 +125,12 @@ def is_alive(server: Server) -> bool:
     return serving_process.is_alive(server)
 
 
+def refresh_log(server: Server) -> None:
+    """Bring `server.log` up to date; a process writes it itself, a container's is fetched from the engine."""
+    if server.runtime == "docker":
+        serving_docker.refresh_log(server)
+
+
 def in_flight(server: Server) -> int:
     """Requests it works on or has waiting; raises ServingError when it doesn't tell."""
     return serving_server.in_flight(server.url)
@@ -201,7 +208,7 @@ def _until_ready(server: Server, unit: ServedUnit, serve: ServeConfig, on_event:
         if time.monotonic() > until:
             raise serving_diagnosis.of_silence(server.log, serve.startup_timeout)
         progress.tell()
-        time.sleep(POLL_S)
+        time.sleep(ENGINE_POLL_S if server.runtime == "docker" else POLL_S)
     try:
         serving_server.complete(server.url, server.model, max(1.0, until - time.monotonic()))
     except ServingError as error:

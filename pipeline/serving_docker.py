@@ -19,9 +19,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import hardware, processes, serving_command, serving_diagnosis
+from pipeline import environments, hardware, processes, serving_command, serving_diagnosis
 from pipeline.artifacts import ServedUnit
-from pipeline.config import ServeConfig, size_in_bytes
+from pipeline.config import ContainerConfig, ServeConfig, size_in_bytes
 from pipeline.errors import ServingError
 from pipeline.program import write_json
 from pipeline.serving_process import HOST, free_port
@@ -55,15 +55,18 @@ class Image:
     vllm_version: str
 
 
-def image(reference: str) -> Image:
-    """Find `name@sha256:…` (a registry's digest, or an image id) here; raises ServingError when it isn't."""
-    with _engine() as client:
+def image(reference: str, container: ContainerConfig) -> Image:
+    """Find `name@sha256:…` (a registry's digest, or an image id) here; raises ServingError when it isn't.
+
+    The first time a container, as `container` says, is asked for its vLLM.
+    """
+    with engine() as client:
         found = _find(client, reference)
         digest = str(found.id)
         memory = home() / "vllm-cache" / f"image-{digest.removeprefix('sha256:')[:16]}.json"
         with suppress(OSError, ValueError, KeyError):
             return Image(digest, str(json.loads(memory.read_text(encoding="utf-8"))[digest]))
-        version = _ask_version(client, digest)
+        version = _ask_version(client, digest, container)
     memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_json(memory, {digest: version})
     return Image(digest, version)
@@ -75,20 +78,21 @@ def spawn(unit: ServedUnit, model: Path, serve: ServeConfig, folder: Path, *, ke
     here = serve.container.network == "host"
     host, inside = (HOST, port) if here else ("0.0.0.0", PORT_INSIDE)  # noqa: S104 - published on loopback
     arguments = serving_command.arguments(unit.flags, MODEL_INSIDE, host, inside, serve.shutdown_timeout)
-    with _engine() as client:
+    _make_readable(model)
+    with engine() as client:
         _remove_leftovers(client, folder)
         container = client.containers.create(
             unit.runtime_digest,
             command=arguments,
             entrypoint=["python3", "-m", serving_command.MODULE],
-            **_isolation(serve),
+            **isolation(serve.container),
             **({"network_mode": "host"} if here else {"ports": {f"{PORT_INSIDE}/tcp": (HOST, port)}}),
-            environment={**_environ(), **unit.env},
+            environment={**environ(), **unit.env},
             volumes={
                 str(model): {"bind": MODEL_INSIDE, "mode": "ro"},
                 str(_cache(unit)): {"bind": CACHE_INSIDE, "mode": "rw"},
             },
-            labels=_labels(unit, folder, keep=keep),
+            labels=labels(unit.digest, folder, keep=keep),
             restart_policy={"Name": "on-failure", "MaximumRetryCount": RESTARTS} if keep else None,
             device_requests=_gpus(),
             shm_size=size_in_bytes(serve.container.shm_size),
@@ -116,15 +120,18 @@ def spawn(unit: ServedUnit, model: Path, serve: ServeConfig, folder: Path, *, ke
 
 
 def raise_if_dead(server: Server) -> None:
-    """Raise ServingError with the log's telling line when the container ended before it was ready."""
-    with _engine() as client:
+    """Raise ServingError with the log's telling line when the container ended before it was ready.
+
+    Brings the log file up to date.
+    """
+    with engine() as client:
         container = _container(client, server)
         if container is None:
             raise ServingError("the container is gone", key=server.container)
         state = container.attrs["State"]
+        _write_log(container, server)  # also for who waits: what the server is at
         if state["Status"] not in ("exited", "dead", "stopped") and not container.attrs.get("RestartCount"):
             return
-    refresh_log(server)
     how = "was killed for memory" if state.get("OOMKilled") else f"ended with status {state['ExitCode']}"
     raise serving_diagnosis.of_death(server.log, how)
 
@@ -137,7 +144,7 @@ def is_alive(server: Server) -> bool:
 def condition(server: Server) -> Condition:
     """How the container is, as the engine knows it; dead when the engine can't be asked."""
     try:
-        with _engine() as client:
+        with engine() as client:
             container = _container(client, server)
     except ServingError:
         return Condition(state="dead")
@@ -159,26 +166,30 @@ def condition(server: Server) -> Condition:
 
 def stop(server: Server, timeout_s: float) -> None:
     """Let requests in flight finish for `timeout_s` seconds, then end and remove it; idempotent."""
-    with _engine() as client:
+    with engine() as client:
         container = _container(client, server)
         if container is None:
             return
         container.stop(timeout=round(timeout_s) + TEARDOWN_S)
-        refresh_log(server)
+        _write_log(container, server)
         container.remove(force=True)
 
 
 def refresh_log(server: Server) -> None:
     """Write the container's last lines into the server's log file, so that it is read as any other."""
-    with suppress(ServingError), _engine() as client:
+    with suppress(ServingError), engine() as client:
         container = _container(client, server)
         if container is not None:
-            head = f"{serving_diagnosis.START} in container {server.container}\n"
-            server.log.write_bytes(head.encode() + container.logs(tail=LOG_LINES))
+            _write_log(container, server)
+
+
+def _write_log(container: Container, server: Server) -> None:
+    head = f"{serving_diagnosis.START} in container {server.container}\n"
+    server.log.write_bytes(head.encode() + container.logs(tail=LOG_LINES))
 
 
 @contextmanager
-def _engine() -> Iterator[DockerClient]:
+def engine() -> Iterator[DockerClient]:
     """A client of the engine; its errors come out as ServingError."""
     import docker
     from docker.errors import DockerException
@@ -200,13 +211,7 @@ def _engine() -> Iterator[DockerClient]:
 
 
 def _socket() -> str:
-    runtime = os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}")
-    usual = [
-        "/var/run/docker.sock",
-        f"{runtime}/docker.sock",
-        f"{runtime}/podman/podman.sock",
-        "/run/podman/podman.sock",
-    ]
+    usual = environments.engine_sockets()
     found = next((path for path in usual if Path(path).is_socket()), usual[0])
     return os.environ.get("DOCKER_HOST") or f"unix://{found}"
 
@@ -231,12 +236,11 @@ def _find(client: DockerClient, reference: str) -> EngineImage:
     )
 
 
-def _ask_version(client: DockerClient, digest: str) -> str:
+def _ask_version(client: DockerClient, digest: str, container: ContainerConfig) -> str:
     """The version of vLLM in an image, asked of a container that can do nothing else."""
-    output = client.containers.run(
-        digest, ["-c", ASK_VERSION], entrypoint=["python3"], remove=True, network_mode="none", read_only=True,
-        user="65532:65532", cap_drop=["ALL"], security_opt=["no-new-privileges"], ulimits=_ulimits({}),
-    )  # fmt: skip
+    output: bytes = client.containers.run(
+        digest, ["-c", ASK_VERSION], entrypoint=["python3"], remove=True, network_mode="none", **isolation(container)
+    )
     version = output.decode().strip()
     if not version:
         raise ServingError(
@@ -245,15 +249,15 @@ def _ask_version(client: DockerClient, digest: str) -> str:
     return version
 
 
-def _isolation(serve: ServeConfig) -> dict[str, Any]:
-    """What keeps the container in."""
+def isolation(container: ContainerConfig) -> dict[str, Any]:
+    """What keeps a container in."""
     return {
-        "user": serve.container.user,
+        "user": container.user,
         "read_only": True,
         "tmpfs": {"/tmp": "rw,exec,nosuid,nodev,mode=1777"},  # noqa: S108 - the container's own; inductor loads from it
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
-        "ulimits": _ulimits(serve.container.ulimits),
+        "ulimits": _ulimits(container.ulimits),
         "working_dir": "/tmp",  # noqa: S108
     }
 
@@ -273,7 +277,8 @@ def _cache(unit: ServedUnit) -> Path:
     return path
 
 
-def _environ() -> dict[str, str]:
+def environ() -> dict[str, str]:
+    """What every container's environment holds: no hub, no telemetry, caches where it may write."""
     return {
         **serving_command.OFFLINE,
         "HOME": "/tmp",  # noqa: S108 - the container's own
@@ -286,19 +291,37 @@ def _environ() -> dict[str, str]:
     }
 
 
-def _labels(unit: ServedUnit, folder: Path, *, keep: bool) -> dict[str, str]:
+def labels(unit_digest: str, folder: Path, *, keep: bool) -> dict[str, str]:
+    """What a container is known by; one that isn't kept is removed when the process that made it is gone."""
     me = processes.find(os.getpid())
     owner = {} if keep or me is None else {OWNER_LABEL: f"{me.pid}:{me.started}"}
-    return {FOLDER_LABEL: str(folder), UNIT_LABEL: unit.digest, **owner}
+    return {FOLDER_LABEL: str(folder), UNIT_LABEL: unit_digest, **owner}
+
+
+def _make_readable(model: Path) -> None:
+    """Let the container's user read the files; safetensors writes them for their owner only.
+
+    Raises ServingError for files of somebody else's that can't be changed.
+    """
+    try:
+        for path in (model, *model.rglob("*")):
+            mode, wanted = path.stat().st_mode, 0o555 if path.is_dir() else 0o444
+            if mode & wanted != wanted:
+                path.chmod(mode & 0o7777 | wanted)
+    except PermissionError as error:
+        raise ServingError(
+            f"the container's user can't read it: {error.strerror}",
+            file=str(error.filename),
+            remedy=f"chmod -R a+rX {model}",
+        ) from error
 
 
 def _remove_leftovers(client: DockerClient, folder: Path) -> None:
     """Containers that a killed command left: in this folder, or belonging to a process that is gone."""
     for container in client.containers.list(all=True, filters={"label": UNIT_LABEL}):
-        labels = container.labels
-        owner = labels.get(OWNER_LABEL)
+        owner = container.labels.get(OWNER_LABEL)
         orphan = owner is not None and not processes.is_alive(processes.Process(*map(int, owner.split(":"))))
-        if orphan or labels.get(FOLDER_LABEL) == str(folder):
+        if orphan or container.labels.get(FOLDER_LABEL) == str(folder):
             container.remove(force=True)
 
 

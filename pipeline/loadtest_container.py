@@ -1,0 +1,114 @@
+"""Stage program: pipeline.loadtest in a container of the serving image, so that no serve environment is needed here.
+
+vLLM's bench comes with the image. The container reads this package, the holdout and the tokenizer, and writes into one
+folder; it is on the host's network, because the server listens on this machine's loopback.
+
+Runs in the control environment. Request: pipeline.loadtest's, with `image` (its digest) and `container` (ContainerConfig).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline import program, serving_docker
+from pipeline.config import ContainerConfig
+from pipeline.errors import StageFailed, from_json
+
+SOURCE_INSIDE, WORK_INSIDE, DATA_INSIDE = "/tunegate", "/work", "/data"
+
+
+def run(request: program.Request) -> dict[str, Any]:
+    """Run the load test in the image and take its report.
+
+    Raises what the load test raised, ServingError when the engine refuses, StageFailed when the container died.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the container is removed
+    work = request.folder / "container"
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "payload").mkdir(parents=True)
+    for folder in (work, work / "payload"):
+        folder.chmod(0o777)  # the container's user is another
+    program.write_json(work / "request.json", _inside(request))
+    try:
+        _run(request, work)
+        shutil.copyfile(work / "payload" / "report.json", request.payload / "report.json")
+        return dict(json.loads((work / "result.json").read_text(encoding="utf-8")))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _inside(request: program.Request) -> dict[str, Any]:
+    """The request as the program in the container reads it."""
+    config = {key: value for key, value in request.config.items() if key not in ("image", "container")}
+    config["model_path"] = serving_docker.MODEL_INSIDE
+    inputs = {"prepare": {**request.inputs["prepare"], "path": DATA_INSIDE}}
+    return {"config": config, "inputs": inputs, "folder": WORK_INSIDE}
+
+
+def _run(request: program.Request, work: Path) -> None:
+    settings = ContainerConfig.model_validate(request.config["container"])
+    model = Path(request.config["model_path"])
+    volumes = {
+        str(Path(__file__).parent): {"bind": f"{SOURCE_INSIDE}/pipeline", "mode": "ro"},
+        str(model): {"bind": serving_docker.MODEL_INSIDE, "mode": "ro"},
+        str(request.inputs["prepare"]["path"]): {"bind": DATA_INSIDE, "mode": "ro"},
+        str(work): {"bind": WORK_INSIDE, "mode": "rw"},
+    }
+    with serving_docker.engine() as client:
+        container = client.containers.create(
+            request.config["image"],
+            entrypoint=["python3", "-P", "-m", "pipeline.loadtest"],
+            command=[f"{WORK_INSIDE}/request.json"],
+            **serving_docker.isolation(settings),
+            network_mode="host",
+            environment={**serving_docker.environ(), "PYTHONPATH": SOURCE_INSIDE, "XDG_CACHE_HOME": "/tmp"},  # noqa: S108
+            volumes=volumes,
+            labels=serving_docker.labels(request.config["unit_digest"], work, keep=False),
+        )
+        try:
+            container.start()
+            reported = [_relay(line) for line in _lines(container.logs(stdout=True, stderr=False, stream=True))]
+            status = int(container.wait()["StatusCode"])
+            words = container.logs(stdout=False, stderr=True).decode(errors="replace").strip()
+        finally:
+            container.remove(force=True)
+    sys.stderr.write(words + "\n")
+    for event in filter(None, reported):
+        raise from_json(event)
+    if status:
+        raise StageFailed(
+            f"the load test's container ended with status {status}: {' | '.join(words.splitlines()[-3:])}"
+        )
+
+
+def _relay(line: bytes) -> program.Event | None:
+    """Hand an event on; an error is returned instead, anything else goes to the log."""
+    try:
+        event: program.Event = json.loads(line)
+    except ValueError:
+        sys.stderr.write(line.decode(errors="replace") + "\n")
+        return None
+    if event["event"] == "error":
+        return event
+    program.emit(**event)
+    return None
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterable[bytes]:
+    """The lines of a stream that comes in pieces of any size."""
+    rest = b""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+if __name__ == "__main__":
+    program.main(run)

@@ -1,0 +1,192 @@
+"""The docker runtime against a real engine: a container of the serving image, whose own vLLM answers."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import docker
+import httpx
+import pytest
+import stages
+from engine import PLAIN, engine, inspect, labelled, pinned
+from loopback import wait_for
+
+from pipeline import environments, hardware, program, serving, serving_docker
+from pipeline.config import ServeConfig
+from pipeline.errors import ServingError
+
+pytestmark = [pytest.mark.container, pytest.mark.timeout(600)]
+
+NAME = "tiny"
+
+
+class World:
+    """A home, a tiny model, an engine, and one server that runs for all tests here."""
+
+    def __init__(self, folder, host):
+        self.folder, self.host, self.model = folder, host, folder / "model"
+        stages.tiny(self.model)
+        (self.model / "model.safetensors").chmod(0o600)  # as safetensors writes it
+        self.serve = ServeConfig.model_validate(
+            {
+                "runtime": "docker", "image": pinned(host), "container": PLAIN, "enforce_eager": True,
+                "max_model_len": 512, "max_num_seqs": 4, "kv_cache_memory": "64MiB", "shutdown_timeout": 30,
+            }
+        )  # fmt: skip
+        self.events = []
+        self.unit = serving.served_unit(self.model, self.serve, NAME, None)
+        self.server = self.start(self.folder / "server", keep=True)
+
+    def start(self, folder, serve=None, unit=None, **options):
+        """Start a server of the model."""
+        return serving.start(
+            unit or self.unit, self.model, serve or self.serve, NAME, folder, None,
+            on_event=self.events.append, **options,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("docker")
+    with engine(folder) as host, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DOCKER_HOST", host)
+        patch.setenv("TUNEGATE_HOME", str(folder / "home"))
+        made = World(folder, host)
+        yield made
+        serving.stop(made.server, 0)
+        assert made.server.container not in labelled(host, serving_docker.UNIT_LABEL)
+
+
+def test_the_unit_names_the_image_and_the_vllm_in_it(world):
+    """The runtime's digest is the image's, and the version is what the container itself says."""
+    assert (world.unit.runtime, world.unit.runtime_digest) == ("docker", world.serve.image.rpartition("@")[2])
+    assert httpx.get(f"{world.server.url}/version").json()["version"] == world.unit.vllm_version
+    shown = inspect(world.host, world.server.container)
+    assert shown["Image"] == world.unit.runtime_digest
+    assert {mount["Destination"] for mount in shown["Mounts"]} == {"/model", "/cache"}
+
+
+def test_the_container_is_kept_in(world):
+    """By the engine's own words: another user, a read-only root, no capability, no new privilege, the model read-only."""
+    shown = inspect(world.host, world.server.container)
+    host = shown["HostConfig"]
+    assert shown["Config"]["User"] == "65532:65532"
+    assert host["ReadonlyRootfs"]
+    assert not host["Privileged"]
+    assert "no-new-privileges" in " ".join(host["SecurityOpt"])
+    mounts = {mount["Destination"]: mount for mount in shown["Mounts"]}
+    assert (mounts["/model"]["Source"], mounts["/model"]["RW"]) == (str(world.model), False)
+    lines = Path(f"/proc/{shown['State']['Pid']}/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines)
+    assert status["Uid"].split() == ["65532"] * 4
+    assert {int(status[name], 16) for name in ("CapEff", "CapPrm", "CapBnd", "CapInh", "CapAmb")} == {0}
+    assert status["NoNewPrivs"] == "1"
+
+
+@pytest.mark.parametrize("place", ["/model/x", "/etc/x", "/opt/vllm/x"])
+def test_nothing_in_it_can_be_written_but_scratch(world, place):
+    """A write to the model, to the system or to vLLM itself fails inside."""
+    client = docker.DockerClient(base_url=world.host)
+    code, said = client.containers.get(world.server.container).exec_run(["touch", place])
+    client.close()
+    assert code != 0
+    assert b"Read-only file system" in said
+
+
+def test_its_health_check_passes(world):
+    """The command that the engine would run says that it is well."""
+    shown = inspect(world.host, world.server.container)
+    check = shown["Config"].get("Healthcheck") or shown["Config"]["HealthCheck"]
+    client = docker.DockerClient(base_url=world.host)
+    code, said = client.containers.get(world.server.container).exec_run(check["Test"][1:])
+    client.close()
+    assert code == 0, said
+
+
+def test_its_start_was_told_and_its_log_is_kept(world):
+    """Phases reach who waits, out of the container's own log."""
+    said = [event.get("text", "") for event in world.events]
+    assert any("loads the weights" in text or "starts its engine" in text for text in said)
+    assert "answers after" in said[-1]
+    serving.refresh_log(world.server)
+    assert "vLLM" in world.server.log.read_text()
+
+
+def test_it_is_found_again_and_known_to_be_well(world):
+    """Start in the same folder takes the running container over; its condition is the engine's and its own."""
+    assert world.start(world.folder / "server", keep=True) == world.server
+    now = serving.condition(world.server)
+    assert (now.state, now.healthy, now.restarts, now.container) == ("running", True, 0, world.server.container)
+    assert 0 < now.uptime_s < 900
+
+
+def test_a_load_test_runs_in_the_image(world):
+    """The image's own vLLM bench measures the server; this machine's environments aren't asked."""
+    data = world.folder / "data"
+    (data / "payload").mkdir(parents=True)
+    row = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "x"}]}
+    (data / "payload" / "holdout.jsonl").write_text(json.dumps(row) + "\n")
+    config = {
+        "loadtest": {"max_concurrency": [2], "num_prompts": 4, "max_tokens": 4}, "system": "candidate",
+        "url": world.server.url, "model": NAME, "unit_digest": world.unit.digest, "model_path": str(world.model),
+        "image": world.unit.runtime_digest, "container": world.serve.container.model_dump(),
+    }  # fmt: skip
+    folder, events = world.folder / "loadtest", []
+    request = program.Request(config, {"prepare": stages.artifact(data, "prepare", {})}, folder)
+    command = environments.command(environments.find("control"), "pipeline.loadtest_container")
+    detail = program.run(command, stages.environ("control"), request, events.append)
+    assert detail == {"levels": [2], "failed": 0}
+    report = json.loads((folder / "payload" / "report.json").read_text())
+    assert report["levels"][0]["completed"] == 4
+    assert [event["done"] for event in events if event["event"] == "progress"] == [4]
+    assert len(labelled(world.host, serving_docker.UNIT_LABEL)) == 1
+
+
+def test_requests_in_flight_finish_and_a_stopped_container_is_gone(world):
+    """A stream under way at stop ends with its last token; then nothing of the container is left."""
+    server = world.start(world.folder / "other", keep=False)
+    body = {"model": NAME, "prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
+
+    def stream() -> str:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+            return [line for line in response.iter_lines() if line][-1]
+
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(stream)
+        wait_for(lambda: serving.in_flight(server) == 1, 30)
+        serving.stop(server, 60)
+        assert last.result() == "data: [DONE]"
+    serving.stop(server, 60)
+    assert serving.condition(server).state == "dead"
+    assert server.container not in labelled(world.host, serving_docker.UNIT_LABEL)
+    assert serving.is_alive(world.server)
+
+
+def test_vllms_own_refusal_is_told_and_leaves_no_container(world):
+    """A length that the model wasn't made for: vLLM's words, the setting to lower, nothing left."""
+    serve = world.serve.model_copy(update={"max_model_len": 100_000})
+    unit = serving.served_unit(world.model, serve, NAME, None)
+    with pytest.raises(ServingError) as caught:
+        world.start(world.folder / "refused", serve=serve, unit=unit, keep=True)
+    assert "100000" in caught.value.problems[0].what
+    assert "serve.max_model_len" in caught.value.problems[0].remedy
+    assert labelled(world.host, serving_docker.UNIT_LABEL) == [world.server.container]
+
+
+def test_an_image_that_is_not_here_is_named(world):
+    """Nothing is pulled: the error names the image and how to get it."""
+    with pytest.raises(ServingError) as caught:
+        serving_docker.image("localhost/absent@sha256:" + "0" * 64, world.serve.container)
+    assert "isn't here" in caught.value.problems[0].what
+    assert "docker/README.md" in caught.value.problems[0].remedy
+
+
+def test_another_image_than_the_judged_one_is_refused(world):
+    """A unit of another digest is no unit of what the config names."""
+    unit = world.unit.model_copy(update={"runtime_digest": "sha256:" + "0" * 64})
+    with pytest.raises(ServingError) as caught:
+        world.start(world.folder / "else", unit=unit, keep=False)
+    assert [problem.key for problem in caught.value.problems] == ["unit.runtime_digest"]
+    assert world.unit.device == hardware.device().device_class
