@@ -6,7 +6,7 @@ export DEVICE
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint up down locks locks-check clean
+.PHONY: help setup demo test image test-container lint up down locks locks-check clean
 
 help:         ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
@@ -20,6 +20,12 @@ demo: setup   ## from a base model to an approved, promoted release that answers
 test: setup   ## all tests but those that need a GPU or a container engine
 	@$(PYTHON) -m pipeline.install autoawq
 	@$(BIN)/python -m pytest -m "not gpu and not container" -n 2 --dist loadfile --no-loadscope-reorder
+
+image:        ## build the CPU serving image where no registry is reachable (Debian 12, root)
+	@docker/build-local
+
+test-container: setup ## the tests that need a container engine and that image
+	@$(BIN)/python -m pytest -m container
 
 lint: setup   ## ruff, mypy --strict and the import contracts
 	@$(BIN)/ruff check

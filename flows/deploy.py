@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,14 @@ def _prefect_deploy(plan: Mapping[str, Any]) -> None:
             file=str(file),
             remedy="tunegate down, then tunegate up",
         )
+
+
+def main() -> None:
+    """`python -m flows.deploy CONFIG [DATA_DIR]`: the deployments alone, where `tunegate up` starts no worker."""
+    config, *data = map(Path, sys.argv[1:])
+    (store.home() / "services").mkdir(parents=True, exist_ok=True)
+    print(*deploy(rendered(config, data[0] if data else None), "tunegate"), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

