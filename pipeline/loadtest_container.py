@@ -67,7 +67,7 @@ def _run(request: program.Request, work: Path) -> None:
             command=[f"{WORK_INSIDE}/request.json"],
             **serving_docker.isolation(settings),
             network_mode="host",
-            environment={**serving_docker.environ(), "PYTHONPATH": SOURCE_INSIDE, "XDG_CACHE_HOME": "/tmp"},  # noqa: S108
+            environment={**serving_docker.environ("/tmp"), "PYTHONPATH": SOURCE_INSIDE},  # noqa: S108 - the container's own
             volumes=volumes,
             labels=serving_docker.labels(request.config["unit_digest"], work, keep=False),
         )

@@ -238,9 +238,15 @@ def _find(client: DockerClient, reference: str) -> EngineImage:
 
 def _ask_version(client: DockerClient, digest: str, container: ContainerConfig) -> str:
     """The version of vLLM in an image, asked of a container that can do nothing else."""
-    output: bytes = client.containers.run(
-        digest, ["-c", ASK_VERSION], entrypoint=["python3"], remove=True, network_mode="none", **isolation(container)
+    asked = client.containers.create(
+        digest, ["-c", ASK_VERSION], entrypoint=["python3"], network_mode="none", **isolation(container)
     )
+    try:
+        asked.start()
+        asked.wait()
+        output: bytes = asked.logs(stderr=False)
+    finally:
+        asked.remove(force=True)
     version = output.decode().strip()
     if not version:
         raise ServingError(
@@ -277,16 +283,16 @@ def _cache(unit: ServedUnit) -> Path:
     return path
 
 
-def environ() -> dict[str, str]:
-    """What every container's environment holds: no hub, no telemetry, caches where it may write."""
+def environ(cache: str = CACHE_INSIDE) -> dict[str, str]:
+    """What every container's environment holds: no hub, no telemetry, and where it may write."""
     return {
         **serving_command.OFFLINE,
         "HOME": "/tmp",  # noqa: S108 - the container's own
         "USER": "vllm",
         "LOGNAME": "vllm",
-        "XDG_CACHE_HOME": CACHE_INSIDE,
-        "VLLM_CACHE_ROOT": f"{CACHE_INSIDE}/vllm",
-        "TORCHINDUCTOR_CACHE_DIR": f"{CACHE_INSIDE}/inductor",
+        "XDG_CACHE_HOME": cache,
+        "VLLM_CACHE_ROOT": f"{cache}/vllm",
+        "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 
@@ -349,7 +355,8 @@ def _gpus() -> list[Any] | None:
 def _healthcheck(host: str, port: int, start_period_s: int) -> dict[str, Any]:
     second = 10**9
     here = HOST if host == HOST else "localhost"
-    code = f"import urllib.request as r; r.urlopen('http://{here}:{port}/health', timeout=9)"
+    # without a blank: Podman 4 takes the command apart at blanks, also inside an argument
+    code = f"__import__('urllib.request').request.urlopen('http://{here}:{port}/health',timeout=9)"
     return {
         "test": ["CMD", "python3", "-c", code],
         "interval": 30 * second,

@@ -14,6 +14,7 @@ import yaml
 from loopback import HTTP, answers, fake_vllm, free_port, said, wait_for
 
 from pipeline import environments, routing_config, serving_command
+from pipeline.config import ServeConfig
 
 DOCKER = Path(__file__).parents[1] / "docker"
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
@@ -83,19 +84,14 @@ def test_no_key_stands_in_a_file() -> None:
 
 
 def test_compose_serves_as_promotion_does() -> None:
-    """The image's entry is the module that promotion starts, and compose gives no flag that promotion wouldn't."""
+    """The image's entry is the module that promotion starts, and compose's flags are those of a config that chooses nothing."""
     dockerfile = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
     assert f'ENTRYPOINT ["python3", "-m", "{serving_command.MODULE}"]' in dockerfile
-    given = set(re.findall(r"--[a-z-]+", SERVICES["vllm"]["command"].replace(":---", ":- --")))
-    unit = {
-        "--dtype",
-        "--max-model-len",
-        "--max-num-seqs",
-        "--kv-cache-memory-bytes",
-        "--load-format",
-        "--served-model-name",
-    }
-    assert given == unit | set(serving_command.LEFT_OUT)
+    command = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", SERVICES["vllm"]["command"])
+    given = {flag.partition("=")[0]: flag for flag in re.sub(r"\$\{\w+:\?[^}]*\}", "tickets", command).split()}
+    assert set(serving_command.LEFT_OUT) < set(given)
+    unit = tuple(sorted(flag for name, flag in given.items() if name not in serving_command.LEFT_OUT))
+    assert unit == serving_command.unit_flags(ServeConfig(), "tickets")
 
 
 def test_the_images_run_as_nobody_and_hold_no_model() -> None:
