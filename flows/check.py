@@ -43,8 +43,8 @@ def schema(_options: argparse.Namespace) -> int:
 
 def doctor(options: argparse.Namespace) -> int:
     """Print what the machine has and lacks; 1 when something needed is missing."""
-    settings = environments.settings(resolve.resolve(options.config)) if options.config else None
-    findings = environments.doctor(settings)
+    config = resolve.resolve(options.config) if options.config else {}
+    findings = environments.doctor(environments.settings(config), config.get("serve", {}).get("runtime", "process"))
     for finding in findings:
         mark = "ok" if finding.ok else "missing" if finding.needed else "absent"
         print(f"{mark:<9}{finding.name:<22}{finding.detail}")

@@ -153,15 +153,18 @@ def engine_sockets() -> list[str]:
     ]
 
 
-def doctor(settings: Mapping[str, EnvironmentSetting] | None = None) -> list[Finding]:
-    """What a machine has and lacks, and the commands that mend it; `settings` are a config's environments."""
+def doctor(settings: Mapping[str, EnvironmentSetting] | None = None, runtime: str = "process") -> list[Finding]:
+    """What a machine has and lacks, and the commands that mend it.
+
+    `settings` are a config's environments, `runtime` is its serve.runtime: docker needs an engine, and no vLLM here.
+    """
     return [
         _python(),
         _make(),
-        *(_environment(name, settings or {}) for name in NAMES),
+        *(_environment(name, settings or {}, runtime) for name in NAMES),
         _disk(),
         _caddy(),
-        _container_engine(),
+        _container_engine(needed=runtime == "docker"),
         _gpu(),
     ]
 
@@ -246,8 +249,9 @@ def _make() -> Finding:
     return Finding("make", bool(found), found or "not found", None if found else "apt-get install make")
 
 
-def _environment(name: str, settings: Mapping[str, EnvironmentSetting]) -> Finding:
-    title, needed = f"environment {name}", name in install.DEFAULT or name in settings
+def _environment(name: str, settings: Mapping[str, EnvironmentSetting], runtime: str) -> Finding:
+    title = f"environment {name}"
+    needed = (name in install.DEFAULT or name in settings) and (name, runtime) != ("serve", "docker")
     try:
         found = find(name, settings)
     except EnvironmentMissing as missing:
@@ -284,17 +288,29 @@ def _caddy() -> Finding:
     return Finding("caddy", ok, str(found) if ok else "not found", None if ok else remedy("control"))
 
 
-def _container_engine() -> Finding:
-    """The engine's socket only: whether it answers is seen when a server is started."""
+def _container_engine(*, needed: bool) -> Finding:
+    """Whether somebody listens at the engine's socket; one on another host is taken at its word."""
     named = os.environ.get("DOCKER_HOST", "").removeprefix("unix://")
+    if "://" in named:
+        return Finding("container engine", ok=True, detail=named, needed=needed)
     places = [named] if named else engine_sockets()
-    found = named if "://" in named else next((place for place in places if Path(place).is_socket()), None)
+    found = next((place for place in places if Path(place).is_socket()), None)
+    if found and _listens(found):
+        return Finding("container engine", ok=True, detail=found, needed=needed)
     if shutil.which("podman"):
         advice = "podman system service --time 0 unix://SOCKET &  export DOCKER_HOST=unix://SOCKET"
     else:
         advice = "install Docker, or Podman (apt-get install podman runc); docker/README.md has the rest"
-    detail = found or (f"no socket at {named}" if named else "no socket")
-    return Finding("container engine", bool(found), detail, None if found else advice, needed=False)
+    detail = f"nobody answers at {found}" if found else f"no socket at {named}" if named else "no socket"
+    return Finding("container engine", ok=False, detail=detail, remedy=advice, needed=needed)
+
+
+def _listens(path: str) -> bool:
+    import socket  # here because `tunegate check` imports this module and never asks
+
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(5)
+        return probe.connect_ex(path) == 0
 
 
 def _gpu() -> Finding:

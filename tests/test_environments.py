@@ -229,10 +229,25 @@ def test_doctor_finds_an_engine_by_its_socket_and_a_gpu_by_its_tool(venvs, tmp_p
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     with socket.socket(socket.AF_UNIX) as engine:
         engine.bind(str(tmp_path / "engine.sock"))
+        engine.listen()
         monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/engine.sock")
         found = findings()
+    assert found["container engine"].ok
     assert found["container engine"].detail == str(tmp_path / "engine.sock")
     assert found["gpu"].detail == "NVIDIA H100 80GB HBM3, 81559 MiB, 580.65"
+
+
+def test_doctor_says_that_an_engine_is_gone_or_was_never_there(venvs, tmp_path, monkeypatch):
+    """A socket that nobody answers at is no engine; a config with runtime: docker needs one, and no vLLM here."""
+    place = tmp_path / "engine.sock"
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{place}")
+    assert findings()["container engine"].detail == f"no socket at {place}"
+    with socket.socket(socket.AF_UNIX) as engine:
+        engine.bind(str(place))
+    found = {one.name: one for one in environments.doctor(runtime="docker")}
+    assert found["container engine"].detail == f"nobody answers at {place}"
+    assert (found["container engine"].needed, found["environment serve"].needed) == (True, False)
+    assert "podman" in found["container engine"].remedy.lower()
 
 
 def test_the_module_costs_little_to_import():
