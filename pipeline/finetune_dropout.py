@@ -3,10 +3,6 @@
 Imported on a GPU only: it needs Triton. Tensors are contiguous, of less than 2^31 elements.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +11,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _dropped(x: Any, out: Any, elements: Any, p: Any, seed: Any, block: tl.constexpr) -> None:
+def _dropped(x, out, elements, p, seed, block: tl.constexpr):
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < elements
     value = tl.load(x + at, mask=inside).to(tl.float32)
@@ -24,7 +20,7 @@ def _dropped(x: Any, out: Any, elements: Any, p: Any, seed: Any, block: tl.const
 
 
 @triton.jit
-def _add_dropped(to: Any, x: Any, elements: Any, p: Any, seed: Any, block: tl.constexpr) -> None:
+def _add_dropped(to, x, elements, p, seed, block: tl.constexpr):
     at = tl.program_id(0) * block + tl.arange(0, block)
     inside = at < elements
     value = tl.load(x + at, mask=inside).to(tl.float32)

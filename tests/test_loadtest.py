@@ -152,12 +152,12 @@ def test_a_level_is_recorded_without_its_failed_requests():
         "failed": 1,
         "output_lens": [3, 0, 1],
         "ttfts": [0.1, 0.0, 0.2],
-        "latencies": [0.3, 0, 0.4],
     }
     level.runs.append({**zeros, **run, "itls": [[0.1, 0.1], [], []]})
     found = level.record()
     assert (found.completed, found.failed) == (2, 1)
     assert found.samples["ttft_ms"] == ((100.0, 200.0),)
+    assert found.samples["e2el_ms"] == ((300.0, 200.0),)
     assert found.samples["gaps"] == ((2.0, 0.0),)
     assert found.samples["itl_ms"] == ((100.0, 100.0),)
 
