@@ -34,11 +34,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class System:
-    """A model folder in a role."""
+    """A model folder in a role, and the config that it is served with: the incumbent keeps the one it was judged with."""
 
     role: str
     model: Path
     unit: ServedUnit
+    config: Mapping[str, Any]
 
 
 def measure(
@@ -65,11 +66,13 @@ def systems(config: Mapping[str, Any], artifacts: Mapping[Stage, Artifact], unit
         model = artifacts["base" if role == "base" else "merge"].payload
         other = serving.served_unit(model, settings.serve, settings.name, environment)
         if other.digest != unit.digest:
-            found.append(System(role, model, other))
-    found.append(System("candidate", artifacts["quantize" if "quantize" in artifacts else "merge"].payload, unit))
+            found.append(System(role, model, other, config))
+    candidate = artifacts["quantize" if "quantize" in artifacts else "merge"].payload
+    found.append(System("candidate", candidate, unit, config))
     champion = registry.champion(settings.name)
     if champion and champion.unit.digest != unit.digest:
-        found.append(System("incumbent", champion.model_path, champion.unit))
+        judged_with = registry.config_of(champion.run_id).model_dump(mode="json")
+        found.append(System("incumbent", champion.model_path, champion.unit, judged_with))
     return found
 
 
@@ -80,7 +83,7 @@ def _measure(
 ) -> tuple[Evaluation, LoadTest | None]:
     """Evaluate and load-test one system on one vLLM start; no start when both are there already."""
     with ExitStack() as stack:
-        server = _Lazy(config, build_key, system, show, stack)
+        server = _Lazy(build_key, system, show, stack)
         evaluation = _evaluate(config, artifacts, system, server, show)
         loadtest = None
         if system.role in ("candidate", "incumbent"):
@@ -91,22 +94,22 @@ def _measure(
 class _Lazy:
     """A server that starts when it is first asked for."""
 
-    def __init__(self, config: dict[str, Any], build_key: str, system: System, show: OnEvent, stack: ExitStack) -> None:
-        self._arguments = (config, build_key, system, show)
+    def __init__(self, build_key: str, system: System, show: OnEvent, stack: ExitStack) -> None:
+        self._arguments = (build_key, system, show)
         self._stack = stack
         self._server: Server | None = None
 
     def __call__(self) -> Server:
         """The running server."""
         if self._server is None:
-            config, build_key, system, show = self._arguments
-            settings = Config.model_validate(config)
+            build_key, system, show = self._arguments
+            settings = Config.model_validate(system.config)
             show({"event": "stage", "stage": "serve", "state": "running", "log": system.role})
             self._stack.enter_context(stages.device_slot())
             self._server = self._stack.enter_context(
                 serving.running(
                     system.unit, system.model, settings.serve, settings.name, store.build_folder(build_key) / f"serve-{system.role}",
-                    stages.serve_environment(config), show,
+                    stages.serve_environment(system.config), show,
                 )
             )  # fmt: skip
         return self._server
@@ -163,7 +166,7 @@ def _loadtest(
         module, environment = "loadtest", "serve"
         if system.unit.runtime == "docker":  # vLLM's bench is in the image
             module, environment = "loadtest_container", "control"
-            settings |= {"image": system.unit.runtime_digest, "container": config["serve"]["container"]}
+            settings |= {"image": system.unit.runtime_digest, "container": system.config["serve"]["container"]}
         request = program.Request(settings, stages.inputs_json(artifacts, ("prepare",)), folder)
         stages.run_program(module, environment, config, request, show)
     show({"event": "stage", "stage": "loadtest", "state": system.role})

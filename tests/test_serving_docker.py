@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -190,3 +192,13 @@ def test_another_image_than_the_judged_one_is_refused(world):
         world.start(world.folder / "else", unit=unit, keep=False)
     assert [problem.key for problem in caught.value.problems] == ["unit.runtime_digest"]
     assert world.unit.device == hardware.device().device_class
+
+
+def test_a_kept_server_that_dies_is_started_again(world):
+    """Kill -9 of vLLM: the engine starts the same container at the same address, and the restart is counted."""
+    os.kill(inspect(world.host, world.server.container)["State"]["Pid"], signal.SIGKILL)
+    wait_for(lambda: not serving.condition(world.server).healthy, 30)
+    wait_for(lambda: serving.condition(world.server).healthy, 200)
+    now = serving.condition(world.server)
+    assert (now.state, now.restarts, now.container) == ("running", 1, world.server.container)
+    assert serving.find(world.folder / "server") == world.server

@@ -95,9 +95,13 @@ def test_what_was_judged_in_a_container_serves_in_one(house: tuple[House, str]) 
 
 
 def test_a_second_release_replaces_it_and_a_rollback_brings_it_back(house: tuple[House, str]) -> None:
-    """Version 2, measured beside version 1, takes over; its rollback serves the first again; one container at a time."""
+    """Version 2, measured beside version 1 that has another flag, takes over; its rollback serves the first again.
+
+    There is one container at a time.
+    """
     made, host = house
-    made.tunegate("run", made.config, "--set", "seed=43")
+    made.tunegate("run", made.config, "--set", "seed=43", "--set", "serve.max_num_seqs=3")
+    assert set(builds(made)[-1].evaluations) == {"candidate", "incumbent"}
     made.tunegate("approve", "tiny", "--reviewer", "tests")
     first = status(made)["container"]
     assert "v2 is live" in made.tunegate("promote", "tiny")
