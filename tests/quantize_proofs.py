@@ -1,6 +1,9 @@
-"""What test_quantize_awq.py looks at inside the train and autoawq environments; each command prints JSON.
+"""What test_quantize_awq.py does and looks at inside the train and autoawq environments, a process a method.
 
-python tests/quantize_proofs.py COMMAND ARGUMENT...
+    python tests/quantize_proofs.py METHOD FOLDER
+
+FOLDER/METHOD/requests.json holds what the stage is asked by name; each is answered in FOLDER/METHOD/NAME/. What was
+answered and seen is written to seen.json beside it. The train environment makes the models and so comes first.
 """
 
 from __future__ import annotations
@@ -17,62 +20,90 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import program, quantize, quantize_autoawq, quantize_check, quantize_llmcompressor, weights
 from pipeline.errors import StageFailed, TunegateError
-from pipeline.quantize_calibration import encode, load_tokenizer, read_rows
+from pipeline.quantize_calibration import Sample, encode, load_tokenizer, read_rows
 
 PROMPT = 30
 ANSWER = 8
+MODELS = {"merge": {}, "untied": {"tied": False, "layers": 1}}
 
 
-def make(tied: str, untied: str) -> None:
-    """Two tiny models with weights as uneven as real ones (AWQ follows them) and a config in the new form."""
-    for folder, options in ((Path(tied), {}), (Path(untied), {"tied": False, "layers": 1})):
-        tiny.make(folder, **options)
-        generator = torch.Generator().manual_seed(1)
-        uneven = {}
-        for name, weight in load_file(folder / "model.safetensors").items():
-            columns = torch.randn(weight.shape[-1], generator=generator).exp().to(weight.dtype)
-            uneven[name] = weight * columns if ".layers." in name else weight
-        save_file(uneven, folder / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((folder / "config.json").read_text())
-        del config["rope_theta"], config["torch_dtype"]
-        config["rope_parameters"]["rope_theta"] = 50000.0
-        (folder / "config.json").write_text(json.dumps(config))
-
-
-def train(model: str, rows: str, spoiled: str, compressed: str, symmetric: str, *others: str) -> dict[str, Any]:
-    """All that is asked in the train environment, in one process."""
-    for folder in (compressed, symmetric):
-        _as_compressed_tensors_reads(Path(folder))
+def prove(method: str, folder: Path) -> dict[str, Any]:
+    """Quantize as asked, and look at what came of it."""
+    if method == "llmcompressor":
+        for name, options in MODELS.items():
+            make(folder / name / "payload", **options)
+    asked = json.loads((folder / method / "requests.json").read_text())
+    details = {name: quantize.run(request(folder, method, name, raw)) for name, raw in asked.items()}
+    model, made = folder / "merge" / "payload", folder / method / "first" / "payload"
+    samples = encode(read_rows(folder / "prepare" / "payload" / "calibration.jsonl"), load_tokenizer(model))
+    plain = quantize.BACKENDS[method].load(model, folder / method)
+    quantize_check.load_dequantized(plain, made)
+    look = {"llmcompressor": _in_train, "autoawq": _in_autoawq}[method]
     return {
-        "names": [sorted(weights.tensors(Path(folder))) for folder in (compressed, symmetric, *others)],
-        "tokens": _tokens(Path(model), Path(rows), theirs=True),
-        "meaning": [_meaning(Path(model), Path(folder), Path(rows)) for folder in (compressed, others[0])],
-        "spoiled": _spoiled(Path(model), Path(compressed), Path(spoiled)),
+        "details": details,
+        "tokens": [sample.ids for sample in samples],
+        "meaning": [_meaning(plain, list(sample.ids)) for sample in samples[:4]],
+        **look(folder, asked, samples),
     }
 
 
-def autoawq(model: str, rows: str, scratch: str, folder: str, request: str) -> dict[str, Any]:
-    """All that is asked in the autoawq environment, in one process."""
-    _as_autoawq_reads(Path(folder))
-    loaded = quantize_autoawq.load(Path(model), Path(scratch))
+def make(folder: Path, **options: Any) -> None:
+    """A tiny model with weights as uneven as real ones (AWQ follows them) and a config in the new form."""
+    tiny.make(folder, **options)
+    generator = torch.Generator().manual_seed(1)
+    uneven = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        columns = torch.randn(weight.shape[-1], generator=generator).exp().to(weight.dtype)
+        uneven[name] = weight * columns if ".layers." in name else weight
+    save_file(uneven, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_theta"], config["torch_dtype"]
+    config["rope_parameters"]["rope_theta"] = 50000.0
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def request(folder: Path, method: str, name: str, raw: dict[str, Any]) -> program.Request:
+    """What the flow would hand the stage; `raw` is its config section and the model's name."""
+    inputs = {
+        stage: {
+            "stage": stage,
+            "key": "k",
+            "path": str(path),
+            "digest": "d",
+            "parents": {},
+            "made_by": {},
+            "detail": {},
+        }
+        for stage, path in (("merge", folder / raw["model"]), ("prepare", folder / "prepare"))
+    }
+    (folder / method / name).mkdir(exist_ok=True)
+    return program.Request({"quantize": raw["quantize"], "seed": 1}, inputs, folder / method / name)
+
+
+def _in_train(folder: Path, asked: dict[str, Any], samples: list[Sample]) -> dict[str, Any]:
+    """What transformers 5, compressed-tensors and the stage's own check make of it."""
+    from transformers import AutoTokenizer
+
+    model, made = folder / "merge" / "payload", folder / "llmcompressor"
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = read_rows(folder / "prepare" / "payload" / "calibration.jsonl")
+    theirs = [tuple(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows]
+    assert [sample.ids for sample in samples] == theirs
+    for name in asked.keys() - {"again"}:
+        _as_compressed_tensors_reads(made / name / "payload")
+    return {"spoiled": _spoiled(model, made / "first" / "payload", folder / "spoiled")}
+
+
+def _in_autoawq(folder: Path, asked: dict[str, Any], _samples: list[Sample]) -> dict[str, Any]:
+    """What transformers 4 and AutoAWQ make of it, and what comes of AutoAWQ left as it is."""
+    made = folder / "autoawq"
+    _as_autoawq_reads(made / "first" / "payload")
+    loaded = quantize_autoawq.load(folder / "merge" / "payload", made)
     return {
-        "tokens": _tokens(Path(model), Path(rows), theirs=False),
         "rope_theta": loaded.config.rope_theta,
         "frequency": float(loaded.model.rotary_emb.inv_freq[1]),
-        "unmended": _unmended(Path(request)),
+        "unmended": _unmended(request(folder, "autoawq", "unmended", asked["first"])),
     }
-
-
-def _tokens(model: Path, rows: Path, *, theirs: bool) -> list[list[int]]:
-    """Calibration tokens, in the train environment compared with those of transformers' own tokenizer."""
-    ids = encode(read_rows(rows), load_tokenizer(model))
-    if theirs:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        expected = [tokenizer.apply_chat_template(row["messages"], return_dict=False) for row in read_rows(rows)]
-        assert ids == expected
-    return ids
 
 
 def _as_compressed_tensors_reads(folder: Path) -> None:
@@ -103,25 +134,20 @@ def _as_autoawq_reads(folder: Path) -> None:
     assert packed == 14
 
 
-def _meaning(model: Path, folder: Path, rows: Path) -> list[dict[str, Any]]:
+def _meaning(plain: Any, ids: list[int]) -> dict[str, Any]:
     """By transformers, from the unpacked weights: each token's log-probability, and a greedy answer."""
-    plain = quantize_llmcompressor.load(model, model)
-    quantize_check.load_dequantized(plain, folder)
-    found = []
-    for ids in encode(read_rows(rows)[:4], load_tokenizer(model)):
-        with torch.no_grad():
-            chances = plain(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
-            prompt = torch.tensor([ids[:PROMPT]])
-            answer = plain.generate(prompt, max_new_tokens=ANSWER, do_sample=False)[0, PROMPT:]
-        likely = chances[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))[:, 0]
-        found.append({"ids": ids, "logprobs": likely.tolist(), "answer": answer.tolist()})
-    return found
+    with torch.no_grad():
+        chances = plain(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        answer = plain.generate(torch.tensor([ids[:PROMPT]]), max_new_tokens=ANSWER, do_sample=False)[0, PROMPT:]
+    likely = chances[:-1].gather(1, torch.tensor(ids[1:]).unsqueeze(1))[:, 0]
+    return {"ids": ids, "logprobs": likely.tolist(), "answer": answer.tolist()}
 
 
 def _spoiled(model: Path, intact: Path, folder: Path) -> dict[str, Any]:
     """What comparing says of a folder with one tensor changed; None where it passes."""
+    folder.mkdir()
     plain = quantize_llmcompressor.load(model, model)
-    probe = [[1, *range(40, 90)]]
+    probe = [Sample((1, *range(40, 90)))]
     original = quantize_check.read(plain, probe)
     good = load_file(intact / "model.safetensors")
     scale, norm = "model.layers.1.mlp.down_proj.weight_scale", "model.norm.weight"
@@ -146,7 +172,7 @@ def _spoiled(model: Path, intact: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def _unmended(request: Path) -> str:
+def _unmended(asked: program.Request) -> str:
     """What the stage says of AutoAWQ's result when nothing is done about its search on a CPU."""
     mended = quantize_autoawq._quantizer_class
 
@@ -156,13 +182,12 @@ def _unmended(request: Path) -> str:
         return quantizer
 
     quantize_autoawq._quantizer_class = unmended
-    raw = json.loads(request.read_text())
     try:
-        return str(quantize.run(program.Request(raw["config"], raw["inputs"], Path(raw["folder"]))))
+        return str(quantize.run(asked))
     except StageFailed as error:
         return str(error)
 
 
 if __name__ == "__main__":
-    real_stdout, sys.stdout = sys.stdout, sys.stderr
-    print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])), file=real_stdout)
+    home = Path(sys.argv[2])
+    (home / sys.argv[1] / "seen.json").write_text(json.dumps(prove(sys.argv[1], home)))

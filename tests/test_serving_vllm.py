@@ -1,24 +1,95 @@
-"""What the real vLLM refuses: the fake only claims it. Its answers and its stop are in test_quantize_awq.py."""
+"""The real vLLM on a tiny random Llama: what the fake only claims about it."""
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
 import pytest
 import stages
+from loopback import wait_for
+from released import processes_under
 
 from pipeline import environments, serving
 from pipeline.config import ServeConfig
 from pipeline.errors import ServingError
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
+
+NAME = "tiny"
+SERVE = ServeConfig(
+    max_model_len=1024, max_num_seqs=8, kv_cache_memory="64MiB", enforce_eager=True, shutdown_timeout=30
+)
+TOKENS = 400
 
 
-def test_vllms_own_refusal_is_told_with_its_remedy(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny model in it, which is home as well."""
+    folder = tmp_path_factory.mktemp("vllm")
+    stages.tiny(folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TUNEGATE_HOME", str(folder / "home"))
+        yield folder
+
+
+def start(place, serve=SERVE):
+    """Start it for real."""
+    environment = environments.find("serve")
+    unit = serving.served_unit(place / "model", serve, NAME, environment)
+    server = serving.start(
+        unit, place / "model", serve, NAME, place / "server", environment, keep=False, on_event=lambda _: None
+    )
+    return unit, server
+
+
+def long_stream(server):
+    """What a streamed completion of TOKENS tokens says at its end: finish reason, tokens by its usage, last line.
+
+    Pieces aren't tokens: vLLM puts those that wait for a slow reader into one.
+    """
+    body = {
+        "model": NAME,
+        "prompt": "Hello",
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
+        *pieces, usage, last = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    finish_reason = json.loads(pieces[-1])["choices"][0]["finish_reason"]
+    return finish_reason, json.loads(usage)["usage"]["completion_tokens"], last
+
+
+def test_vllm_starts_answers_counts_and_finishes_what_is_in_flight_when_stopped(place):
+    """The unit names its version, /metrics counts, and a stream survives the stop to its last token."""
+    unit, server = start(place)
+    try:
+        assert httpx.get(f"{server.url}/version").json()["version"] == unit.vllm_version
+        cards = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert [(card["id"], card["max_model_len"]) for card in cards] == [(NAME, 1024)]
+        with ThreadPoolExecutor(1) as pool:
+            stream = pool.submit(long_stream, server)
+            wait_for(lambda: serving.in_flight(server) == 1, 30)
+            serving.stop(server, 60)
+            assert stream.result() == ("length", TOKENS, "[DONE]")
+        log = server.log.read_text()
+        assert "mode=drain" in log
+        assert "draining in-flight requests count=1" in log
+        assert "unrecognized" not in log
+    finally:
+        serving.stop(server, 0)
+    assert not serving.is_alive(server)
+    assert processes_under(place, "vllm") == []
+
+
+def test_vllms_own_refusal_is_told_with_its_remedy(place):
     """A length that the model wasn't made for: vLLM's words, and the setting to lower."""
-    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
-    model, environment = stages.tiny(tmp_path / "model"), environments.find("serve")
-    serve = ServeConfig(max_model_len=100_000, kv_cache_memory="64MiB", enforce_eager=True)
-    unit = serving.served_unit(model, serve, "tiny", environment)
+    serve = SERVE.model_copy(update={"max_model_len": 100_000})
     with pytest.raises(ServingError) as caught:
-        serving.start(unit, model, serve, "tiny", tmp_path / "server", environment, keep=False, on_event=lambda _: None)
+        start(place, serve)
     assert "100000" in caught.value.problems[0].what
     assert "serve.max_model_len" in caught.value.problems[0].remedy
