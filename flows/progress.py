@@ -43,13 +43,14 @@ class Plain:
         self._write = write
         self._stage = ""
         self._last = -SECONDS_BETWEEN_LINES
+        self._finished = ""
         self._pace = Pace()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
         if event["event"] == "stage":
             self._stage = event["stage"]
-            self._last = -SECONDS_BETWEEN_LINES
+            self._last, self._finished = -SECONDS_BETWEEN_LINES, ""
             self._pace = Pace()
             self._write(stage_line(event))
         elif event["event"] == "message":
@@ -57,8 +58,9 @@ class Plain:
         elif event["event"] == "progress":
             now = time.monotonic()
             rest = self._pace.rest_s(event, now)
-            if now - self._last >= SECONDS_BETWEEN_LINES or event["done"] >= event["total"]:
-                self._last = now
+            finished = event["unit"] if event["done"] >= event["total"] else ""
+            if now - self._last >= SECONDS_BETWEEN_LINES or (finished and finished != self._finished):
+                self._last, self._finished = now, finished
                 self._write(f"  {self._stage:<10} {figures(event, rest)}")
 
 

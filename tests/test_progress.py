@@ -46,6 +46,18 @@ def test_a_log_has_states_and_now_and_then_progress(clock):
     assert len(lines) == 1 + 10 + 1 + 2
 
 
+def test_work_that_outlasts_its_estimate_is_told_now_and_then(clock):
+    """Once it should have been finished, its lines don't come more often than before."""
+    lines = []
+    show = progress.Plain(lines.append)
+    show(stage("running"))
+    for done in range(1, 181):
+        clock[0] += 1.0
+        show(step(done, total=max(60, done)))
+    assert len(lines) == 1 + 180 // 15 + 1
+    assert lines[-1] == "  finetune   180/180 steps"
+
+
 def test_a_resumed_stage_is_not_thought_quick(clock):
     """The steps that a killed run did don't make the rest look short."""
     pace = progress.Pace()
