@@ -25,10 +25,9 @@ def check(options: argparse.Namespace) -> int:
 
 def show(config: Mapping[str, Any], path: Path) -> plan.Plan:
     """Print and return the plan of a resolved config, with warnings where its builds can't pass."""
-    device = hardware.device()
-    planned = plan.make(config, resolve.sources(config), device.name)
+    planned = plan.make(config, resolve.sources(config), hardware.device().name)
     plan.render(planned, path, print)
-    for warning in resolve.warnings(config, path, device.device_class):
+    for warning in resolve.warnings(config, path):
         print(f"warning: {warning}")
     return planned
 

@@ -151,7 +151,9 @@ class ServeConfig(Section):
     max_model_len: PositiveInt = 2048
     max_num_seqs: PositiveInt = 64
     kv_cache_memory: Bytes = "1GiB"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the hardware multiplies it, else what is fastest"
+    )
     enforce_eager: bool = False
     tensor_parallel_size: PositiveInt = 1
     served_model_name: str | None = Field(None, description="the name clients ask for; default: name")

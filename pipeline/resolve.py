@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 JUDGES = (
     "config.py", "config_file.py", "gate.py", "load_statistics.py", "resolve.py", "scoring.py", "serving_refusals.py",
 )  # fmt: skip
-NO_4_BITS = ("cpu-x86_64-avx2", "cpu-x86_64-generic")
 
 
 def resolve(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = None) -> dict[str, Any]:
@@ -56,25 +55,11 @@ def judge(config: Config) -> Iterator[Problem]:
     yield from gate.policy_problems(config.gate, config.evaluate, config.loadtest)
 
 
-def warnings(config: Mapping[str, Any], path: Path, device_class: str) -> list[Problem]:
-    """What is allowed and still keeps a build of this resolved config from passing its gate on this device."""
-    return [*_without_quality(config, path), *_without_kernels(config, path, device_class)]
+def warnings(config: Mapping[str, Any], path: Path) -> list[Problem]:
+    """What is allowed and still keeps a build of this resolved config from passing its gate.
 
-
-def _without_kernels(config: Mapping[str, Any], path: Path, device_class: str) -> Iterator[Problem]:
-    """The AVX2 build of vLLM 0.32 for CPUs holds no kernel for 4-bit weights: its first answer ends the server."""
-    if config["quantize"]["method"] != "none" and device_class in NO_4_BITS:
-        yield Problem(
-            f"this CPU ({device_class}) has no AVX-512, and without it vLLM serves no 4-bit weights",
-            file=str(path),
-            key="quantize.method",
-            allowed="none here, or a machine with AVX-512 or a GPU",
-            remedy="set quantize.method: none, or build elsewhere",
-        )
-
-
-def _without_quality(config: Mapping[str, Any], path: Path) -> list[Problem]:
-    """No check, or none before there is an incumbent: the gate calls that inconclusive."""
+    That is no check at all, or none before there is an incumbent: the gate calls it inconclusive.
+    """
     checks = config["gate"]["metrics"]
     if any(check["min"] is not None or check["against"] == "base" for check in checks):
         return []

@@ -55,7 +55,7 @@ def served_unit(model: Path, serve: ServeConfig, name: str, environment: Environ
         runtime=serve.runtime,
         runtime_digest=runtime_digest,
         vllm_version=version,
-        flags=serving_command.unit_flags(serve, name),
+        flags=serving_command.unit_flags(serve, name, device.serving_dtype),
         env=serving_command.unit_env(serve, on_cpu=device.kind == "cpu"),
         device=device.device_class,
     )

@@ -25,14 +25,16 @@ OFFLINE = {
 CPU_ENV = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
-def unit_flags(serve: ServeConfig, name: str) -> tuple[str, ...]:
+def unit_flags(serve: ServeConfig, name: str, auto_dtype: str = "bfloat16") -> tuple[str, ...]:
     """The flags that belong to the served unit, sorted, each `--flag` or `--flag=value`.
+
+    `auto_dtype` is what `dtype: auto` means on the device that serves.
 
     Raises ConfigError with every extra argument that would break the promise.
     """
     _raise(list(argument_problems(serve.extra_args)))
     flags = {
-        "--dtype": serve.dtype,
+        "--dtype": auto_dtype if serve.dtype == "auto" else serve.dtype,
         "--kv-cache-memory-bytes": str(size_in_bytes(serve.kv_cache_memory)),
         "--max-model-len": str(serve.max_model_len),
         "--max-num-seqs": str(serve.max_num_seqs),

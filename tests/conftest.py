@@ -7,9 +7,7 @@ import os
 import pytest
 
 # The start of a test's id -> why CI may leave it out. Marks left out by `-m` are deselected, not skipped.
-ALLOWED_SKIPS: dict[str, str] = {
-    "tests/test_quantize_awq.py::test_vllm_serves_what_was_checked": "no AVX-512, no 4-bit weights in vLLM on a CPU",
-}
+ALLOWED_SKIPS: dict[str, str] = {}
 # Two workers take a file at a time: a long one that is taken last leaves one of them idle.
 LONGEST_FIRST = (
     "end_to_end/test_chain.py", "test_data.py", "test_finetune.py", "test_gguf.py", "test_quantize_awq.py", "test_serving_vllm.py",

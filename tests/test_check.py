@@ -45,7 +45,7 @@ def test_a_policy_that_cannot_pass_is_warned_of_below_the_plan(config, capsys):
 
 def test_a_policy_that_can_pass_is_not_warned_of(config, capsys):
     """The plan ends with the memory."""
-    text = "gate: {metrics: [{metric: exact_match, min: 0.5}]}\nquantize: {method: none}\n"
+    text = "gate: {metrics: [{metric: exact_match, min: 0.5}]}\n"
     assert ended("check", config(text)) == 0
     assert "warning" not in capsys.readouterr().out
 

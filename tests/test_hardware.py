@@ -101,3 +101,19 @@ def test_a_visible_gpu_is_preferred_and_can_be_declined(monkeypatch, tmp_path):
     monkeypatch.setenv("TUNEGATE_DEVICE", "tpu")
     with pytest.raises(ResourceError, match="cpu, cuda"):
         hardware.device()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        (("cpu", "cpu-x86_64-avx512_bf16", True), "bfloat16"),
+        (("cpu", "cpu-x86_64-avx512", False), "bfloat16"),
+        (("cpu", "cpu-x86_64-avx2", False), "float32"),
+        (("cuda", "NVIDIA H200", True), "bfloat16"),
+        (("cuda", "Tesla T4", False), "float16"),
+    ],
+)
+def test_what_serves_by_default_is_what_the_device_multiplies(device, dtype):
+    """bfloat16 where that is quick, else the next best."""
+    kind, name, bf16 = device
+    assert hardware.Device(kind, name, name, 2**30, 2, 0, bf16).serving_dtype == dtype

@@ -113,6 +113,16 @@ def test_train_gets_the_model_wheel_without_what_it_asks_for(project):
     assert version_there(project, "train", "learn") == "1.0"
 
 
+def test_serving_on_a_cpu_gets_the_plugin_for_those_without_avx_512(project):
+    """And its source is part of what the environment was made from."""
+    install.install(["serve"], "cpu", lambda _: None)
+    assert list((project / "venvs" / "serve").rglob("tunegate_vllm_avx2.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        (project / "plugin").mkdir()
+        patch.setattr(install, "VLLM_PLUGIN", project / "plugin")
+        assert not install.is_current("serve", "cpu")
+
+
 def test_a_file_with_another_hash_is_refused(project):
     """A wheel that isn't the one locked stops the set-up, and the environment doesn't count as made."""
     (project / "locks" / "cpu" / "serve.txt").write_text(f"answer==1.0 --hash=sha256:{'0' * 64}\n")

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from stages import TESTS, python
 
-from pipeline import environments, hardware, resolve, serving, weights
+from pipeline import environments, serving, weights
 from pipeline.config import ServeConfig
 from pipeline.digests import digest_folder
 
@@ -182,10 +182,6 @@ def test_both_environments_see_the_same_tokens(quantized):
 
 
 @METHODS
-@pytest.mark.skipif(
-    hardware.device().device_class in resolve.NO_4_BITS,
-    reason="vLLM's build for CPUs without AVX-512 has no kernel for 4-bit weights",
-)
 def test_vllm_serves_what_was_checked(quantized, method, tmp_path, monkeypatch):
     """Served over HTTP, tokens are as likely as by the unpacked weights, and the answers are the same."""
     monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))

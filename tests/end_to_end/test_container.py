@@ -1,7 +1,7 @@
 """The chain with `runtime: docker`: judged in a container, promoted into one, answering through Caddy.
 
 Real commands in real processes, as in test_chain.py; vLLM is the image's own, and there is no serve environment: the
-config names an interpreter for it that isn't there. Served in bf16, which vLLM's kernels for older CPUs know too.
+config names an interpreter for it that isn't there.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[House, str
             ("serve: {", f"serve: {{{container}"),
             ("compare: [base]", "compare: []"),
             ("    - {metric: exact_match, against: base, margin: -0.3}\n", ""),
-            ("quantize: {", "quantize: {method: none, "),
         ):
             assert old in config
             config = config.replace(old, new)
