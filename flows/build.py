@@ -68,7 +68,7 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
             "```\n" + "\n".join(lines) + "\n```", key="plan", description=f"Plan of {planned.name}"
         )
         try:
-            finished = _steps(config, planned, sources, run_id, show)
+            finished = _steps(config, planned, sources, run_id, show, again=again)
         except BaseException as error:
             with suppress(RegistryError):  # what went wrong first is what the user must read
                 registry_runs.close_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -78,7 +78,13 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
 
 
 def _steps(
-    config: Mapping[str, Any], planned: plan.Plan, sources: Mapping[str, str], run_id: str, show: OnEvent
+    config: Mapping[str, Any],
+    planned: plan.Plan,
+    sources: Mapping[str, str],
+    run_id: str,
+    show: OnEvent,
+    *,
+    again: bool,
 ) -> dict[str, Any]:
     artifacts: dict[Stage, Artifact] = {}
     for step in plan.steps(config):
@@ -88,7 +94,7 @@ def _steps(
     served = artifacts[cast("Stage", plan.served_stage(config))]
     settings = Config.model_validate(config)
     unit = serving.served_unit(served.payload, settings.serve, settings.name, stages.serve_environment(config))
-    measured = measure(config, planned.key, artifacts, unit, show)
+    measured = measure(config, planned.key, artifacts, unit, show, again=again)
     verdict = judge(measured, settings, unit, show)
     made = Build(
         name=planned.name,

@@ -1,11 +1,14 @@
 """Each system served once by vLLM, scored on the holdout and load-tested: base, merged, candidate and incumbent.
 
 An evaluation is kept by the digests of the served unit and the holdout. Load tests are kept for one build only, so that
-candidate and incumbent are measured side by side at every gate.
+candidate and incumbent are measured side by side at every gate. The incumbent is served as it was judged; where that can't be
+any more, because vLLM or the machine is another by now, it is measured as it would be served today.
 """
 
 from __future__ import annotations
 
+import shutil
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,9 +21,10 @@ from prefect.cache_policies import NO_CACHE
 from flows import stages
 from flows.stages import OnEvent
 from pipeline import plan, program, registry, serving, store
-from pipeline.artifacts import Artifact, Evaluation, LoadTest, ServedUnit, Stage
+from pipeline.artifacts import Artifact, Evaluation, LoadTest, Release, ServedUnit, Stage
 from pipeline.config import Config
 from pipeline.digests import digest_of
+from pipeline.errors import EnvironmentMissing, ServingError
 from pipeline.serving_server import Server
 
 
@@ -43,21 +47,33 @@ class System:
 
 
 def measure(
-    config: Mapping[str, Any], build_key: str, artifacts: Mapping[Stage, Artifact], unit: ServedUnit, show: OnEvent
+    config: Mapping[str, Any],
+    build_key: str,
+    artifacts: Mapping[Stage, Artifact],
+    unit: ServedUnit,
+    show: OnEvent,
+    *,
+    again: bool = False,
 ) -> Measured:
-    """Serve and measure every system that the config compares; what was measured before is read back."""
+    """Serve and measure every system that the config compares; what was measured before is read back unless `again`."""
     evaluations: dict[str, Evaluation] = {}
     loadtests: dict[str, LoadTest] = {}
-    for system in systems(config, artifacts, unit):
+    attempt = uuid.uuid4().hex if again else ""
+    if again:
+        for folder in store.build_folder(build_key).glob("loadtest-*"):
+            shutil.rmtree(folder)
+    for system in systems(config, artifacts, unit, show):
         named = _measure.with_options(name=f"measure-{system.role}")
-        evaluation, loadtest = named(dict(config), build_key, dict(artifacts), system, show)
+        evaluation, loadtest = named(dict(config), build_key, dict(artifacts), system, attempt, show)
         evaluations[system.role] = evaluation
         if loadtest:
             loadtests[system.role] = loadtest
     return Measured(evaluations, loadtests)
 
 
-def systems(config: Mapping[str, Any], artifacts: Mapping[Stage, Artifact], unit: ServedUnit) -> list[System]:
+def systems(
+    config: Mapping[str, Any], artifacts: Mapping[Stage, Artifact], unit: ServedUnit, show: OnEvent
+) -> list[System]:
     """The systems to measure, in order; merged is left out where it is itself the candidate."""
     settings = Config.model_validate(config)
     environment = stages.serve_environment(config)
@@ -71,20 +87,44 @@ def systems(config: Mapping[str, Any], artifacts: Mapping[Stage, Artifact], unit
     found.append(System("candidate", candidate, unit, config))
     champion = registry.champion(settings.name)
     if champion and champion.unit.digest != unit.digest:
-        judged_with = registry.config_of(champion.run_id).model_dump(mode="json")
-        found.append(System("incumbent", champion.model_path, champion.unit, judged_with))
+        found.append(_incumbent(champion, settings, config, show))
     return found
+
+
+def _incumbent(champion: Release, settings: Config, config: Mapping[str, Any], show: OnEvent) -> System:
+    """The champion with the settings it was judged with, or with today's where those can't be had here."""
+    judged_with = registry.config_of(champion.run_id)
+    for serve, whole in ((judged_with.serve, judged_with.model_dump(mode="json")), (settings.serve, config)):
+        try:
+            environment = stages.serve_environment(whole)
+            unit = serving.served_unit(champion.model_path, serve, settings.name, environment)
+        except (EnvironmentMissing, ServingError) as error:
+            why = str(error.problems[0].what)
+            continue
+        if unit.digest != champion.unit.digest:
+            fields = [name for name in ServedUnit.model_fields if getattr(unit, name) != getattr(champion.unit, name)]
+            text = (
+                f"v{champion.version} can't be served as it was judged; it is measured with today's {', '.join(fields)}"
+            )
+            show({"event": "message", "text": text})
+        return System("incumbent", champion.model_path, unit, whole)
+    raise ServingError(f"v{champion.version}, the champion, can't be served here: {why}", key="serve")
 
 
 @task(retries=1, retry_delay_seconds=10, retry_condition_fn=stages.worth_retrying, timeout_seconds=6 * 3600,
       cache_policy=NO_CACHE, persist_result=False)  # fmt: skip
 def _measure(
-    config: dict[str, Any], build_key: str, artifacts: dict[Stage, Artifact], system: System, show: OnEvent
+    config: dict[str, Any],
+    build_key: str,
+    artifacts: dict[Stage, Artifact],
+    system: System,
+    attempt: str,
+    show: OnEvent,
 ) -> tuple[Evaluation, LoadTest | None]:
     """Evaluate and load-test one system on one vLLM start; no start when both are there already."""
     with ExitStack() as stack:
         server = _Lazy(build_key, system, show, stack)
-        evaluation = _evaluate(config, artifacts, system, server, show)
+        evaluation = _evaluate(config, artifacts, system, attempt, server, show)
         loadtest = None
         if system.role in ("candidate", "incumbent"):
             loadtest = _loadtest(config, build_key, artifacts, system, server, show)
@@ -116,7 +156,12 @@ class _Lazy:
 
 
 def _evaluate(
-    config: dict[str, Any], artifacts: dict[Stage, Artifact], system: System, server: _Lazy, show: OnEvent
+    config: dict[str, Any],
+    artifacts: dict[Stage, Artifact],
+    system: System,
+    attempt: str,
+    server: _Lazy,
+    show: OnEvent,
 ) -> Evaluation:
     trained = system.role in ("merged", "candidate")
     needed: tuple[str, ...] = ("prepare", "finetune") if trained else ("prepare",)
@@ -130,6 +175,7 @@ def _evaluate(
             "seed": config["seed"],
             "confidence": config["gate"]["confidence"],
             "source": plan.source_digest("evaluate"),
+            "attempt": attempt,
         }
     )[:32]
     if store.find("evaluate", key) is None:
@@ -168,7 +214,7 @@ def _loadtest(
             module, environment = "loadtest_container", "control"
             settings |= {"image": system.unit.runtime_digest, "container": system.config["serve"]["container"]}
         request = program.Request(settings, stages.inputs_json(artifacts, ("prepare",)), folder)
-        stages.run_program(module, environment, config, request, show)
+        stages.run_program(module, environment, system.config, request, show)
     show({"event": "stage", "stage": "loadtest", "state": system.role})
     return LoadTest.model_validate_json(file.read_text(encoding="utf-8"))
 

@@ -107,16 +107,22 @@ def find(name: str, settings: Mapping[str, EnvironmentSetting] | None = None) ->
 
 def versions(env: Environment, packages: Sequence[str]) -> dict[str, str]:
     """The installed version of each package, in the order asked; raises EnvironmentMissing for the others."""
-    installed: dict[str, str] = {}
-    for place in [*env.pythonpath, *_site_packages(env)]:
-        for found, version in _distributions(place):
-            installed.setdefault(found, version)
-    missing = [package for package in packages if _normal(package) not in installed]
+    found = installed(env)
+    missing = [package for package in packages if _normal(package) not in found]
     if missing:
         raise EnvironmentMissing(
             f"{', '.join(missing)} not installed in {env.name} ({env.interpreter})", remedy=remedy(env.name)
         )
-    return {package: installed[_normal(package)] for package in packages}
+    return {package: found[_normal(package)] for package in packages}
+
+
+def installed(env: Environment) -> dict[str, str]:
+    """Name and version of every distribution that is imported from there, sorted."""
+    found: dict[str, str] = {}
+    for place in [*env.pythonpath, *_site_packages(env)]:
+        for name, version in _distributions(place):
+            found.setdefault(name, version)
+    return dict(sorted(found.items()))
 
 
 def command(env: Environment, module: str, *args: str) -> list[str]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import finetune_attention, finetune_lora
+from pipeline import finetune_attention, finetune_lora, hardware
 from pipeline.config import FinetuneConfig
 from pipeline.errors import ConfigError, ModelError
 
@@ -158,7 +158,7 @@ def _free_memory(device: str) -> float:
     """Bytes that the system, or the GPU within this process's share of it, could give now."""
     if device == "cpu":
         meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
-        return int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024
+        return min(int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024, hardware.memory())
     import torch
 
     torch.cuda.empty_cache()

@@ -180,9 +180,19 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
             "device": device,
             "code": {name: source_digest(name) for name in _programs(config)},
             "made_by": made_by,
+            "served_by": served_by(config),
         }
     )[:32]
     return Plan(config["name"], build, tuple(planned), store.peek_build(build), memory(config, planned))
+
+
+def served_by(config: Mapping[str, Any]) -> dict[str, str]:
+    """What decides the served unit beside weights and settings: the packages that serve (an image is in the settings)."""
+    found = {"command": source_digest("serving_command")}
+    if config["serve"]["runtime"] == "process":
+        environment = environments.find("serve", environments.settings(config))
+        found["packages"] = digest_of(environments.installed(environment))
+    return found
 
 
 def inputs_of(step: Step, digests: Mapping[str, str], sources: Mapping[str, str], device: str) -> dict[str, str]:

