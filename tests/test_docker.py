@@ -6,7 +6,8 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 
 import httpx
 import pytest
@@ -103,6 +104,22 @@ def test_the_images_run_as_nobody_and_hold_no_model() -> None:
         assert ignored[0] == "*"
         assert not {"!mlruns", "!.venv", "!."} & set(ignored)
     assert "HEALTHCHECK" in (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+
+
+def reaches_the_build(path: str, patterns: list[str]) -> bool:
+    """Whether an ignore file lets a path into the context: the last pattern decides that matches it or a folder above it."""
+    places = [path, *map(str, PurePosixPath(path).parents)]
+    matching = [pattern for pattern in patterns if any(fnmatchcase(place, pattern.lstrip("!")) for place in places)]
+    return not matching or matching[-1].startswith("!")
+
+
+def test_what_the_serving_image_is_made_of_reaches_its_build() -> None:
+    """Each path below /src that the Dockerfile names passes its ignore file; what isn't named doesn't."""
+    named = re.findall(r"/src/([\w./-]+)", (DOCKER / "Dockerfile").read_text(encoding="utf-8"))
+    patterns = (DOCKER / "Dockerfile.dockerignore").read_text(encoding="utf-8").split()
+    assert {"locks/cpu/serve.txt", "pipeline/serving_avx2"} <= set(named)
+    assert [path for path in named if not reaches_the_build(path, patterns)] == []
+    assert not any(reaches_the_build(path, patterns) for path in ("mlruns/mlflow.db", ".venv", "pipeline/serving.py"))
 
 
 @pytest.fixture(scope="module")
