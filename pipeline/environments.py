@@ -25,7 +25,9 @@ from pipeline.errors import EnvironmentMissing, Problem
 from pipeline.uv import ROOT, folder
 
 NAMES = tuple(install.ENVIRONMENTS)
-SECRET = re.compile(r"(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|API_?KEYS?|CREDENTIALS)$", re.IGNORECASE)
+SECRET = re.compile(
+    r"(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|API_?KEYS?|AUTH_STRING|CREDENTIALS)$", re.IGNORECASE
+)
 
 
 class EnvironmentSetting(Protocol):

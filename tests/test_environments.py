@@ -160,6 +160,7 @@ def test_a_child_gets_no_secret_that_it_does_not_need(monkeypatch):
         "MLFLOW_TRACKING_PASSWORD",
         "AWS_SECRET_ACCESS_KEY",
         "PREFECT_API_KEY",
+        "PREFECT_API_AUTH_STRING",
         "VLLM_API_KEY",
     )
     for name in secrets:
