@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from fnmatch import fnmatchcase
@@ -120,6 +122,117 @@ def test_what_the_serving_image_is_made_of_reaches_its_build() -> None:
     assert {"locks/cpu/serve.txt", "pipeline/serving_avx2"} <= set(named)
     assert [path for path in named if not reaches_the_build(path, patterns)] == []
     assert not any(reaches_the_build(path, patterns) for path in ("mlruns/mlflow.db", ".venv", "pipeline/serving.py"))
+
+
+class Tools:
+    """A copy of the scripts with programs of their names that only write down how they were called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.called = folder, folder / "called"
+        (folder / "bin").mkdir()
+        for name in ("bash", "dirname", "ls", "mkdir", "rm", "mv", "mktemp", "sed", "wc", "cat"):
+            (folder / "bin" / name).symlink_to(str(shutil.which(name)))
+        for script in ("docker/build-local", ".ci/run"):
+            (folder / script).parent.mkdir()
+            shutil.copy(DOCKER.parent / script, folder / script)
+        (folder / "locks" / "cpu").mkdir(parents=True)
+        for lock in ("uv", "build", "cpu/serve"):
+            (folder / "locks" / f"{lock}.txt").write_text("hatchling==1.0\n", encoding="utf-8")
+        for name in ("podman", "buildah", "runc", "debootstrap", "make", "apt-get"):
+            self.put(name)
+        self.put("python3.11", "cat >/dev/null")
+        self.put("id", "echo 0")
+
+    def put(self, name: str, does: str = "") -> None:
+        """Make a program that does this and ends well if `does` doesn't say otherwise."""
+        program = self.folder / "bin" / name
+        program.write_text(f'#!{shutil.which("bash")}\necho "{name} $*" >>"{self.called}"\n{does}\n', encoding="utf-8")
+        program.chmod(0o755)
+
+    def run(self, script: str) -> subprocess.CompletedProcess[str]:
+        """Run one of the scripts with these programs alone."""
+        environ = {"PATH": str(self.folder / "bin"), "HOME": os.devnull}
+        bash = str(shutil.which("bash"))
+        return subprocess.run(
+            [bash, str(self.folder / script)], env=environ, capture_output=True, text=True, check=False
+        )
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Tools:
+    """Tools that all work."""
+    return Tools(tmp_path)
+
+
+PODMAN_WITHOUT_BASE = 'case "$*" in "image exists"*) exit 1;; esac'
+
+
+@pytest.mark.parametrize(
+    ("name", "does", "status"),
+    [
+        ("id", "echo 1000", 69),
+        ("podman", '[ "$1" != info ]', 69),
+        ("podman", '[ "$1" != build ] || exit 69', 1),
+        ("python3.11", "cat >/dev/null; exit 69", 1),
+        ("podman", '[ "$*" != "image inspect --format {{.Id}} localhost/tunegate-vllm-cpu:latest" ]', 1),
+        ("podman", "echo 1234", 0),
+    ],
+)
+def test_only_what_cannot_be_had_here_is_told_from_a_failure(tools: Tools, name: str, does: str, status: int) -> None:
+    """Status 69 leaves the container tests out; a wheel or an image that can't be made ends with 1."""
+    tools.put(name, does)
+    done = tools.run("docker/build-local")
+    assert done.returncode == status, done.stderr
+
+
+def test_a_missing_tool_and_a_base_that_fails_are_two_things(tools: Tools) -> None:
+    """Without runc there is no engine; a debootstrap that fails is an error."""
+    tools.put("podman", PODMAN_WITHOUT_BASE)
+    tools.put("debootstrap", "exit 69")
+    failed = tools.run("docker/build-local")
+    assert (failed.returncode, "there is no base" in failed.stderr) == (1, True)
+    (tools.folder / "bin" / "runc").unlink()
+    assert tools.run("docker/build-local").returncode == 69
+
+
+def test_wheels_of_the_users_own_are_not_deleted(tools: Tools) -> None:
+    """A folder without the list that the script writes is somebody's own."""
+    own = tools.folder / "docker" / "wheels" / "mine.whl"
+    own.parent.mkdir()
+    own.write_bytes(b"")
+    refused = tools.run("docker/build-local")
+    assert (refused.returncode, own.exists()) == (1, True)
+    assert "docker/wheels holds wheels that this didn't fetch" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("podman", "status", "tested"),
+    [
+        ("echo 1234", 0, True),
+        ('[ "$1" != info ]', 0, False),
+        ('[ "$3" != run ]', 0, False),
+        ('[ "$1" != build ]', 1, False),
+        ('case "$*" in *run*tunegate-vllm-cpu*) exit 1;; esac', 0, True),
+    ],
+)
+def test_ci_leaves_container_tests_out_only_without_an_engine(
+    tools: Tools, podman: str, status: int, tested: bool
+) -> None:
+    """An engine that runs nothing leaves them out; an image that can't be built fails; one that doesn't run is tested."""
+    tools.put("podman", podman)
+    done = tools.run(".ci/run")
+    called = tools.called.read_text(encoding="utf-8").splitlines()
+    assert (done.returncode, "make test-container" in called) == (status, tested), done.stderr
+    assert ("container tests left out" in done.stdout) == (status == 0 and not tested)
+    assert "apt-get update -q" not in called
+
+
+@pytest.mark.parametrize("name", ["podman", "buildah", "runc", "debootstrap"])
+def test_ci_fetches_each_tool_that_is_missing(tools: Tools, name: str) -> None:
+    """Three of four tools are no engine."""
+    (tools.folder / "bin" / name).unlink()
+    tools.run(".ci/run")
+    assert "apt-get update -q" in tools.called.read_text(encoding="utf-8").splitlines()
 
 
 @pytest.fixture(scope="module")
