@@ -31,16 +31,28 @@ def run(request: program.Request) -> dict[str, Any]:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the container is removed
     work = request.folder / "container"
     shutil.rmtree(work, ignore_errors=True)
-    (work / "payload").mkdir(parents=True)
-    for folder in (work, work / "payload"):
-        folder.chmod(0o777)  # the container's user is another
-    program.write_json(work / "request.json", _inside(request))
     try:
+        _lay_out(request, work)
         _run(request, work)
         shutil.copyfile(work / "payload" / "report.json", request.payload / "report.json")
         return dict(json.loads((work / "result.json").read_text(encoding="utf-8")))
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _lay_out(request: program.Request, work: Path) -> None:
+    """Put what the container reads into `work`, readable for its user, who is another, whatever umask and modes hold here."""
+    package, holdout = Path(__file__).parent, Path("payload", "holdout.jsonl")
+    copies = {work / "source" / "pipeline" / found.relative_to(package): found for found in package.rglob("*.py")}
+    copies[work / "data" / holdout] = Path(request.inputs["prepare"]["path"]) / holdout
+    for copy, original in copies.items():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(original, copy)
+    program.write_json(work / "request.json", _inside(request))
+    serving_docker.make_readable(work)
+    (work / "payload").mkdir()
+    for folder in (work, work / "payload"):
+        folder.chmod(0o777)
 
 
 def _inside(request: program.Request) -> dict[str, Any]:
@@ -54,10 +66,11 @@ def _inside(request: program.Request) -> dict[str, Any]:
 def _run(request: program.Request, work: Path) -> None:
     settings = ContainerConfig.model_validate(request.config["container"])
     model = Path(request.config["model_path"])
+    serving_docker.make_readable(model)
     volumes = {
-        str(Path(__file__).parent): {"bind": f"{SOURCE_INSIDE}/pipeline", "mode": "ro"},
+        str(work / "source"): {"bind": SOURCE_INSIDE, "mode": "ro"},
         str(model): {"bind": serving_docker.MODEL_INSIDE, "mode": "ro"},
-        str(request.inputs["prepare"]["path"]): {"bind": DATA_INSIDE, "mode": "ro"},
+        str(work / "data"): {"bind": DATA_INSIDE, "mode": "ro"},
         str(work): {"bind": WORK_INSIDE, "mode": "rw"},
     }
     with serving_docker.engine() as client:

@@ -78,7 +78,7 @@ def spawn(unit: ServedUnit, model: Path, serve: ServeConfig, folder: Path, *, ke
     here = serve.container.network == "host"
     host, inside = (HOST, port) if here else ("0.0.0.0", PORT_INSIDE)  # noqa: S104 - published on loopback
     arguments = serving_command.arguments(unit.flags, MODEL_INSIDE, host, inside, serve.shutdown_timeout)
-    _make_readable(model)
+    make_readable(model)
     with engine() as client:
         _remove_leftovers(client, folder)
         container = client.containers.create(
@@ -193,6 +193,7 @@ def engine() -> Iterator[DockerClient]:
     """A client of the engine; its errors come out as ServingError."""
     import docker
     from docker.errors import DockerException
+    from requests.exceptions import RequestException
 
     try:
         client = docker.DockerClient(base_url=_socket(), timeout=120)
@@ -206,6 +207,10 @@ def engine() -> Iterator[DockerClient]:
         yield client
     except DockerException as error:
         raise ServingError(f"the container engine refused: {error}", remedy="see the engine's own log") from error
+    except RequestException as error:
+        raise ServingError(
+            f"the container engine answers no more: {error}", remedy="see the engine's own log"
+        ) from error
     finally:
         client.close()
 
@@ -300,11 +305,27 @@ def environ(cache: str = CACHE_INSIDE) -> dict[str, str]:
 def labels(unit_digest: str, folder: Path, *, keep: bool) -> dict[str, str]:
     """What a container is known by; one that isn't kept is removed when the process that made it is gone."""
     me = processes.find(os.getpid())
-    owner = {} if keep or me is None else {OWNER_LABEL: f"{me.pid}:{me.started}"}
+    owner = {} if keep or me is None else {OWNER_LABEL: f"{_place()} {me.pid}:{me.started}"}
     return {FOLDER_LABEL: str(folder), UNIT_LABEL: unit_digest, **owner}
 
 
-def _make_readable(model: Path) -> None:
+def _place() -> str:
+    """This boot of this machine, this pid namespace and this store, or "" where the kernel doesn't say."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()} {home()}"
+    return ""
+
+
+def is_orphan(owner: str | None) -> bool:
+    """Whether the process of an owner label is gone; False where that can't be told from here, as with another machine's."""
+    place, _, process = (owner or "").rpartition(" ")
+    if not place or place != _place():
+        return False
+    return not processes.is_alive(processes.Process(*map(int, process.split(":"))))
+
+
+def make_readable(model: Path) -> None:
     """Let the container's user read the files; safetensors writes them for their owner only.
 
     Raises ServingError for files of somebody else's that can't be changed.
@@ -323,11 +344,12 @@ def _make_readable(model: Path) -> None:
 
 
 def _remove_leftovers(client: DockerClient, folder: Path) -> None:
-    """Containers that a killed command left: in this folder, or belonging to a process that is gone."""
+    """Containers that a killed command left: in this folder, or belonging to a process of this machine that is gone.
+
+    An engine may be shared by machines and by containers, whose processes aren't seen here.
+    """
     for container in client.containers.list(all=True, filters={"label": UNIT_LABEL}):
-        owner = container.labels.get(OWNER_LABEL)
-        orphan = owner is not None and not processes.is_alive(processes.Process(*map(int, owner.split(":"))))
-        if orphan or container.labels.get(FOLDER_LABEL) == str(folder):
+        if is_orphan(container.labels.get(OWNER_LABEL)) or container.labels.get(FOLDER_LABEL) == str(folder):
             container.remove(force=True)
 
 

@@ -1,10 +1,14 @@
-"""The docker runtime against a real engine: a container of the serving image, whose own vLLM answers."""
+"""The docker runtime: against a real engine, where the image's own vLLM answers, and what needs none."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +23,8 @@ from pipeline import environments, hardware, program, serving, serving_docker
 from pipeline.config import ServeConfig
 from pipeline.errors import ServingError
 
-pytestmark = [pytest.mark.container, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
+container = pytest.mark.container
 
 NAME = "tiny"
 
@@ -61,6 +66,7 @@ def world(tmp_path_factory):
         assert made.server.container not in labelled(host, serving_docker.UNIT_LABEL)
 
 
+@container
 def test_the_unit_names_the_image_and_the_vllm_in_it(world):
     """The runtime's digest is the image's, and the version is what the container itself says."""
     assert (world.unit.runtime, world.unit.runtime_digest) == ("docker", world.serve.image.rpartition("@")[2])
@@ -70,6 +76,7 @@ def test_the_unit_names_the_image_and_the_vllm_in_it(world):
     assert {mount["Destination"] for mount in shown["Mounts"]} == {"/model", "/cache"}
 
 
+@container
 def test_the_container_is_kept_in(world):
     """By the engine's own words: another user, a read-only root, no capability, no new privilege, the model read-only."""
     shown = inspect(world.host, world.server.container)
@@ -87,6 +94,7 @@ def test_the_container_is_kept_in(world):
     assert status["NoNewPrivs"] == "1"
 
 
+@container
 @pytest.mark.parametrize("place", ["/model/x", "/etc/x", "/opt/vllm/x"])
 def test_nothing_in_it_can_be_written_but_scratch(world, place):
     """A write to the model, to the system or to vLLM itself fails inside."""
@@ -97,6 +105,7 @@ def test_nothing_in_it_can_be_written_but_scratch(world, place):
     assert b"Read-only file system" in said
 
 
+@container
 def test_its_health_check_passes(world):
     """The command that the engine would run says that it is well."""
     shown = inspect(world.host, world.server.container)
@@ -107,6 +116,7 @@ def test_its_health_check_passes(world):
     assert code == 0, said
 
 
+@container
 def test_its_start_was_told_and_its_log_is_kept(world):
     """Phases reach who waits, out of the container's own log."""
     said = [event.get("text", "") for event in world.events]
@@ -116,6 +126,7 @@ def test_its_start_was_told_and_its_log_is_kept(world):
     assert "vLLM" in world.server.log.read_text()
 
 
+@container
 def test_it_is_found_again_and_known_to_be_well(world):
     """Start in the same folder takes the running container over; its condition is the engine's and its own."""
     assert world.start(world.folder / "server", keep=True) == world.server
@@ -124,6 +135,7 @@ def test_it_is_found_again_and_known_to_be_well(world):
     assert 0 < now.uptime_s < 900
 
 
+@container
 def test_a_load_test_runs_in_the_image(world):
     """The image's own vLLM bench measures the server; this machine's environments aren't asked."""
     data = world.folder / "data"
@@ -146,6 +158,7 @@ def test_a_load_test_runs_in_the_image(world):
     assert len(labelled(world.host, serving_docker.UNIT_LABEL)) == 1
 
 
+@container
 def test_requests_in_flight_finish_and_a_stopped_container_is_gone(world):
     """A stream under way at stop ends with its last token; then nothing of the container is left."""
     server = world.start(world.folder / "other", keep=False)
@@ -166,6 +179,7 @@ def test_requests_in_flight_finish_and_a_stopped_container_is_gone(world):
     assert serving.is_alive(world.server)
 
 
+@container
 def test_vllms_own_refusal_is_told_and_leaves_no_container(world):
     """A length that the model wasn't made for: vLLM's words, the setting to lower, nothing left."""
     serve = world.serve.model_copy(update={"max_model_len": 100_000})
@@ -177,6 +191,7 @@ def test_vllms_own_refusal_is_told_and_leaves_no_container(world):
     assert labelled(world.host, serving_docker.UNIT_LABEL) == [world.server.container]
 
 
+@container
 def test_an_image_that_is_not_here_is_named(world):
     """Nothing is pulled: the error names the image and how to get it."""
     with pytest.raises(ServingError) as caught:
@@ -185,6 +200,7 @@ def test_an_image_that_is_not_here_is_named(world):
     assert "docker/README.md" in caught.value.problems[0].remedy
 
 
+@container
 def test_another_image_than_the_judged_one_is_refused(world):
     """A unit of another digest is no unit of what the config names."""
     unit = world.unit.model_copy(update={"runtime_digest": "sha256:" + "0" * 64})
@@ -194,6 +210,7 @@ def test_another_image_than_the_judged_one_is_refused(world):
     assert world.unit.device == hardware.device().device_class
 
 
+@container
 def test_a_kept_server_that_dies_is_started_again(world):
     """Kill -9 of vLLM: the engine starts the same container at the same address, and the restart is counted."""
     os.kill(inspect(world.host, world.server.container)["State"]["Pid"], signal.SIGKILL)
@@ -202,3 +219,57 @@ def test_a_kept_server_that_dies_is_started_again(world):
     now = serving.condition(world.server)
     assert (now.state, now.restarts, now.container) == ("running", 1, world.server.container)
     assert serving.find(world.folder / "server") == world.server
+
+
+def test_an_engine_that_hangs_up_is_an_error_that_can_be_shown(tmp_path, monkeypatch):
+    """It says its version, then closes the connection: no traceback of the HTTP client."""
+    place = tmp_path / "engine.sock"
+    version = json.dumps({"ApiVersion": "1.44"})
+    answer = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(version)}\r\n\r\n{version}"
+
+    def serve_once(listener: socket.socket) -> None:
+        for words in (answer, ""):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(words.encode())
+
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{place}")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place))
+        listener.listen()
+        listener.settimeout(30)
+        engines = threading.Thread(target=serve_once, args=(listener,))
+        engines.start()
+        with pytest.raises(ServingError, match="answers no more"), serving_docker.engine() as client:
+            client.containers.list()
+        engines.join()
+
+
+@pytest.fixture
+def owner(tmp_path, monkeypatch):
+    """The owner label of a process that is gone, made as in a store of this test's own."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "my home"))
+    code = (
+        "from pathlib import Path\nfrom pipeline import serving_docker as s\n"
+        "print(s.labels('u', Path('f'), keep=False)[s.OWNER_LABEL])"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=environments.ROOT, capture_output=True, text=True, check=True
+    )
+    return shown.stdout.rstrip("\n")
+
+
+def test_only_a_process_of_this_place_is_known_to_be_gone(owner, monkeypatch, tmp_path):
+    """Another machine, pid namespace or store may share the engine: its containers are left alone, as are kept ones."""
+    boot, namespace, rest = owner.split(" ", 2)
+    assert serving_docker.is_orphan(owner)
+    assert not serving_docker.is_orphan(f"another-boot {namespace} {rest}")
+    assert not serving_docker.is_orphan(f"{boot} pid:[1] {rest}")
+    assert not serving_docker.is_orphan(rest.rpartition(" ")[2])
+    assert not serving_docker.is_orphan(None)
+    mine = serving_docker.labels("u", tmp_path, keep=False)[serving_docker.OWNER_LABEL]
+    assert not serving_docker.is_orphan(mine)
+    assert serving_docker.OWNER_LABEL not in serving_docker.labels("u", tmp_path, keep=True)
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "another"))
+    assert not serving_docker.is_orphan(owner)
