@@ -7,6 +7,7 @@ refused. Ready means that a real completion came back.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,10 +56,17 @@ def served_unit(model: Path, serve: ServeConfig, name: str, environment: Environ
         runtime=serve.runtime,
         runtime_digest=runtime_digest,
         vllm_version=version,
-        flags=serving_command.unit_flags(serve, name, device.serving_dtype),
+        flags=serving_command.unit_flags(serve, name, _auto_dtype(model, device)),
         env=serving_command.unit_env(serve, on_cpu=device.kind == "cpu"),
         device=device.device_class,
     )
+
+
+def _auto_dtype(model: Path, device: hardware.Device) -> str:
+    """What `dtype: auto` is for this model here; vLLM takes AutoAWQ's format in 16 bits alone."""
+    quantized = json.loads((model / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    only_16_bits = quantized.get("quant_method") == "awq" and device.serving_dtype == "float32"
+    return "float16" if only_16_bits else device.serving_dtype
 
 
 def start(

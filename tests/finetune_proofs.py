@@ -108,7 +108,7 @@ def unpacking(base: Path) -> dict[str, float]:
     layer.train()
     x = torch.randn(40, layer.in_features, dtype=torch.bfloat16)
     by_library = layer(x)
-    assert finetune_model._unpack(packed, torch.bfloat16)
+    assert finetune_model._unpack(packed, torch.bfloat16, float("inf"))
     stand_in = packed.model.layers[0].self_attn.q_proj
     before = original.model.layers[0].self_attn.q_proj
     return {

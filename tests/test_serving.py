@@ -15,7 +15,7 @@ import pytest
 from loopback import chat, said, stream_chat, wait_for
 from released import ENVIRONMENT, a_model, processes_under
 
-from pipeline import serving
+from pipeline import hardware, serving
 from pipeline.config import ServeConfig
 from pipeline.errors import EnvironmentMissing, ModelError, ServingError
 
@@ -318,3 +318,14 @@ def test_the_process_runtime_needs_an_environment(world):
     """served_unit says so instead of failing on None."""
     with pytest.raises(EnvironmentMissing, match="make setup"):
         serving.served_unit(world.model(), world.serve, NAME, None)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("awq", "float16"), ("compressed-tensors", "float32"), (None, "float32")]
+)
+def test_autoawqs_format_is_served_in_16_bits(tmp_path, method, dtype):
+    """VLLM refuses it in float32, which is what an old CPU is quickest in."""
+    quantization = {"quantization_config": {"quant_method": method}} if method else {}
+    (tmp_path / "config.json").write_text(json.dumps(quantization))
+    old = hardware.Device("cpu", "old", "cpu-x86_64-avx2", 2**30, 2, 0, bf16=False)
+    assert serving._auto_dtype(tmp_path, old) == dtype
