@@ -1,7 +1,7 @@
 """LoRA around a frozen linear layer as one step of autograd: y = x Wᵀ + s·dropout(x) Aᵀ Bᵀ (LoRA, arXiv 2106.09685).
 
 What is kept for the backward pass is the layer's input and the seed of its dropout: no dropped copy, no mask, no
-unpacked weight. On a GPU that is less than half of what peft's layers keep, and a third of their kernels.
+unpacked weight.
 """
 
 from __future__ import annotations

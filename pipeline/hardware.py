@@ -25,7 +25,7 @@ ISA = {
 }
 BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
 BF16_COMPUTE_CAPABILITY = 8.0
-WITHOUT_BF16 = ("cpu-x86_64-avx2", "cpu-x86_64-generic")  # four to five times as fast in float32 there
+WITHOUT_BF16 = ("cpu-x86_64-avx2", "cpu-x86_64-generic")  # they emulate it
 
 
 @dataclass(frozen=True)
