@@ -254,11 +254,11 @@ def render(plan: Plan, path: Path, write: Callable[[str], None]) -> None:
     """Print the plan as a person reads it, a line a stage."""
     state = f"done: {plan.finished['outcome']}" if plan.finished else "to do"
     write(f"{plan.name}  build {plan.key[:12]}  {state}  ({path})")
-    write(f"  {'stage':<10}{'environment':<13}{'state':<22}key")
+    write(f"  {'stage':<10}{'environment':<15}{'state':<22}key")
     for planned in plan.steps:
         first = next((other.step.stage for other in plan.steps if other.record is None), "")
         what = "cached" if planned.record else "to do" if planned.key else f"to do, after {first}"
-        write(f"  {planned.step.stage:<10}{planned.step.environment:<13}{what:<22}{(planned.key or '-')[:12]}")
+        write(f"  {planned.step.stage:<10}{planned.step.environment:<15}{what:<22}{(planned.key or '-')[:12]}")
     done = "recorded" if plan.finished else "to do"
     for stage, environment in (
         ("evaluate", "control+serve"),
@@ -266,7 +266,7 @@ def render(plan: Plan, path: Path, write: Callable[[str], None]) -> None:
         ("gate", "control"),
         ("register", "control"),
     ):
-        write(f"  {stage:<10}{environment:<13}{done}")
+        write(f"  {stage:<10}{environment:<15}{done}")
     for what, size in plan.memory.items():
         write(f"  memory  {what}: about {size / 2**30:.1f} GiB")
     if not plan.memory:

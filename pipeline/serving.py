@@ -225,6 +225,7 @@ def _until_ready(server: Server, unit: ServedUnit, serve: ServeConfig, on_event:
             f"the server is up but doesn't generate: {error}", file=str(server.log), remedy="read the log"
         ) from error
     (server.folder / "ready").touch()
+    refresh_log(server)
     progress.done()
     return server
 

@@ -48,11 +48,7 @@ class Progress:
         if now - self._told < TELL_EVERY_S:
             return
         self._told = now
-        text = "\n".join(last_run(self._server.log))
-        reached = [index for index, (pattern, _) in enumerate(self._phases) if re.search(pattern, text)]
-        if reached:
-            self._on_event({"event": "message", "text": self._phases[reached[-1]][1]})
-            self._phases = self._phases[reached[-1] + 1 :]
+        self._tell_phases()
         done = now - self._began
         self._on_event(
             {
@@ -67,9 +63,18 @@ class Progress:
     def done(self) -> None:
         """Report readiness, and remember how long it took."""
         took = time.monotonic() - self._began
+        self._tell_phases()
         self._memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(self._memory, {"seconds": took})
         self._on_event({"event": "message", "text": f"vLLM answers after {took:.0f} s at {self._server.url}"})
+
+    def _tell_phases(self) -> None:
+        """Every phase that the log names and that wasn't told yet, also those that were over between two looks."""
+        text = "\n".join(last_run(self._server.log))
+        reached = [(pattern, phase) for pattern, phase in self._phases if re.search(pattern, text)]
+        for entry in reached:
+            self._on_event({"event": "message", "text": entry[1]})
+            self._phases.remove(entry)
 
     def _remembered(self) -> float:
         try:
