@@ -59,7 +59,10 @@ class Interval(Record):
 
 
 class Item(Record):
-    """One holdout row as it was answered: the scores by metric (0 to 1), the answer and the expected one."""
+    """One holdout row as it was answered: the scores by metric (0 to 1), the answer and the expected one.
+
+    `columns` are the row's own further columns that data.columns names: what slices and groups are made from.
+    """
 
     id: str
     prompt: str
@@ -67,6 +70,7 @@ class Item(Record):
     answer: str
     finish_reason: str
     scores: dict[str, float]
+    columns: dict[str, str] = {}
 
 
 class Evaluation(Record):
@@ -79,6 +83,30 @@ class Evaluation(Record):
     items: tuple[Item, ...]
     errors: int = Field(description="requests that failed")
     seconds: float
+
+
+LedgerStep = Literal["base", "adapter", "merged_original", "merged_dequantized", "quantized", "served"]
+
+
+class LedgerEntry(Record):
+    """One step of a model's making, scored on the first items of the holdout: the loss ledger's line.
+
+    base: before training; adapter: on the NF4 base, as trained; merged_*: both ways to merge; quantized: AWQ in the engine
+    that made it; served: the candidate as vLLM serves it. `items` come in holdout order, the same for every step.
+    """
+
+    step: LedgerStep
+    engine: Literal["transformers", "vllm"]
+    items: tuple[Item, ...]
+
+
+class PromptResult(Record):
+    """One must-pass prompt as a system answered it; `broken` says which assertions failed and how."""
+
+    id: str
+    prompt: str
+    answer: str
+    broken: tuple[str, ...] = ()
 
 
 class LoadLevel(Record):
@@ -113,6 +141,7 @@ class Check(Record):
     threshold: float
     rule: str = Field(description="in words: 'accuracy >= 0.8', 'accuracy - base >= -0.02', …")
     why: str
+    waived: str = Field("", description="why its outcome doesn't count, such as an allowed regression's reason")
 
 
 class Verdict(Record):
@@ -150,7 +179,7 @@ class Build(Record):
     """All that one run made, as the gate, the report and the registry take it.
 
     `key` is the digest of everything the build depends on; `config` the resolved config; `artifacts` the finished
-    folders by stage (merge and quantize absent where they were not asked for).
+    folders by stage (merge and quantize absent where they were not asked for); `ledger` the loss ledger, in order.
     """
 
     name: str
@@ -161,6 +190,8 @@ class Build(Record):
     model_path: Path = Field(description="the folder that was served and would be promoted")
     evaluations: dict[str, Evaluation]
     loadtests: dict[str, LoadTest]
+    ledger: tuple[LedgerEntry, ...] = ()
+    prompts: dict[str, tuple[PromptResult, ...]] = Field(default={}, description="must-pass prompts by system")
     verdict: Verdict | None = None
 
 
