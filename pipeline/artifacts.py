@@ -109,6 +109,42 @@ class PromptResult(Record):
     broken: tuple[str, ...] = ()
 
 
+class TaskResult(Record):
+    """One metric of an lm-eval task on one system: a value for each of the task's documents, in the task's order."""
+
+    task: str
+    metric: str = Field(description="lm-eval's name without its filter, such as acc or exact_match")
+    higher_is_better: bool
+    ids: tuple[str, ...]
+    values: tuple[float, ...]
+
+
+class Judgement(Record):
+    """One item as an LLM judge saw it, in both orders: who gave the better answer."""
+
+    id: str
+    candidate_first: Literal["candidate", "other", "tie"]
+    candidate_second: Literal["candidate", "other", "tie"]
+    reason: str = Field("", description="the judge's words in the first order")
+
+    @property
+    def score(self) -> float:
+        """1 where the candidate won in both orders, 0 where it lost in both, else in between."""
+        points = {"candidate": 1.0, "tie": 0.5, "other": 0.0}
+        return (points[self.candidate_first] + points[self.candidate_second]) / 2
+
+
+class JudgeReport(Record):
+    """An LLM judge's pairwise comparison of the candidate with another system on holdout items."""
+
+    against: Literal["base", "incumbent"]
+    model: str = Field(description="the judge's model, as its endpoint names it")
+    win_rate: Interval = Field(description="mean score over items: 0.5 is parity")
+    agreement: Interval = Field(description="share of items with the same winner in both orders")
+    items: tuple[Judgement, ...]
+    failed: int = Field(description="items for which the judge gave no usable answer")
+
+
 class LoadLevel(Record):
     """One level of a load sweep: vLLM bench's metric names, milliseconds, tokens/s and requests/s; one value a repeat.
 
@@ -192,6 +228,8 @@ class Build(Record):
     loadtests: dict[str, LoadTest]
     ledger: tuple[LedgerEntry, ...] = ()
     prompts: dict[str, tuple[PromptResult, ...]] = Field(default={}, description="must-pass prompts by system")
+    tasks: dict[str, tuple[TaskResult, ...]] = Field(default={}, description="lm-eval's results by system")
+    judged: tuple[JudgeReport, ...] = ()
     verdict: Verdict | None = None
 
 
