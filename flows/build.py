@@ -34,7 +34,7 @@ from pipeline import (
     serving,
     store,
 )
-from pipeline.artifacts import Artifact, Build, ServedUnit, Stage, Verdict
+from pipeline.artifacts import Artifact, Build, Reports, ServedUnit, Stage, Verdict
 from pipeline.config import Config
 from pipeline.errors import RegistryError
 
@@ -120,7 +120,8 @@ def judge(measured: Measured, settings: Config, unit: ServedUnit, show: OnEvent)
 
 @task(name="gate", cache_policy=NO_CACHE, persist_result=False)
 def _judge(measured: Measured, settings: Config, unit_digest: str) -> Verdict:
-    return gate.judge(measured.evaluations, measured.loadtests, settings.gate, unit_digest)
+    reports = Reports(evaluations=measured.evaluations, loadtests=measured.loadtests)
+    return gate.judge(reports, settings.gate, unit_digest)
 
 
 @task(name="register", retries=2, retry_delay_seconds=10, retry_condition_fn=stages.worth_retrying,

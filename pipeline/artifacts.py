@@ -168,6 +168,16 @@ class LoadTest(Record):
     levels: tuple[LoadLevel, ...]
 
 
+class Reports(Record):
+    """All that a gate judges, by system (candidate, base, incumbent) but for what an LLM judge said of pairs."""
+
+    evaluations: dict[str, Evaluation]
+    loadtests: dict[str, LoadTest] = {}
+    tasks: dict[str, tuple[TaskResult, ...]] = {}
+    prompts: dict[str, tuple[PromptResult, ...]] = {}
+    judged: tuple[JudgeReport, ...] = ()
+
+
 class Check(Record):
     """One line of the gate's table; `estimate` is what was judged against `threshold`, in the metric's own unit."""
 

@@ -193,22 +193,53 @@ class LoadtestConfig(Section):
     max_concurrency: tuple[PositiveInt, ...] = (1, 4, 8)
     num_prompts: PositiveInt = Field(32, description="requests a level")
     max_tokens: PositiveInt = 64
-    repeats: PositiveInt = 1
+    repeats: PositiveInt = Field(
+        3, description="runs of each level; an objective is judged by the spread of three or more"
+    )
 
 
 class MetricCheck(Section):
-    """One quality check: a floor, or a comparison on the same items."""
+    """One quality check: a floor, or a paired comparison on the same items."""
 
-    metric: str = Field(description="as evaluate reports it: exact_match, accuracy, f1_macro, json_valid, …")
+    metric: str = Field(
+        description="as evaluate reports it: exact_match, accuracy, f1_macro, json_valid, …; an lm-eval task's as TASK/METRIC"
+    )
     min: float | None = Field(None, description="the whole interval must reach this")
     against: Literal["base", "incumbent"] | None = None
     margin: float = Field(0.0, description="how much worse than `against` is allowed; negative: must be better by")
+    required: bool = Field(True, description="false: shown in the table, but it doesn't decide")
 
     @model_validator(mode="after")
     def _something_is_checked(self) -> MetricCheck:
         if self.min is None and self.against is None:
             raise ValueError("a check needs min, against, or both")
         return self
+
+
+class SliceCheck(Section):
+    """A paired comparison within each part of the holdout: no part may be shown to be worse by more than the margin."""
+
+    by: str = Field(
+        description="what makes the parts: a column of data.columns, `expected` (each label), or expected.FIELD of JSON answers"
+    )
+    metric: str
+    against: Literal["base", "incumbent"] = "incumbent"
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    min_items: PositiveInt = Field(20, description="smaller parts are judged together, as (other)")
+
+
+class JudgeCheck(Section):
+    """A floor for an LLM judge's win rate; 0.5 is parity."""
+
+    against: Literal["base", "incumbent"] = "incumbent"
+    min: Fraction = 0.45
+
+
+class AllowedRegression(Section):
+    """A check that may fail or stay open for once, with the reason that the reviewer reads."""
+
+    check: str = Field(description="the check's name in the gate's table, such as 'accuracy vs incumbent'")
+    reason: Annotated[str, Field(min_length=1)]
 
 
 class LoadCheck(Section):
@@ -234,9 +265,19 @@ class GateConfig(Section):
 
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     min_items: PositiveInt = Field(100, description="fewer scored items are inconclusive")
+    cluster_by: str | None = Field(
+        None,
+        description="a column of data.columns: items that share its value (a customer, a document) count as one draw",
+    )
     metrics: tuple[MetricCheck, ...] = ()
+    slices: tuple[SliceCheck, ...] = ()
+    prompts: Literal["all", "no_regression"] = Field(
+        "all", description="which of evaluate.prompts may not break: any, or those that the incumbent passes"
+    )
+    judges: tuple[JudgeCheck, ...] = ()
     load: tuple[LoadCheck, ...] = ()
     max_error_rate: Fraction = Field(0.0, description="share of failed requests in evaluation and load test")
+    allowed_regressions: tuple[AllowedRegression, ...] = ()
 
 
 class PromoteConfig(Section):

@@ -3,11 +3,15 @@
 How it decides:
 - A floor passes when the whole interval reaches it and fails when the whole interval lies below; else it is
   inconclusive, and `why` says about how many items would decide. Load objectives likewise.
-- A comparison judges the paired difference on the same items against -margin by the same rule. Without an
-  incumbent it doesn't apply and passes, saying so.
-- Failed requests are judged as counted: over the limit fails. Each has also scored 0.
-- The verdict fails if any check fails, is inconclusive if any is, and passes only if all pass. As all
-  must pass, many checks don't make a wrong pass more likely, and no correction for their number is made.
+- A comparison with a margin asks for non-inferiority on the same items: it passes when the whole interval of the paired
+  difference reaches -margin, and fails when the candidate is shown to be worse, that is when the whole interval lies
+  below 0 without reaching -margin. A negative margin asks to be better by that much, and is judged as a floor is. Without
+  an incumbent it doesn't apply and passes, saying so.
+- A slice fails when it is shown to be worse by more than its margin, and passes otherwise, saying what could go unseen.
+- Failed requests and must-pass prompts are judged as counted: over the limit fails. A failed request has also scored 0.
+- Items that share the value of gate.cluster_by count as one draw.
+- The verdict fails if any check fails, is inconclusive if any is, and passes only if all pass; pipeline.gate_decide
+  says what many questions at once do to that. A check that is advisory or an allowed regression doesn't count.
 - A policy of which no quality check applies is never passed.
 
 The intervals are computed here from the items, at the policy's confidence, never taken from a report. Greedy
@@ -17,52 +21,54 @@ the intervals.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
-from pipeline import scoring
-from pipeline.artifacts import Check, Evaluation, Interval, Item, LoadLevel, LoadTest, Outcome, Verdict
-from pipeline.config import EvaluateConfig, GateConfig, LoadCheck, LoadtestConfig, MetricCheck
+from pipeline import gate_policy, scoring, slices, statistics
+from pipeline.artifacts import (
+    Check,
+    Interval,
+    Item,
+    LoadLevel,
+    LoadTest,
+    Outcome,
+    PromptResult,
+    Reports,
+    Verdict,
+)
+from pipeline.config import GateConfig, LoadCheck, MetricCheck, SliceCheck
 from pipeline.digests import digest_of
-from pipeline.errors import GateFailed, Problem
-from pipeline.load_statistics import Measured, measured, requests_needed
-from pipeline.statistics import items_to_decide, wilson
+from pipeline.errors import GateFailed
+from pipeline.gate_decide import Question, decide
+from pipeline.load_statistics import Measured, measured
 
-NOTHING_BETTER = "the estimate lies too near the threshold for any number of items to decide"
+ADVISORY = "advisory"
+NO_INCUMBENT = "no incumbent yet"
+MIN_CLUSTERS = 20
 
 
-def judge(
-    evaluations: Mapping[str, Evaluation],
-    loadtests: Mapping[str, LoadTest],
-    policy: GateConfig,
-    unit_digest: str,
-) -> Verdict:
-    """Judge the candidate: `evaluations` by system (candidate, base, incumbent), `loadtests` likewise.
+def judge(reports: Reports, policy: GateConfig, unit_digest: str) -> Verdict:
+    """Judge the candidate.
 
     Raises GateFailed when the reports can't be judged by this policy: a metric, level or system that isn't
     there, other items than the candidate's, or another served unit than `unit_digest`. All such problems at
     once.
     """
-    if problems := list(_unfit(evaluations, loadtests, policy, unit_digest)):
+    if problems := list(gate_policy.unfit(reports, policy, unit_digest)):
         raise GateFailed(problems)
-    candidate = evaluations["candidate"]
+    candidate = reports.evaluations["candidate"]
     checks = [
-        *_policy_checks(evaluations, policy),
+        *_policy_checks(reports, policy),
         _items_check(candidate.items, policy),
-        _errors_check("evaluation", *_failed(candidate), policy),
+        *_clusters_checks(candidate.items, policy),
+        _errors_check("evaluation", candidate.errors, len(candidate.items), policy),
+        *_prompt_checks(reports.prompts, policy),
+        *_quality_checks(reports, policy),
+        *_load_checks(reports.loadtests, policy),
     ]
-    checks += [line for check in policy.metrics for line in _metric_checks(check, evaluations, policy.confidence)]
-    if "candidate" in loadtests:
-        levels = loadtests["candidate"].levels
-        failed, sent = (
-            sum(level.failed for level in levels),
-            sum(level.failed + level.completed for level in levels),
-        )
-        checks.append(_errors_check("load test", failed, sent, policy))
-        by_size = {level.max_concurrency: level for level in levels}
-        checks += [_load_check(check, by_size[check.max_concurrency], policy.confidence) for check in policy.load]
+    checks = _waive(checks, policy)
     return Verdict(
-        outcome=worst([check.outcome for check in checks]),
+        outcome=worst([check.outcome for check in checks if not check.waived]),
         unit_digest=unit_digest,
         policy_digest=digest_of(policy.model_dump(mode="json")),
         checks=tuple(checks),
@@ -74,117 +80,26 @@ def worst(outcomes: Sequence[Outcome]) -> Outcome:
     return "fail" if "fail" in outcomes else "inconclusive" if "inconclusive" in outcomes else "pass"
 
 
-def policy_problems(policy: GateConfig, evaluate: EvaluateConfig, loadtest: LoadtestConfig) -> list[Problem]:
-    """What a policy asks for that evaluation and load test won't measure: known before anything runs."""
-    names = scoring.names_measured(evaluate.scorers)
-    problems = []
-    for index, check in enumerate(policy.metrics):
-        if not scoring.is_measured(check.metric, evaluate.scorers):
-            problems.append(_absent(f"gate.metrics[{index}].metric", check.metric, names, "evaluate.scorers"))
-        if check.against == "base" and "base" not in evaluate.compare:
-            problems.append(
-                _absent(f"gate.metrics[{index}].against", "base", list(evaluate.compare), "evaluate.compare")
-            )
-    problems += _too_few_items(policy, evaluate)
-    problems += _load_problems(policy, loadtest.max_concurrency)
-    problems += _too_few_requests(policy, loadtest)
-    return problems
+def _waive(checks: Sequence[Check], policy: GateConfig) -> list[Check]:
+    """Mark the regressions that the policy allows; raises GateFailed for one that names no check."""
+    reasons = {allowed.check: allowed.reason for allowed in policy.allowed_regressions}
+    names = [check.name for check in checks]
+    if problems := list(gate_policy.unknown_checks(policy, names)):
+        raise GateFailed(problems)
+    return [
+        check.model_copy(update={"waived": f"allowed: {reasons[check.name]}"})
+        if check.name in reasons and check.outcome != "pass"
+        else check
+        for check in checks
+    ]
 
 
-def _too_few_items(policy: GateConfig, evaluate: EvaluateConfig) -> Iterator[Problem]:
-    """Fewer scored items than the policy wants, however large the holdout is."""
-    if evaluate.max_items is not None and evaluate.max_items < policy.min_items:
-        yield Problem(
-            f"{policy.min_items} scored items are wanted and only {evaluate.max_items} are asked for: it can't pass",
-            key="gate.min_items",
-            allowed=f"at most evaluate.max_items, {evaluate.max_items}",
-            remedy=f"set evaluate.max_items: {policy.min_items} or more, or lower gate.min_items",
-        )
-
-
-def _absent(key: str, asked: str, there: Sequence[str], where: str) -> Problem:
-    return Problem(
-        f"{asked} is not measured",
-        key=key,
-        allowed=", ".join(there) or "nothing",
-        remedy=f"add it to {where}, or drop the check",
-    )
-
-
-def _unfit(
-    evaluations: Mapping[str, Evaluation],
-    loadtests: Mapping[str, LoadTest],
-    policy: GateConfig,
-    unit_digest: str,
-) -> Iterator[Problem]:
-    """Why these reports can't be judged, if so."""
-    if "candidate" not in evaluations or not evaluations["candidate"].items:
-        yield Problem("the candidate was not evaluated", remedy="run the evaluate stage, then the gate again")
-        return
-    candidate, loadtest = evaluations["candidate"], loadtests.get("candidate")
-    for report in (candidate, loadtest):
-        if report is not None and report.unit_digest != unit_digest:
-            found = f"of the served unit {report.unit_digest[:12]}, not {unit_digest[:12]}"
-            what = f"the candidate's {type(report).__name__} is {found}"
-            yield Problem(what, remedy="evaluate and load-test again what is to be registered")
-    names = scoring.metric_names(candidate.items)
-    for index, check in enumerate(policy.metrics):
-        if check.metric not in names:
-            yield _absent(f"gate.metrics[{index}].metric", check.metric, names, "evaluate.scorers")
-        if check.against == "base" and "base" not in evaluations:
-            yield _absent(f"gate.metrics[{index}].against", "base", sorted(evaluations), "evaluate.compare")
-    for name in sorted({check.against for check in policy.metrics if check.against}):
-        if name in evaluations:
-            yield from _other_items(candidate, evaluations[name])
-    sizes = [level.max_concurrency for level in loadtest.levels] if loadtest else []
-    yield from _load_problems(policy, sizes)
-
-
-def _load_problems(policy: GateConfig, sizes: Sequence[int]) -> Iterator[Problem]:
-    for index, load in enumerate(policy.load):
-        if load.max_concurrency not in sizes:
-            key, there = f"gate.load[{index}].max_concurrency", [str(size) for size in sizes]
-            yield _absent(key, str(load.max_concurrency), there, "loadtest.max_concurrency")
-
-
-def _too_few_requests(policy: GateConfig, loadtest: LoadtestConfig) -> Iterator[Problem]:
-    """Objectives on a tail that so few requests can't bound: such a check could fail but never pass."""
-    sent = loadtest.num_prompts * loadtest.repeats
-    for index, load in enumerate(policy.load):
-        percentile, latency, *_ = load.metric.split("_")
-        if load.max is None or latency not in ("ttft", "e2el"):
-            continue
-        needed = requests_needed(int(percentile[1:]) / 100, policy.confidence)
-        if sent < needed:
-            prompts = math.ceil(needed / loadtest.repeats)
-            yield Problem(
-                f"{load.metric} can't be bounded by {sent} requests a level",
-                key=f"gate.load[{index}].metric",
-                allowed=f"at least {needed} requests: loadtest.num_prompts times loadtest.repeats",
-                remedy=f"set loadtest.num_prompts: {prompts}, or judge a lower percentile",
-            )
-
-
-def _other_items(candidate: Evaluation, other: Evaluation) -> Iterator[Problem]:
-    """Why two evaluations aren't paired, if so."""
-    remedy = f"evaluate {other.system} again on the candidate's holdout"
-    if candidate.holdout_digest != other.holdout_digest:
-        digests = f"{candidate.holdout_digest[:12]} and {other.holdout_digest[:12]}"
-        yield Problem(f"candidate and {other.system} were scored on different holdouts ({digests})", remedy=remedy)
-    ours, theirs = [item.id for item in candidate.items], [item.id for item in other.items]
-    if ours != theirs:
-        odd = sorted(set(ours) ^ set(theirs))
-        found = f"{len(odd)} ids are in one only, such as {odd[0]}" if odd else "their order differs"
-        yield Problem(f"candidate and {other.system} were not scored on the same items: {found}", remedy=remedy)
-    elif any(one.scores.keys() != two.scores.keys() for one, two in zip(candidate.items, other.items, strict=True)):
-        yield Problem(f"candidate and {other.system} were not scored by the same scorers", remedy=remedy)
-
-
-def _policy_checks(evaluations: Mapping[str, Evaluation], policy: GateConfig) -> list[Check]:
+def _policy_checks(reports: Reports, policy: GateConfig) -> list[Check]:
     """An inconclusive check where no quality check applies, so that nothing passes unexamined."""
-    if any(check.min is not None or check.against in evaluations for check in policy.metrics):
+    deciding = [check for check in policy.metrics if check.required]
+    if any(check.min is not None or check.against in reports.evaluations for check in deciding):
         return []
-    why = "none of gate.metrics applies without an incumbent" if policy.metrics else "gate.metrics is empty"
+    why = "none of gate.metrics applies without an incumbent" if deciding else "gate.metrics decides nothing"
     return [
         Check(
             name="policy",
@@ -209,13 +124,26 @@ def _items_check(items: Sequence[Item], policy: GateConfig) -> Check:
     )
 
 
-def _failed(evaluation: Evaluation) -> tuple[int, int]:
-    return evaluation.errors, len(evaluation.items)
+def _clusters_checks(items: Sequence[Item], policy: GateConfig) -> list[Check]:
+    """That there are enough groups for intervals made from groups."""
+    if policy.cluster_by is None:
+        return []
+    count = len(set(scoring.groups(items, policy.cluster_by) or ()))
+    return [
+        Check(
+            name="groups",
+            outcome="inconclusive" if count < MIN_CLUSTERS else "pass",
+            estimate=None,
+            threshold=MIN_CLUSTERS,
+            rule=f"values of {policy.cluster_by} >= {MIN_CLUSTERS}",
+            why=f"{len(items)} items come in {count} groups",
+        )
+    ]
 
 
 def _errors_check(where: str, failed: int, sent: int, policy: GateConfig) -> Check:
     """Failed requests as counted: an interval would never lie wholly at 0, however many requests go well."""
-    rate = wilson(failed, sent, policy.confidence) if sent else None
+    rate = statistics.wilson(failed, sent, policy.confidence) if sent else None
     return Check(
         name=f"errors in {where}",
         outcome="inconclusive" if rate is None else "pass" if rate.value <= policy.max_error_rate else "fail",
@@ -226,50 +154,147 @@ def _errors_check(where: str, failed: int, sent: int, policy: GateConfig) -> Che
     )
 
 
-def _metric_checks(check: MetricCheck, evaluations: Mapping[str, Evaluation], confidence: float) -> Iterator[Check]:
+def _prompt_checks(prompts: Mapping[str, Sequence[PromptResult]], policy: GateConfig) -> list[Check]:
+    """Must-pass prompts as counted: all of them, or those that the incumbent passes."""
+    ours = prompts.get("candidate", ())
+    if not ours:
+        return []
+    broken = {result.id for result in ours if result.broken}
+    passed_before = {result.id for result in prompts.get("incumbent", ()) if not result.broken}
+    new, old = broken & passed_before, broken - passed_before
+    counted = new if policy.prompts == "no_regression" else broken
+    which = "that the incumbent passes" if policy.prompts == "no_regression" else "of all"
+    told = f"{len(new)} broke since the incumbent, {len(old)} others are broken" if broken else "none is broken"
+    return [
+        Check(
+            name="must-pass prompts",
+            outcome="fail" if counted else "pass",
+            estimate=None,
+            threshold=0,
+            rule=f"broken prompts {which} <= 0, as counted",
+            why=f"{told}, of {len(ours)}" + (f": {', '.join(sorted(counted)[:5])}" if counted else ""),
+        )
+    ]
+
+
+def _quality_checks(reports: Reports, policy: GateConfig) -> list[Check]:
+    """All that is judged by an interval over items, looked at together; what doesn't apply passes where it stands."""
+    asked: list[Question | Check] = [
+        *(entry for check in policy.metrics for entry in _metric_questions(check, reports, policy)),
+        *(entry for check in policy.slices for entry in _slice_questions(check, reports, policy)),
+        *_judge_questions(reports, policy),
+    ]
+    answers = iter(decide([entry for entry in asked if isinstance(entry, Question)], policy.confidence))
+    return [entry if isinstance(entry, Check) else next(answers) for entry in asked]
+
+
+def _metric_questions(check: MetricCheck, reports: Reports, policy: GateConfig) -> Iterator[Question | Check]:
     """The floor and the comparison that a metric's check asks for."""
-    items = evaluations["candidate"].items
-    counted = sum(check.metric in item.scores for item in items) or len(items)
+    waived = "" if check.required else ADVISORY
     if check.min is not None:
-        floor = scoring.metric(items, check.metric, confidence)
-        yield _lower_bound(check.metric, f"{check.metric} >= {check.min:g}", floor, check.min, counted)
+        yield Question(
+            name=check.metric,
+            rule=f"{check.metric} >= {check.min:g}",
+            estimate=partial(_level, reports, check.metric, policy),
+            reach=check.min,
+            broken=check.min,
+            items=_counted(reports, check.metric),
+            waived=waived,
+        )
     if check.against is None:
         return
-    name, rule = (
-        f"{check.metric} vs {check.against}",
-        f"{check.metric} - {check.against} >= {-check.margin:g}",
-    )
-    if check.against not in evaluations:
-        yield Check(
-            name=name,
-            outcome="pass",
-            estimate=None,
-            threshold=-check.margin,
-            rule=rule,
-            why="no incumbent yet",
-        )
+    name = f"{check.metric} vs {check.against}"
+    rule = f"{check.metric} - {check.against} >= {-check.margin:g}"
+    if check.against not in reports.evaluations:
+        yield _not_applicable(name, rule, -check.margin)
         return
-    gap = scoring.difference(items, evaluations[check.against].items, check.metric, confidence)
-    yield _lower_bound(name, rule, gap, -check.margin, counted)
+    yield Question(
+        name=name,
+        rule=rule,
+        estimate=partial(_gap, reports, check.against, check.metric, policy),
+        reach=-check.margin,
+        broken=max(0.0, -check.margin),
+        items=_counted(reports, check.metric),
+        waived=waived,
+    )
 
 
-def _lower_bound(name: str, rule: str, interval: Interval, threshold: float, items: int) -> Check:
-    """A check that the whole interval reaches `threshold`."""
-    outcome: Outcome = "pass" if interval.low >= threshold else "fail" if interval.high < threshold else "inconclusive"
-    more = _more(interval, items, threshold)
-    why = {
-        "pass": f"the whole interval from {interval.low:.4g} reaches it",
-        "fail": f"the whole interval up to {interval.high:.4g} lies below",
-        "inconclusive": f"{interval.low:.4g} to {interval.high:.4g} straddles it; {more}",
-    }[outcome]
-    return Check(name=name, outcome=outcome, estimate=interval, threshold=threshold, rule=rule, why=why)
+def _level(reports: Reports, metric: str, policy: GateConfig, confidence: float) -> Interval:
+    task = gate_policy.task_result(reports.tasks.get("candidate", ()), metric)
+    if task is not None:
+        return statistics.mean_interval(task.values, confidence)
+    return scoring.metric(reports.evaluations["candidate"].items, metric, confidence, policy.cluster_by)
 
 
-def _more(interval: Interval, items: int, threshold: float) -> str:
-    needed = items_to_decide(interval, items, threshold)
-    if needed is None:
-        return NOTHING_BETTER
-    return f"about {needed - items} more items would decide if the estimate stays"
+def _gap(reports: Reports, other: str, metric: str, policy: GateConfig, confidence: float) -> Interval:
+    task = gate_policy.task_result(reports.tasks.get("candidate", ()), metric)
+    if task is not None:
+        theirs = gate_policy.task_result(reports.tasks[other], metric)
+        assert theirs is not None  # noqa: S101 - gate_policy.unfit looked
+        return statistics.difference_interval(task.values, theirs.values, confidence)
+    ours, against = reports.evaluations["candidate"].items, reports.evaluations[other].items
+    return scoring.difference(ours, against, metric, confidence, policy.cluster_by)
+
+
+def _counted(reports: Reports, metric: str) -> int:
+    """How many items a metric rests on."""
+    task = gate_policy.task_result(reports.tasks.get("candidate", ()), metric)
+    items = reports.evaluations["candidate"].items
+    return len(task.values) if task else sum(metric in item.scores for item in items) or len(items)
+
+
+def _not_applicable(name: str, rule: str, threshold: float) -> Check:
+    return Check(name=name, outcome="pass", estimate=None, threshold=threshold, rule=rule, why=NO_INCUMBENT)
+
+
+def _slice_questions(check: SliceCheck, reports: Reports, policy: GateConfig) -> Iterator[Question | Check]:
+    """One question a part of the holdout: is it shown to be worse by more than the margin?"""
+    other = check.against
+    if other not in reports.evaluations:
+        rule = f"{check.metric} - {other} in each {check.by}, not shown to be below {-check.margin:g}"
+        yield _not_applicable(f"{check.metric} by {check.by}", rule, -check.margin)
+        return
+    ours, theirs = reports.evaluations["candidate"].items, reports.evaluations[other].items
+    for part, chosen in slices.split(ours, check.by, check.min_items).items():
+        mine, against = [ours[index] for index in chosen], [theirs[index] for index in chosen]
+        yield Question(
+            name=f"{check.metric} vs {other} where {check.by}={part}",
+            rule=f"{check.metric} - {other} not shown to be below {-check.margin:g}",
+            estimate=partial(scoring.difference, mine, against, check.metric, cluster_by=policy.cluster_by),
+            reach=None,
+            broken=-check.margin,
+            items=len(chosen),
+        )
+
+
+def _judge_questions(reports: Reports, policy: GateConfig) -> Iterator[Question | Check]:
+    """Floors for an LLM judge's win rate."""
+    for check in policy.judges:
+        name, rule = f"judge vs {check.against}", f"win rate over {check.against} >= {check.min:g}"
+        found = next((report for report in reports.judged if report.against == check.against), None)
+        if found is None:
+            yield _not_applicable(name, rule, check.min)
+            continue
+        scores = [judgement.score for judgement in found.items]
+        yield Question(
+            name=name,
+            rule=rule,
+            estimate=partial(statistics.mean_interval, scores),
+            reach=check.min,
+            broken=check.min,
+            items=len(scores),
+        )
+
+
+def _load_checks(loadtests: Mapping[str, LoadTest], policy: GateConfig) -> Iterator[Check]:
+    if "candidate" not in loadtests:
+        return
+    levels = loadtests["candidate"].levels
+    failed = sum(level.failed for level in levels)
+    yield _errors_check("load test", failed, failed + sum(level.completed for level in levels), policy)
+    by_size = {level.max_concurrency: level for level in levels}
+    for check in policy.load:
+        yield _load_check(check, by_size[check.max_concurrency], policy.confidence)
 
 
 def _load_check(check: LoadCheck, level: LoadLevel, confidence: float) -> Check:
@@ -296,12 +321,15 @@ def _load_check(check: LoadCheck, level: LoadLevel, confidence: float) -> Check:
     elif outcome == "inconclusive" and found.open_above and check.max is not None:
         why = "too few requests for an upper bound"
         why += f": {found.needed} are needed, loadtest.num_prompts times repeats" if found.needed else ""
+    elif outcome == "inconclusive" and not found.repeated:
+        why += ": one run says little of the next; set loadtest.repeats to 3 or more"
     elif outcome == "inconclusive":
         why += "; more requests or repeats would narrow it"
     return Check(name=name, outcome=outcome, estimate=found.interval, threshold=threshold, rule=rule, why=why)
 
 
 def _load_outcome(found: Measured, check: LoadCheck) -> Outcome:
+    """Fewer repeats than show how runs differ can fail an objective, and never pass one."""
     interval = found.interval
     if found.unknown:
         return "inconclusive"
@@ -312,4 +340,4 @@ def _load_outcome(found: Measured, check: LoadCheck) -> Outcome:
             interval.low >= (check.min or 0.0),
             interval.high < (check.min or 0.0) and not found.open_above,
         )
-    return "pass" if holds else "fail" if broken else "inconclusive"
+    return "pass" if holds and found.repeated else "fail" if broken else "inconclusive"

@@ -31,6 +31,7 @@ class Measured:
 
     `open_above`: too few requests for any upper bound at this confidence (its `high` is only the largest
     value seen). `unknown`: nothing to make an interval from, `low` and `high` are the value itself.
+    `repeated`: it rests on repeated runs, so it knows how runs differ.
     """
 
     interval: Interval
@@ -38,6 +39,7 @@ class Measured:
     open_above: bool = False
     needed: int | None = None
     unknown: bool = False
+    repeated: bool = False
 
 
 def measured(level: LoadLevel, metric: str, confidence: float) -> Measured | None:
@@ -55,6 +57,7 @@ def measured(level: LoadLevel, metric: str, confidence: float) -> Measured | Non
         f"t interval over {len(values)} repeats",
         open_above=within is not None and within.open_above,
         needed=within.needed if within else None,
+        repeated=True,
     )
 
 

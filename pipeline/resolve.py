@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from pipeline.config import Config
 
 JUDGES = (
-    "config.py", "config_file.py", "gate.py", "load_statistics.py", "resolve.py", "scoring.py", "serving_refusals.py",
+    "config.py", "config_file.py", "gate_policy.py", "load_statistics.py", "resolve.py", "scoring.py",
+    "serving_refusals.py", "slices.py", "statistics.py",
 )  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def resolve(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = N
 
 def judge(config: Config) -> Iterator[Problem]:
     """What would be found wrong hours later: a policy that can never be decided, a scorer or a served unit that can't be made."""
-    from pipeline import gate, scoring
+    from pipeline import gate_policy, scoring
     from pipeline.serving_refusals import argument_problems, env_problems
 
     try:
@@ -52,7 +53,7 @@ def judge(config: Config) -> Iterator[Problem]:
         yield from error.problems
     yield from argument_problems(config.serve.extra_args)
     yield from env_problems(config.serve.env)
-    yield from gate.policy_problems(config.gate, config.evaluate, config.loadtest)
+    yield from gate_policy.problems(config.gate, config.evaluate, config.loadtest)
 
 
 def warnings(config: Mapping[str, Any], path: Path) -> list[Problem]:

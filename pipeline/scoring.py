@@ -219,21 +219,29 @@ def metrics(items: Sequence[Item], confidence: float) -> dict[str, Interval]:
     return {name: metric(items, name, confidence) for name in metric_names(items)} if items else {}
 
 
-def metric(items: Sequence[Item], name: str, confidence: float) -> Interval:
-    """One metric with its interval; see pipeline.statistics for which kind."""
+def metric(items: Sequence[Item], name: str, confidence: float, cluster_by: str | None = None) -> Interval:
+    """One metric with its interval; see pipeline.statistics for which kind, and for what `cluster_by` changes."""
     if name == F1_MACRO:
-        return f1_macro_interval(_labels(items), _answers(items), confidence)
-    return mean_interval([item.scores[name] for item in items if name in item.scores], confidence)
+        return f1_macro_interval(_labels(items), _answers(items), confidence, groups(items, cluster_by))
+    scored = [item for item in items if name in item.scores]
+    return mean_interval([item.scores[name] for item in scored], confidence, groups(scored, cluster_by))
 
 
-def difference(ours: Sequence[Item], theirs: Sequence[Item], name: str, confidence: float) -> Interval:
+def difference(
+    ours: Sequence[Item], theirs: Sequence[Item], name: str, confidence: float, cluster_by: str | None = None
+) -> Interval:
     """Ours minus theirs on the same items, in the same order, with a paired interval."""
     if name == F1_MACRO:
-        return f1_macro_difference_interval(_labels(ours), _answers(ours), _answers(theirs), confidence)
-    pairs = [
-        (one.scores[name], other.scores[name]) for one, other in zip(ours, theirs, strict=True) if name in one.scores
-    ]
-    return difference_interval([one for one, _ in pairs], [other for _, other in pairs], confidence)
+        clusters = groups(ours, cluster_by)
+        return f1_macro_difference_interval(_labels(ours), _answers(ours), _answers(theirs), confidence, clusters)
+    pairs = [(one, other) for one, other in zip(ours, theirs, strict=True) if name in one.scores]
+    mine, other = [one.scores[name] for one, _ in pairs], [other.scores[name] for _, other in pairs]
+    return difference_interval(mine, other, confidence, groups([one for one, _ in pairs], cluster_by))
+
+
+def groups(items: Sequence[Item], cluster_by: str | None) -> list[str] | None:
+    """Each item's value in the column that groups them; None where items are independent."""
+    return None if cluster_by is None else [item.columns[cluster_by] for item in items]
 
 
 def _labels(items: Sequence[Item]) -> list[str]:

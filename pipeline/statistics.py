@@ -33,7 +33,7 @@ def normal_quantile(confidence: float) -> float:
     return float(norm.ppf(0.5 + confidence / 2))
 
 
-def wilson(successes: float, n: int, confidence: float) -> Interval:
+def wilson(successes: float, n: float, confidence: float) -> Interval:
     """A proportion's interval by Wilson's score method (Wilson 1927); never empty, never outside 0 to 1.
 
     `successes` may be fractional: the mean of scores between 0 and 1 varies at most as much as a proportion
@@ -50,34 +50,81 @@ def wilson(successes: float, n: int, confidence: float) -> Interval:
     )
 
 
-def mean_interval(scores: Sequence[float], confidence: float) -> Interval:
-    """The mean of scores in 0 to 1: Wilson where all are 0 or 1 or alike, else bootstrap BCa (Efron 1987)."""
+def mean_interval(scores: Sequence[float], confidence: float, groups: Sequence[str] | None = None) -> Interval:
+    """The mean of scores in 0 to 1: Wilson where all are 0 or 1 or alike, else bootstrap BCa (Efron 1987).
+
+    With `groups`, one a score, scores of one group count as one draw: Wilson's with the effective number of items,
+    the bootstrap over groups.
+    """
     import numpy as np
 
     values = np.asarray(scores, dtype=float)
+    codes = _codes(groups)
     if is_binary(values) or np.ptp(values) == 0:
-        return wilson(float(values.sum()), len(values), confidence)
-    return bootstrap(lambda chosen: values[chosen].mean(axis=-1), len(values), confidence)
+        size = len(values) / design_effect(values, codes)
+        return wilson(float(values.mean()) * size, size, confidence)
+    return _bootstrap_mean(values, codes, confidence)
 
 
-def difference_interval(ours: Sequence[float], theirs: Sequence[float], confidence: float) -> Interval:
+def difference_interval(
+    ours: Sequence[float], theirs: Sequence[float], confidence: float, groups: Sequence[str] | None = None
+) -> Interval:
     """The mean difference of two systems' scores on the same items, ours minus theirs.
 
     0/1 scores: Tango's score interval; others: bootstrap BCa over the items' differences. Where no item
     differs, both become what Tango's gives for no discordant pair: ±z²/(n+z²), because agreeing on n items is
-    no proof of being alike.
+    no proof of being alike. With `groups` as in `mean_interval`.
     """
     import numpy as np
 
     first, second = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if first.shape != second.shape:
         raise ValueError(f"paired scores must be of one length, not {len(first)} and {len(second)}")
-    gap = first - second
+    gap, codes = first - second, _codes(groups)
     if (is_binary(first) and is_binary(second)) or not gap.any():
-        return tango(int((gap > 0).sum()), int((gap < 0).sum()), len(gap), confidence)
+        effect = design_effect(gap, codes)
+        better, worse = int((gap > 0).sum()), int((gap < 0).sum())
+        return tango(better / effect, worse / effect, len(gap) / effect, confidence)
     if np.ptp(gap) == 0:
         return Interval(value=float(gap[0]), low=float(gap[0]), high=float(gap[0]))
-    return bootstrap(lambda chosen: gap[chosen].mean(axis=-1), len(gap), confidence)
+    return _bootstrap_mean(gap, codes, confidence)
+
+
+def _codes(groups: Sequence[str] | None) -> Indices | None:
+    """Groups as numbers from 0, one an item."""
+    import numpy as np
+
+    return None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+
+
+def _bootstrap_mean(values: Floats, codes: Indices | None, confidence: float) -> Interval:
+    """The mean's bootstrap interval, over items or over whole groups of them."""
+    import numpy as np
+
+    if codes is None:
+        return bootstrap(lambda chosen: values[chosen].mean(axis=-1), len(values), confidence)
+    sums, sizes = np.bincount(codes, values), np.bincount(codes)
+    return bootstrap(lambda chosen: sums[chosen].sum(axis=-1) / sizes[chosen].sum(axis=-1), len(sizes), confidence)
+
+
+def design_effect(values: Floats, codes: Indices | None) -> float:
+    """How many times more items in groups it takes than independent ones for the same certainty about their mean.
+
+    The variance of the mean over groups by that over items, at least 1; dividing the counts by it lets formulas for
+    independent items hold for grouped ones (J. N. K. Rao and A. J. Scott, Biometrics 48:577-585, 1992). Where all
+    values are alike it is what groups of identical items would have: the sum of squared sizes by the number of items.
+    """
+    import numpy as np
+
+    if codes is None:
+        return 1.0
+    sizes = np.bincount(codes)
+    apart = values - values.mean()
+    spread = float((apart**2).sum())
+    if spread == 0 or len(sizes) == 1:
+        return float((sizes**2).sum() / len(values))
+    between = np.bincount(codes, apart)
+    return max(1.0, len(sizes) / (len(sizes) - 1) * float((between**2).sum()) / spread)
 
 
 def is_binary(values: Floats) -> bool:
@@ -85,13 +132,14 @@ def is_binary(values: Floats) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
 
-def tango(better: int, worse: int, n: int, confidence: float) -> Interval:
+def tango(better: float, worse: float, n: float, confidence: float) -> Interval:
     """The difference of two paired proportions, (better - worse) / n, by Tango's score interval.
 
     `better` items are right only with us, `worse` only with them. The limits are the differences d at which
     the score statistic (b - c - n·d) / sqrt(n·(2q + d·(1 - d))) is ±z, q being the constrained maximum
     likelihood estimate of the share of worse items (T. Tango, Statistics in Medicine 17:891-908, 1998). At d
-    = 0 it is McNemar's statistic, so the interval leaves out 0 exactly when McNemar's test rejects.
+    = 0 it is McNemar's statistic, so the interval leaves out 0 exactly when McNemar's test rejects. Counts may be
+    fractional, as counts of grouped items divided by their design effect are.
     """
     z = normal_quantile(confidence)
     value = (better - worse) / n
@@ -161,25 +209,34 @@ def f1_macro(expected: Sequence[str], predicted: Sequence[str]) -> float:
     return float(f1_score(expected, predicted, labels=labels, average="macro", zero_division=0.0))
 
 
-def f1_macro_interval(expected: Sequence[str], predicted: Sequence[str], confidence: float) -> Interval:
-    """Macro-F1 with a bootstrap BCa interval over the items."""
-    return bootstrap(_f1_macro_of(expected, predicted), len(expected), confidence)
+def f1_macro_interval(
+    expected: Sequence[str], predicted: Sequence[str], confidence: float, groups: Sequence[str] | None = None
+) -> Interval:
+    """Macro-F1 with a bootstrap BCa interval over the items, or over groups of them."""
+    statistic, units = _f1_macro_of(expected, predicted, groups)
+    return bootstrap(statistic, units, confidence)
 
 
 def f1_macro_difference_interval(
-    expected: Sequence[str], ours: Sequence[str], theirs: Sequence[str], confidence: float
+    expected: Sequence[str],
+    ours: Sequence[str],
+    theirs: Sequence[str],
+    confidence: float,
+    groups: Sequence[str] | None = None,
 ) -> Interval:
     """The difference of two systems' macro-F1 on the same items, by the paired bootstrap."""
     if list(ours) == list(theirs):
-        return tango(0, 0, len(expected), confidence)
-    mine, other = _f1_macro_of(expected, ours), _f1_macro_of(expected, theirs)
-    return bootstrap(lambda chosen: mine(chosen) - other(chosen), len(expected), confidence)
+        return difference_interval([0.0] * len(expected), [0.0] * len(expected), confidence, groups)
+    (mine, units), (other, _) = _f1_macro_of(expected, ours, groups), _f1_macro_of(expected, theirs, groups)
+    return bootstrap(lambda chosen: mine(chosen) - other(chosen), units, confidence)
 
 
-def _f1_macro_of(expected: Sequence[str], predicted: Sequence[str]) -> Callable[[Indices], Floats]:
-    """`f1_macro` of resampled items, from counts: many times faster than sklearn on each resample.
+def _f1_macro_of(
+    expected: Sequence[str], predicted: Sequence[str], groups: Sequence[str] | None
+) -> tuple[Callable[[Indices], Floats], int]:
+    """`f1_macro` of resampled units (items, or groups of them), from counts, and how many units there are.
 
-    A class that a resample lacks is left out of that resample's mean.
+    Many times faster than sklearn on each resample. A class that a resample lacks is left out of its mean.
     """
     import numpy as np
 
@@ -187,34 +244,56 @@ def _f1_macro_of(expected: Sequence[str], predicted: Sequence[str]) -> Callable[
     classes = len(names)
     truth = np.array([names[label] for label in expected])
     guess = np.array([names.get(label, classes) for label in predicted])
+    codes = _codes(groups)
+    unit = np.arange(len(truth)) if codes is None else codes
+    units = int(unit.max()) + 1
 
-    def counts(codes: NDArray[np.intp]) -> Floats:
-        """How often each class occurs in each row of codes; the code `classes` is counted and dropped."""
-        rows = codes.reshape(-1, codes.shape[-1])
-        shifted = rows + (classes + 1) * np.arange(len(rows))[:, None]
-        found = np.bincount(shifted.ravel(), minlength=len(rows) * (classes + 1))
-        return found.reshape(*codes.shape[:-1], classes + 1)[..., :classes].astype(float)
+    def table(labels: NDArray[np.intp], chosen: NDArray[np.bool_]) -> Floats:
+        """How often each class occurs in each unit: (units, classes)."""
+        found = np.zeros((units, classes + 1))
+        np.add.at(found, (unit[chosen], labels[chosen]), 1.0)
+        return found[:, :classes]
+
+    every = np.ones(len(truth), dtype=bool)
+    support, guessed, hits = table(truth, every), table(guess, every), table(truth, truth == guess)
 
     def statistic(chosen: Indices) -> Floats:
-        true, guessed = truth[chosen], guess[chosen]
-        support = counts(true)
-        hits = counts(np.where(true == guessed, true, classes))
-        f1 = 2 * hits / np.maximum(support + counts(guessed), 1)
-        present = support > 0
-        averaged: Floats = (f1 * present).sum(axis=-1) / present.sum(axis=-1)
-        return averaged
+        rows = chosen.reshape(-1, chosen.shape[-1])
+        shifted = rows + units * np.arange(len(rows))[:, None]
+        times = np.bincount(shifted.ravel(), minlength=len(rows) * units).reshape(len(rows), units).astype(float)
+        present = times @ support
+        f1 = 2 * (times @ hits) / np.maximum(present + times @ guessed, 1)
+        averaged: Floats = (f1 * (present > 0)).sum(axis=-1) / (present > 0).sum(axis=-1)
+        return averaged.reshape(chosen.shape[:-1])
 
-    return statistic
+    return statistic, units
 
 
-def items_to_decide(interval: Interval, n: int, threshold: float) -> int | None:
-    """About how many items would decide against `threshold` if the estimate stays; None: no number.
+def items_to_decide(interval: Interval, n: int, reach: float, broken: float) -> int | None:
+    """About how many items would decide if the estimate stays; None: no number.
 
-    An interval's width falls with the square root of n.
+    Decided means that the interval lies wholly above `reach` or wholly below `broken`. Its width falls with the square
+    root of n.
     """
-    distance = abs(interval.value - threshold)
-    reach = interval.value - interval.low if interval.value > threshold else interval.high - interval.value
-    if distance == 0 or not math.isfinite(reach / distance):
-        return None
-    needed = n * (reach / distance) ** 2
+    wanted = [
+        n * (side / distance) ** 2
+        for side, distance in (
+            (interval.value - interval.low, interval.value - reach),
+            (interval.high - interval.value, broken - interval.value),
+        )
+        if distance > 0
+    ]
+    needed = min(wanted, default=math.inf)
     return max(n + 1, math.ceil(needed)) if needed < 1e7 else None
+
+
+def items_for_margin(margin: float, discordance: float, confidence: float, power: float) -> int:
+    """How many items prove non-inferiority by `margin`, with probability `power`, when two systems are equally good.
+
+    `discordance`: the share of items that only one of them gets right. n = (z + z_power)²·discordance / margin², the
+    normal approximation for paired proportions (R. J. Connor, Biometrics 43:207-211, 1987, at no difference).
+    """
+    from scipy.stats import norm
+
+    reach = normal_quantile(confidence) + float(norm.ppf(power))
+    return math.ceil(reach**2 * discordance / margin**2)

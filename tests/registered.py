@@ -12,7 +12,7 @@ from released import ENVIRONMENT, a_config, a_model
 from sample_build import POLICY, sample_build
 
 from pipeline import gate, registry, registry_runs, serving, store
-from pipeline.artifacts import Artifact, Build
+from pipeline.artifacts import Artifact, Build, Reports
 from pipeline.config import Config, GateConfig
 from pipeline.digests import digest_folder
 from pipeline.program import write_json
@@ -56,7 +56,7 @@ def a_build(
             "model_path": model,
             "evaluations": evaluations,
             "loadtests": loadtests,
-            "verdict": gate.judge(evaluations, loadtests, policy, unit.digest),
+            "verdict": gate.judge(Reports(evaluations=evaluations, loadtests=loadtests), policy, unit.digest),
         }
     )
 

@@ -164,7 +164,7 @@ def test_a_better_labeller_is_seen_by_the_paired_macro_f1():
 def test_the_items_said_to_decide_do_decide():
     """With a tenth more items than named the threshold lies outside, with a quarter fewer inside."""
     for successes, n, threshold in [(85, 100, 0.8), (150, 200, 0.8), (45, 60, 0.7)]:
-        needed = statistics.items_to_decide(statistics.wilson(successes, n, 0.95), n, threshold)
+        needed = statistics.items_to_decide(statistics.wilson(successes, n, 0.95), n, threshold, threshold)
         share = successes / n
         enough = statistics.wilson(share * needed * 1.1, int(needed * 1.1), 0.95)
         short = statistics.wilson(share * needed * 0.75, int(needed * 0.75), 0.95)
@@ -174,4 +174,4 @@ def test_the_items_said_to_decide_do_decide():
 
 def test_an_estimate_on_the_threshold_is_never_decided():
     """No number of items is named where none would help."""
-    assert statistics.items_to_decide(Interval(value=0.8, low=0.7, high=0.9), 100, 0.8) is None
+    assert statistics.items_to_decide(Interval(value=0.8, low=0.7, high=0.9), 100, 0.8, 0.8) is None

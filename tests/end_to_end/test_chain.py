@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from pipeline import environments, gate, program
-from pipeline.artifacts import Build
+from pipeline.artifacts import Build, Reports
 from pipeline.config import Config
 from pipeline.digests import digest_folder
 
@@ -223,9 +223,8 @@ def test_the_untrained_self_fails_the_same_gate(house: House) -> None:
     loadtests = {
         role: test.model_copy(update={"unit_digest": untrained.unit_digest}) for role, test in made.loadtests.items()
     }
-    verdict = gate.judge(
-        {"base": made.evaluations["base"], "candidate": untrained}, loadtests, policy, untrained.unit_digest
-    )
+    reports = Reports(evaluations={"base": made.evaluations["base"], "candidate": untrained}, loadtests=loadtests)
+    verdict = gate.judge(reports, policy, untrained.unit_digest)
     assert verdict.outcome == "fail"
 
 
