@@ -93,6 +93,16 @@ def _build_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     check.add_argument("--resolved", action="store_true", help="print every setting as well, defaults included")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     run.add_argument("--again", action="store_true", help="measure and judge again although nothing changed")
+    gate = _command(
+        commands,
+        "gate",
+        "flows.rejudge:gate_again",
+        "judge a build's stored reports again, by another policy; runs nothing",
+    )
+    _named(gate, version=False)
+    gate.add_argument("--policy", type=Path, metavar="FILE", help="a config, or a file of gate keys; default: its own")
+    gate.add_argument("--build", metavar="KEY", help="a build by the beginning of its key; default: the newest")
+    gate.add_argument("--json", action="store_true", help="for programs")
     _command(commands, "schema", "flows.check:schema", "print the config's JSON Schema, for editors")
 
 

@@ -242,6 +242,17 @@ class Build(Record):
     judged: tuple[JudgeReport, ...] = ()
     verdict: Verdict | None = None
 
+    @property
+    def reports(self) -> Reports:
+        """What the gate judges of it."""
+        return Reports(
+            evaluations=self.evaluations,
+            loadtests=self.loadtests,
+            tasks=self.tasks,
+            prompts=self.prompts,
+            judged=self.judged,
+        )
+
 
 class Approval(Record):
     """A person's decision on one digest."""

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config import Config, DataConfig, FinetuneConfig, MergeConfig, Section
+from pipeline.config import Config, DataConfig, FinetuneConfig, GateConfig, MergeConfig, Section
 from pipeline.errors import ConfigError, Problem
 
 KeyPath = tuple[str | int, ...]
@@ -91,6 +91,23 @@ def load(
     if problems:
         raise ConfigError(sorted(problems, key=lambda problem: problem.line or 0))
     return _resolve(config, (data_dir or path.parent).resolve())
+
+
+def load_policy(path: Path) -> GateConfig:
+    """Read a gate's policy: the `gate` section of a config file, or a file that holds such a section's keys alone.
+
+    Other sections aren't looked at. Raises ConfigError with every mistake of the policy.
+    """
+    raw, lines = _read(path)
+    whole = "gate" in raw
+    policy = raw["gate"] if whole else raw
+    placed = lines if whole else {("gate", *at): line for at, line in lines.items()}
+    rest = {"name": "policy", "data": {"datasets": [{"path": "any"}]}}
+    data = {**rest, "gate": policy}
+    try:
+        return Config.model_validate(data).gate
+    except ValidationError as error:
+        raise ConfigError(list(_problems(error, data, placed, path))) from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:

@@ -62,6 +62,14 @@ def peek_build(key: str) -> dict[str, Any] | None:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
+def finished_builds(name: str | None = None) -> list[dict[str, Any]]:
+    """What finished builds left, newest first: those of one model, or all."""
+    found = [
+        dict(json.loads(file.read_text(encoding="utf-8"))) for file in build_folder("*").parent.glob("*/finished.json")
+    ]
+    return sorted((one for one in found if name in (None, one["name"])), key=lambda one: str(one["at"]), reverse=True)
+
+
 @contextmanager
 def lock(name: str, *, wait: bool = True) -> Iterator[None]:
     """Hold the machine-wide lock `name`; it is released by the system when the process dies.
