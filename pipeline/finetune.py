@@ -12,6 +12,7 @@ and packages (proved on a CPU; CUDA kernels don't promise it). One device; no di
 from __future__ import annotations
 
 import ctypes
+import json
 import math
 import sys
 import time
@@ -32,6 +33,7 @@ from pipeline.packing import IGNORED, Row
 if TYPE_CHECKING:
     import torch
 
+HARDWARE = "hardware.json"
 STEP_SEED = 1_000_003
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's and the CPU's words
 
@@ -48,11 +50,13 @@ def run(request: program.Request) -> dict[str, Any]:
     rows = finetune_rows.read(base.payload, prepared.payload, request.folder / "extra", settings, sequence_len)
     keep_freed_memory()
     with _out_of_memory_named(settings):
-        model, hardware = finetune_model.load(base.payload, settings, sequence_len)
+        checkpoints = request.folder / "checkpoints"
+        model, hardware = finetune_model.load(base.payload, settings, sequence_len, _begun_with(checkpoints))
+        program.write_json(checkpoints / HARDWARE, asdict(hardware))
         model = finetune_model.with_lora(model, settings, hardware, base.digest, seed)
         training = Training(
             model, hardware, settings, rows,
-            sequence_len=sequence_len, seed=seed, checkpoints=request.folder / "checkpoints",
+            sequence_len=sequence_len, seed=seed, checkpoints=checkpoints,
         )  # fmt: skip
         done = training.run()
     finetune_model.save_adapter(model, training.best_weights(), request.payload)
@@ -73,6 +77,14 @@ def run(request: program.Request) -> dict[str, Any]:
         "tokens_per_second": training.tokens_per_second,
         "hardware": asdict(hardware),
     }
+
+
+def _begun_with(checkpoints: Path) -> finetune_model.Hardware | None:
+    """How the run that left these checkpoints was run; None for a new run."""
+    if not finetune_checkpoints.newest_state(checkpoints).step:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        return None
+    return finetune_model.Hardware(**json.loads((checkpoints / HARDWARE).read_text(encoding="utf-8")))
 
 
 class Training:

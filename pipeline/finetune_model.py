@@ -9,6 +9,7 @@ environment.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ GPU_TOKENS_A_PASS = range(1024, 16384 + 1)  # fewer leave a GPU idle and unpack 
 UNPACKED_BYTES = 2
 UNPACK_UP_TO = {"cpu": 0.5, "cuda": 0.05}  # of free memory; a big model hides the unpacking behind its products
 USED_BY_ACTIVATIONS = 0.8  # of free memory
+UNPACKED = ", unpacked once"
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
@@ -46,8 +48,13 @@ class Hardware:
     tokens_a_pass: int
 
 
-def load(base: Path, settings: FinetuneConfig, sequence_len: int) -> tuple[Any, Hardware]:
+def load(
+    base: Path, settings: FinetuneConfig, sequence_len: int, before: Hardware | None = None
+) -> tuple[Any, Hardware]:
     """The base model of a Hugging Face folder, frozen, and how it will be run.
+
+    What free memory decides is taken from `before`, where a run that began under other memory is gone on with: how a batch
+    is cut, and how weights are kept, show in the last bits of a sum.
 
     Raises ModelError when transformers can't load the folder, ConfigError for a setting that needs a GPU.
     """
@@ -78,8 +85,11 @@ def load(base: Path, settings: FinetuneConfig, sequence_len: int) -> tuple[Any, 
     model.config.use_cache = False
     weights = "bf16" if dtype == torch.bfloat16 else "float32"
     if settings.load_in_4bit:
-        unpacked = _unpack(model, dtype, UNPACK_UP_TO[device] * _free_memory(device))
-        weights = settings.bnb_4bit_quant_type + (", unpacked once" if unpacked else "")
+        most = UNPACK_UP_TO[device] * _free_memory(device)
+        if before is not None:
+            most = math.inf if before.frozen_weights.endswith(UNPACKED) else 0.0
+        unpacked = _unpack(model, dtype, most)
+        weights = settings.bnb_4bit_quant_type + (UNPACKED if unpacked else "")
     finetune_attention.register()
     attention = finetune_attention.choose(model.config, device, sequence_len)
     if attention:
@@ -88,7 +98,11 @@ def load(base: Path, settings: FinetuneConfig, sequence_len: int) -> tuple[Any, 
     if device == "cuda":
         kernels = "liger, fused LoRA" if _use_liger(model) else "torch, fused LoRA"
     tokens = settings.micro_batch_size * sequence_len
-    checkpointing, tokens_a_pass = passes(settings, model.config, device, tokens, sequence_len)
+    checkpointing, tokens_a_pass = (
+        (before.gradient_checkpointing, before.tokens_a_pass)
+        if before is not None
+        else passes(settings, model.config, device, tokens, sequence_len)
+    )
     hardware = Hardware(
         device=device,
         name=torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline import environments, store
+from pipeline import environments, hardware, store
 from pipeline.digests import digest_file, digest_of
 
 HERE = Path(__file__).parent
@@ -225,7 +225,7 @@ def memory(config: Mapping[str, Any], planned: list[PlannedStep]) -> dict[str, i
     weights = int(parameters * (0.55 if train["load_in_4bit"] else 2))
     # adapter weights with gradients and two moments in fp32; 7 linear layers of about 3 times the hidden size a side
     adapter = layers * 7 * 4 * hidden * train["lora_r"] * 16
-    served = parameters * 2 if config["quantize"]["method"] == "none" else int(parameters * 0.6)
+    served = served_weights(config, parameters, hardware.device())
     kv = _bytes(config["serve"]["kv_cache_memory"])
     return {
         "finetune": weights + adapter + tokens * layers * hidden * per_unit,
@@ -234,6 +234,14 @@ def memory(config: Mapping[str, Any], planned: list[PlannedStep]) -> dict[str, i
         "serve": served + kv,
         "promote (old and new side by side)": 2 * (served + kv),
     }
+
+
+def served_weights(config: Mapping[str, Any], parameters: int, device: hardware.Device) -> int:
+    """Bytes of the served weights: 0.6 a parameter in 4 bits with their scales, unless the device unpacks them."""
+    dtype = config["serve"]["dtype"]
+    plain = parameters * (4 if (device.serving_dtype if dtype == "auto" else dtype) == "float32" else 2)
+    packed = config["quantize"]["method"] != "none" and device.device_class not in hardware.WITHOUT_BF16
+    return int(parameters * 0.6) if packed else plain
 
 
 def _shape(planned: list[PlannedStep]) -> tuple[int, int, int] | None:

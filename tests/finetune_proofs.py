@@ -118,6 +118,19 @@ def unpacking(base: Path) -> dict[str, float]:
     }
 
 
+def under_other_memory(base: Path) -> dict[str, str]:
+    """How weights are kept where there is memory, where there is none, and where a run from there goes on here."""
+    settings, free = FinetuneConfig(), finetune_model._free_memory
+    _, roomy = finetune_model.load(base, settings, 256)
+    finetune_model._free_memory = lambda _device: 0.0
+    _, tight = finetune_model.load(base, settings, 256)
+    _, roomy_again = finetune_model.load(base, settings, 256, roomy)
+    finetune_model._free_memory = free
+    _, tight_again = finetune_model.load(base, settings, 256, tight)
+    found = {"roomy": roomy, "tight": tight, "roomy_again": roomy_again, "tight_again": tight_again}
+    return {name: hardware.frozen_weights for name, hardware in found.items()}
+
+
 def dropout() -> dict[str, float]:
     """What the quick dropout keeps and by how much it scales."""
     outer = torch.nn.Module()
@@ -154,6 +167,7 @@ def main() -> None:
         "by_transformers": by_transformers(base, model, rows),
         "gradients": gradients(base, settings, rows),
         "unpacking": unpacking(base),
+        "under_other_memory": under_other_memory(base),
         "dropout": dropout(),
     }
     print(json.dumps(found))

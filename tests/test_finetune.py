@@ -119,6 +119,14 @@ def test_unpacked_weights_are_the_four_bit_ones(proofs: dict):
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_as_it_began_whatever_memory_is_free_now(proofs: dict):
+    """Weights that were unpacked stay so, and the other way round."""
+    found = proofs["under_other_memory"]
+    assert (found["roomy"], found["tight"]) == ("nf4, unpacked once", "nf4")
+    assert (found["roomy_again"], found["tight_again"]) == ("nf4, unpacked once", "nf4")
+
+
+@pytest.mark.slow
 def test_quick_dropout_drops_the_share_it_is_told(proofs: dict):
     """It drops p of the elements, scales the rest, draws anew each time, and is off in evaluation."""
     found = proofs["dropout"]
@@ -141,7 +149,8 @@ def test_a_run_learns_and_leaves_an_adapter_peft_can_load(whole: tuple, made: Pa
     assert len(losses) == detail["steps"]
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     last = detail["steps"]
-    assert kept == {f"best-{detail['best_step']}", f"step-{last}", f"step-{(last - 1) // 4 * 4}"}
+    steps = {f"best-{detail['best_step']}", f"step-{last}", f"step-{(last - 1) // 4 * 4}"}
+    assert kept == steps | {"hardware.json"}
     assert (folder / "extra" / "loss.png").read_bytes().startswith(b"\x89PNG")
     loss = stages.python(LOADED, made / "base" / "payload", folder, made / "prepare" / "payload")
     assert float(loss) == pytest.approx(detail["eval_loss"], rel=0.02)

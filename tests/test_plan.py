@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import plan
 from pipeline.environments import Environment
+from pipeline.hardware import Device
 
 
 def imported(text):
@@ -72,3 +73,20 @@ def test_another_vllm_or_flag_is_another_build(tmp_path, monkeypatch):
     found.append(plan.served_by(config))
     assert found[0] != found[1]
     assert found[0]["command"] == found[1]["command"] == plan.served_by({"serve": {"runtime": "docker"}})["command"]
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "device_class", "bytes_a_parameter"),
+    [
+        ("none", "auto", "cpu-x86_64-avx512_bf16", 2),
+        ("llmcompressor", "auto", "cpu-x86_64-avx512_bf16", 0.6),
+        ("llmcompressor", "auto", "cpu-x86_64-avx2", 4),
+        ("llmcompressor", "bfloat16", "cpu-x86_64-avx2", 2),
+        ("none", "float32", "cpu-x86_64-amx_bf16", 4),
+    ],
+)
+def test_served_weights_are_estimated_as_they_will_lie_in_memory(method, dtype, device_class, bytes_a_parameter):
+    """Four bits where the device has kernels for them; an old CPU unpacks them, into float32 by default."""
+    device = Device("cpu", "a CPU", device_class, 2**34, 2, 0, bf16="bf16" in device_class)
+    config = {"serve": {"dtype": dtype}, "quantize": {"method": method}}
+    assert plan.served_weights(config, 1000, device) == 1000 * bytes_a_parameter
