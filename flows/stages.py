@@ -13,9 +13,9 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from pipeline import environments, hardware, plan, program, store
+from pipeline import environments, file_digests, hardware, plan, program, store
 from pipeline.artifacts import Artifact
-from pipeline.errors import RegistryError, ServingError, StageFailed, TunegateError
+from pipeline.errors import Problem, RegistryError, ServingError, StageFailed, TunegateError
 from pipeline.plan import Step
 
 # A gated model needs the user's token; no other stage program sees a secret.
@@ -52,7 +52,7 @@ def run(
         retry_condition_fn=worth_retrying,
         timeout_seconds=timedelta(hours=step.timeout_hours).total_seconds(),
     )
-    records = {name: artifact.model_dump(mode="json") for name, artifact in inputs.items()}
+    records = inputs_json(inputs, tuple(inputs))
     key = named(step, dict(config), records, key, digests, made_by, on_event)
     artifact = store.find(step.stage, key)
     if artifact is None:
@@ -109,7 +109,23 @@ def device_slot() -> AbstractContextManager[None]:
 
 
 def inputs_json(artifacts: Mapping[Any, Artifact], names: tuple[str, ...]) -> dict[str, Any]:
-    """The records a program takes, as JSON by name."""
+    """The records a program takes, as JSON by name.
+
+    Raises StageFailed for every one whose files aren't those it was recorded with: what is built on must be what was made.
+    """
+    changed = [artifacts[name] for name in names if name in artifacts and not file_digests.is_intact(artifacts[name])]
+    if changed:
+        raise StageFailed(
+            [
+                Problem(
+                    f"the {artifact.stage} artefact was changed after it was made",
+                    file=str(artifact.payload),
+                    allowed=f"files of the digest {artifact.digest[:12]}, as recorded",
+                    remedy=f"rm -r {artifact.path}, then the same command makes it again",
+                )
+                for artifact in changed
+            ]
+        )
     return {name: artifacts[name].model_dump(mode="json") for name in names if name in artifacts}
 
 

@@ -119,13 +119,19 @@ class QuantizeConfig(Section):
     method: Literal["llmcompressor", "autoawq", "none"] = "llmcompressor"
     group_size: Literal["auto", 32, 64, 128] = "auto"
     zero_point: bool = Field(True, description="asymmetric grid")
+    observer: Literal["memoryless_minmax", "memoryless_mse"] = Field(
+        "memoryless_minmax",
+        description="how a group's range is found, by llm-compressor's names: mse cuts outliers off where that errs less; slower",
+    )
     num_calibration_samples: PositiveInt = 64
     max_calibration_tokens: PositiveInt = Field(512, description="tokens kept of one calibration sample")
 
     @model_validator(mode="after")
-    def _autoawq_has_a_zero_point(self) -> QuantizeConfig:
+    def _autoawq_settles_them_itself(self) -> QuantizeConfig:
         if self.method == "autoawq" and not self.zero_point:
             raise ValueError("zero_point: false goes with method: llmcompressor; AutoAWQ's format has one always")
+        if self.method == "autoawq" and self.observer != "memoryless_minmax":
+            raise ValueError("observer goes with method: llmcompressor; AutoAWQ searches where to cut by itself")
         return self
 
 

@@ -7,6 +7,7 @@ import json
 import time
 from pathlib import Path
 
+from pipeline.artifacts import Artifact
 from pipeline.digests import digest_file, digest_of
 from pipeline.program import write_json
 from pipeline.store import home
@@ -35,6 +36,12 @@ def remembered(path: Path) -> str:
 def remembered_folder(folder: Path, names: list[str]) -> str:
     """One digest of the named files under `folder`, their names and their bytes."""
     return digest_of({name: remembered(folder / name) for name in sorted(names)})
+
+
+def is_intact(artifact: Artifact) -> bool:
+    """Whether an artefact's payload still is what its record says; files that didn't change since cost a stat each."""
+    names = [path.relative_to(artifact.payload).as_posix() for path in artifact.payload.rglob("*") if path.is_file()]
+    return remembered_folder(artifact.payload, names) == artifact.digest
 
 
 def _stamp(path: Path) -> list[int]:

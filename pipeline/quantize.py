@@ -53,11 +53,14 @@ def run(request: program.Request) -> dict[str, Any]:
 
     backend = BACKENDS[settings.method]
     effort = backend.EFFORT["cuda" if torch.cuda.is_available() else "cpu"]
+    grid: dict[str, Any] = {"zero_point": settings.zero_point}
+    if settings.method == "llmcompressor":
+        grid["observer"] = settings.observer
     scratch, made = request.folder / "scratch", _emptied(request.folder / "scratch" / "made")
     model = backend.load(source, scratch)
     original = quantize_check.read(model, calibration.probe)
     quantization = backend.quantize(
-        model, tokenizer, [sample.ids for sample in calibration.samples], group_size=group_size, zero_point=settings.zero_point,
+        model, tokenizer, [sample.ids for sample in calibration.samples], group_size=group_size, **grid,
         folder=made, on_layer=lambda done, layers: program.progress(done, layers, "layers"), **effort,
     )  # fmt: skip
     del model
@@ -70,7 +73,7 @@ def run(request: program.Request) -> dict[str, Any]:
         "method": settings.method,
         "format": quantization["quant_method"],
         "group_size": group_size,
-        "zero_point": settings.zero_point,
+        **grid,
         "linear_layers": len(shapes),
         "samples": len(calibration.samples),
         "tokens": calibration.tokens,

@@ -39,6 +39,7 @@ def quantize(
     *,
     group_size: int,
     zero_point: bool,
+    observer: str,
     search_tokens: int,
     grid_points: int,
     folder: Path,
@@ -60,6 +61,7 @@ def quantize(
         "strategy": "group",
         "group_size": group_size,
         "symmetric": not zero_point,
+        "observer": observer,
     }
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
     layers, tokens = len(decoder_layers(model)), sum(map(len, samples))

@@ -134,11 +134,6 @@ def running(name: str) -> Iterator[None]:
         file.unlink(missing_ok=True)
 
 
-def is_intact(artifact: Artifact) -> bool:
-    """Whether the payload on disk still has the digest of the record."""
-    return digest_folder(artifact.payload) == artifact.digest
-
-
 def all_artifacts() -> Iterator[Artifact]:
     """Every finished artefact in the store."""
     for file in sorted((home() / "work").glob("*/*/artifact.json")):

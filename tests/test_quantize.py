@@ -248,3 +248,5 @@ def test_autoawq_without_a_zero_point_is_refused_by_the_config():
     with pytest.raises(ValueError, match="zero_point"):
         QuantizeConfig(method="autoawq", zero_point=False)
     assert not QuantizeConfig(zero_point=False).zero_point
+    with pytest.raises(ValueError, match="observer"):
+        QuantizeConfig(method="autoawq", observer="memoryless_mse")

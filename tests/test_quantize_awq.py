@@ -30,6 +30,9 @@ NEAR_TIE = 0.3  # nats; a 16-bit model's log-probabilities of 10 and more are th
 SERVE = ServeConfig(max_model_len=256, max_num_seqs=4, kv_cache_memory="64MiB", enforce_eager=True)
 
 
+SYMMETRIC = {"zero_point": False, "observer": "memoryless_mse"}
+
+
 def conversation(number: int) -> dict[str, Any]:
     """One of 50 to 90 tokens."""
     words = SENTENCE.split()
@@ -50,7 +53,7 @@ def asked(method: str) -> dict[str, dict[str, Any]]:
         "untied": {"model": "untied", "quantize": {**plain, "group_size": 32}},
     }
     if method == "llmcompressor":
-        requests["symmetric"] = {"model": "untied", "quantize": {**plain, "zero_point": False}}
+        requests["symmetric"] = {"model": "untied", "quantize": {**plain, **SYMMETRIC}}
     return requests
 
 
@@ -141,6 +144,15 @@ def test_embeddings_stay_tied_or_apart(quantized, method):
     assert [name for name in made.names() if "lm_head" in name or "embed" in name] == ["model.embed_tokens.weight"]
     assert "lm_head.weight" in made.names("untied")
     assert made.seen["details"]["untied"]["group_size"] == 32
+
+
+def test_the_observer_is_the_one_asked_for(quantized):
+    """By the detail and by the folder's own configuration, which serving reads."""
+    made = quantized["llmcompressor"]
+    for name, observer in (("first", "memoryless_minmax"), ("symmetric", "memoryless_mse")):
+        config = json.loads((made.payload(name) / "config.json").read_text())
+        groups = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+        assert made.seen["details"][name]["observer"] == groups["observer"] == observer
 
 
 def test_zero_points_are_there_when_asked_for(quantized):

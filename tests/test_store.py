@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import store
+from pipeline import file_digests, store
 from pipeline.errors import Busy
 
 
@@ -47,9 +47,9 @@ def test_the_digest_is_of_names_and_bytes() -> None:
     assert same
     assert other
     assert one.digest == same.digest != other.digest
-    assert store.is_intact(one)
+    assert file_digests.is_intact(one)
     (one.payload / "model.safetensors").write_text("tampered")
-    assert not store.is_intact(one)
+    assert not file_digests.is_intact(one)
 
 
 def test_what_a_killed_run_left_is_found_again_and_never_seen_as_finished() -> None:
@@ -64,7 +64,7 @@ def test_what_a_killed_run_left_is_found_again_and_never_seen_as_finished() -> N
 
 def test_a_lock_is_held_across_processes_and_freed_by_death() -> None:
     """Another process can't take a held lock; when its holder is killed it can."""
-    code = "from pipeline import store\nwith store.lock('gpu'):\n print('held', flush=True)\n input()"
+    code = "from pipeline import file_digests, store\nwith store.lock('gpu'):\n print('held', flush=True)\n input()"
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout

@@ -1,0 +1,48 @@
+"""What a stage is handed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows import stages
+from pipeline import store
+from pipeline.artifacts import Artifact
+from pipeline.errors import StageFailed
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Artifact]:
+    """Two artefacts in a store."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
+    found = {}
+    for stage, name in (("prepare", "calibration.jsonl"), ("merge", "model.safetensors")):
+        with store.making(stage, "k") as partial:
+            (partial / "payload").mkdir()
+            (partial / "payload" / name).write_text("one two three\n")
+            found[stage] = store.finish(stage, "k", partial, parents={}, made_by={}, detail={})
+    return found
+
+
+def test_inputs_are_handed_on_as_they_were_made(made: dict[str, Artifact]) -> None:
+    """Asked once and again, as the second time digests are remembered."""
+    for _ in range(2):
+        assert stages.inputs_json(made, ("merge", "prepare"))["merge"] == made["merge"].model_dump(mode="json")
+
+
+@pytest.mark.parametrize("change", ["shuffled", "one file more", "a file gone"])
+def test_an_input_that_changed_since_stops_the_stage(made: dict[str, Artifact], change: str) -> None:
+    """A calibration set that was shuffled in the store is refused before the quantizer sees it, with the way out."""
+    stages.inputs_json(made, ("merge", "prepare"))
+    file = made["prepare"].payload / "calibration.jsonl"
+    if change == "shuffled":
+        file.write_text("three one two\n")
+    elif change == "one file more":
+        file.with_name("more.jsonl").write_text("")
+    else:
+        file.unlink()
+    assert "merge" in stages.inputs_json(made, ("merge",))
+    with pytest.raises(StageFailed, match="prepare artefact was changed") as error:
+        stages.inputs_json(made, ("merge", "prepare"))
+    assert f"rm -r {made['prepare'].path}" in str(error.value)
