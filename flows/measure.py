@@ -24,7 +24,7 @@ from pipeline import plan, program, registry, serving, store
 from pipeline.artifacts import Artifact, Evaluation, LoadTest, Release, ServedUnit, Stage
 from pipeline.config import Config
 from pipeline.digests import digest_of
-from pipeline.errors import EnvironmentMissing, ServingError
+from pipeline.errors import EnvironmentMissing, Problem, RegistryError, ServingError
 from pipeline.serving_server import Server
 
 
@@ -101,6 +101,7 @@ def _incumbent(champion: Release, settings: Config, config: Mapping[str, Any], s
         except (EnvironmentMissing, ServingError) as error:
             why = str(error.problems[0].what)
             continue
+        _must_be_the_champion(champion, unit)
         if unit.digest != champion.unit.digest:
             fields = [name for name in ServedUnit.model_fields if getattr(unit, name) != getattr(champion.unit, name)]
             text = (
@@ -109,6 +110,23 @@ def _incumbent(champion: Release, settings: Config, config: Mapping[str, Any], s
             show({"event": "message", "text": text})
         return System("incumbent", champion.model_path, unit, whole)
     raise ServingError(f"v{champion.version}, the champion, can't be served here: {why}", key="serve")
+
+
+def _must_be_the_champion(champion: Release, unit: ServedUnit) -> None:
+    """Raise RegistryError when the champion's folder isn't what was approved: a candidate would be held against something else."""
+    changed = [
+        Problem(
+            f"is {getattr(unit, part)[:12]}",
+            file=str(champion.model_path),
+            key=f"unit.{part}",
+            allowed=f"{getattr(champion.unit, part)[:12]}, as v{champion.version} was approved",
+            remedy=f"restore the folder, or give the alias champion of {champion.name} to another version",
+        )
+        for part in ("weights", "tokenizer", "configuration")
+        if getattr(unit, part) != getattr(champion.unit, part)
+    ]
+    if changed:
+        raise RegistryError(changed)
 
 
 @task(retries=1, retry_delay_seconds=10, retry_condition_fn=stages.worth_retrying, timeout_seconds=6 * 3600,

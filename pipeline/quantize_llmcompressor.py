@@ -17,7 +17,7 @@ from pipeline.quantize_check import decoder_layers, quantization_of
 
 SHARD_SIZE = "5GB"
 EFFORT = {
-    "cpu": {"grid_points": 10, "search_tokens": 1024},
+    "cpu": {"grid_points": 10, "search_tokens": 2048},
     "cuda": {"grid_points": 20, "search_tokens": 2**31},
 }
 """Points of the search for scales, and tokens on which each is tried."""

@@ -16,6 +16,8 @@ PYTHONPATH. How it behaves is told by `--fake-NAME VALUE` flags, or by the same 
     token_delay S        seconds between tokens
     answers FILE         JSON object: text of the last user message -> answer
     answer TEXT          the answer to everything else (default "ok")
+    template NAME        how a conversation becomes text: chatml, or headers (another model's)
+    bos N                how many BOS bytes stand in front of it (default 0)
 
 Tokens: an answer's are its words with the space before them; a prompt's ids are the UTF-8 bytes of its ChatML text.
 Like vLLM it drains on SIGTERM when --shutdown-timeout is above 0 and aborts what is in flight otherwise.
@@ -52,6 +54,7 @@ BARE_FLAGS = (
 BEHAVIOUR: dict[str, type] = {
     "startup_delay": float, "fail": str, "hang": bool, "broken_generation": bool, "die_after": int, "die_at": float,
     "error_every": int, "ignore_sigterm": bool, "delay": float, "token_delay": float, "answers": str, "answer": str,
+    "template": str, "bos": int,
 }  # fmt: skip
 
 
@@ -90,6 +93,16 @@ def chatml(messages: list[dict[str, Any]], generation_prompt: bool) -> str:
     """The conversation as the text whose bytes are its token ids."""
     turns = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages)
     return turns + ("<|im_start|>assistant\n" if generation_prompt else "")
+
+
+def headers(messages: list[dict[str, Any]], generation_prompt: bool) -> str:
+    """The conversation as another model's template has it."""
+    turns = "".join(f"### {turn['role']}:\n{turn['content']}\n" for turn in messages)
+    return turns + ("### assistant:\n" if generation_prompt else "")
+
+
+TEMPLATES = {"chatml": chatml, "headers": headers}
+BOS = "\x01"
 
 
 class FakeServer(ThreadingHTTPServer):
@@ -175,7 +188,11 @@ class Handler(BaseHTTPRequestHandler):
         self._json({**answer, "token_strs": [chr(i) for i in ids] if body.get("return_token_strs") else None})
 
     def _prompt(self, body: dict[str, Any], generation_prompt: bool = True) -> str:
-        return chatml(body["messages"], generation_prompt) if "messages" in body else str(body["prompt"])
+        if "messages" not in body:
+            return str(body["prompt"])
+        does = self.server.does
+        render = TEMPLATES[does.get("template", "chatml")]
+        return BOS * does.get("bos", 0) + render(body["messages"], generation_prompt)
 
     def _answer(self, body: dict[str, Any]) -> str:
         asked = body["messages"][-1]["content"] if "messages" in body else str(body["prompt"])
