@@ -3,7 +3,7 @@
     python benchmarks/gate_calibration.py [--simulations 2000] [--workers 2]
 
 A candidate is compared with an incumbent whose true quality is known, with a margin of three points fixed first, at the size
-that `statistics.items_for_margin` recommends and at a sixth of it. What is asked for, at the recommended size: an equal
+that `sample_size.items_for_margin` recommends and at a sixth of it. What is asked for, at the recommended size: an equal
 candidate passes at least 80 % of the time, one at the margin (three points worse) passes at most 5 % and fails, not merely
 inconclusive, at least 80 %; an equal one fails at most 5 %. At a sixth of it: most verdicts are inconclusive, and wrong ones
 stay as rare. Four kinds of holdout: right or wrong answers; scores in halves; right or wrong in groups of four that share a
@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from pipeline import gate, statistics
+from pipeline import gate, sample_size
 from pipeline.artifacts import Evaluation, Item, Reports
 from pipeline.config import GateConfig, MetricCheck, SliceCheck
 
 MARGIN = 0.03
-CONFIDENCE, POWER = 0.95, 0.9
+CONFIDENCE = 0.95
 UNIT = "0" * 64
 GROUP = 4
 SLICES = 8
@@ -54,10 +54,10 @@ class Kind:
 
     @property
     def recommended(self) -> int:
-        """Items for an equal candidate to pass with POWER."""
+        """Items for an equal candidate to pass with sample_size.POWER."""
         # where several metrics must pass, each may miss only its part
-        power = 1 - (1 - POWER) / self.asked
-        return statistics.items_for_margin(MARGIN, self.variance, CONFIDENCE, power)
+        power = 1 - (1 - sample_size.POWER) / self.asked
+        return sample_size.items_for_margin(MARGIN, self.variance, CONFIDENCE, power)
 
 
 def binary(rng: np.random.Generator, items: int, gap: float, discordance: float = 0.1) -> tuple[np.ndarray, np.ndarray]:

@@ -7,8 +7,9 @@ decide its result. Works on the resolved config as JSON and on the standard libr
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from pipeline import environments, hardware, store
 from pipeline.digests import digest_file, digest_of
+from pipeline.sample_size import DIFFERING, items_for_margin
 
 HERE = Path(__file__).parent
 # Shared by all stages and free of decisions about a result: a change there makes nothing stale.
@@ -59,6 +61,7 @@ class Plan:
     steps: tuple[PlannedStep, ...]
     finished: Mapping[str, Any] | None
     memory: Mapping[str, int] = field(default_factory=dict)
+    sizes: tuple[str, ...] = ()
 
 
 def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
@@ -183,7 +186,8 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
             "served_by": served_by(config),
         }
     )[:32]
-    return Plan(config["name"], build, tuple(planned), store.peek_build(build), memory(config, planned))
+    finished = store.peek_build(build)
+    return Plan(config["name"], build, tuple(planned), finished, memory(config, planned), tuple(sizes(config, planned)))
 
 
 def served_by(config: Mapping[str, Any]) -> dict[str, str]:
@@ -236,6 +240,22 @@ def memory(config: Mapping[str, Any], planned: list[PlannedStep]) -> dict[str, i
     }
 
 
+def sizes(config: Mapping[str, Any], planned: Sequence[PlannedStep]) -> Iterator[str]:
+    """What each comparison with a margin needs to be decided, against what there is, once the holdout is known."""
+    gate, prepared = config["gate"], next(step.record for step in planned if step.step.stage == "prepare")
+    held = prepared["detail"]["rows"]["holdout"] if prepared else None
+    there = min(value for value in (held, config["evaluate"]["max_items"], math.inf) if value is not None)
+    for check in gate["metrics"]:
+        if check["against"] is None or check["margin"] <= 0:
+            continue
+        needed = items_for_margin(check["margin"], DIFFERING, gate["confidence"])
+        few = f"; there are {there}" if there < needed else ""
+        yield (
+            f"{check['metric']} vs {check['against']} within {check['margin']:g}: about {needed}"
+            f" if {DIFFERING:.0%} of the answers differ{few}"
+        )
+
+
 def served_weights(config: Mapping[str, Any], parameters: int, device: hardware.Device) -> int:
     """Bytes of the served weights: 0.6 a parameter in 4 bits with their scales, unless the device unpacks them."""
     dtype = config["serve"]["dtype"]
@@ -277,5 +297,7 @@ def render(plan: Plan, path: Path, write: Callable[[str], None]) -> None:
         write(f"  {stage:<10}{environment:<15}{done}")
     for what, size in plan.memory.items():
         write(f"  memory  {what}: about {size / 2**30:.1f} GiB")
+    for line in plan.sizes:
+        write(f"  items   {line}")
     if not plan.memory:
         write("  memory  known once the base model's shape is (after the stage base)")

@@ -285,15 +285,3 @@ def items_to_decide(interval: Interval, n: int, reach: float, broken: float) -> 
     ]
     needed = min(wanted, default=math.inf)
     return max(n + 1, math.ceil(needed)) if needed < 1e7 else None
-
-
-def items_for_margin(margin: float, discordance: float, confidence: float, power: float) -> int:
-    """How many items prove non-inferiority by `margin`, with probability `power`, when two systems are equally good.
-
-    `discordance`: the share of items that only one of them gets right. n = (z + z_power)²·discordance / margin², the
-    normal approximation for paired proportions (R. J. Connor, Biometrics 43:207-211, 1987, at no difference).
-    """
-    from scipy.stats import norm
-
-    reach = normal_quantile(confidence) + float(norm.ppf(power))
-    return math.ceil(reach**2 * discordance / margin**2)

@@ -90,3 +90,25 @@ def test_served_weights_are_estimated_as_they_will_lie_in_memory(method, dtype, 
     device = Device("cpu", "a CPU", device_class, 2**34, 2, 0, bf16="bf16" in device_class)
     config = {"serve": {"dtype": dtype}, "quantize": {"method": method}}
     assert plan.served_weights(config, 1000, device) == 1000 * bytes_a_parameter
+
+
+def test_a_comparison_says_how_many_items_it_needs():
+    """Against the holdout once it is known, and against what the config lets through."""
+    checks = [
+        {"metric": "accuracy", "against": "incumbent", "margin": 0.05},
+        {"metric": "accuracy", "against": None, "margin": 0.0},
+        {"metric": "accuracy", "against": "base", "margin": -0.3},
+    ]
+    config = {"gate": {"metrics": checks, "confidence": 0.95}, "evaluate": {"max_items": None}}
+    step = plan.Step("prepare", "train", (), (), ())
+
+    def said(record, **evaluate):
+        return list(
+            plan.sizes({**config, "evaluate": {"max_items": None, **evaluate}}, [plan.PlannedStep(step, "k", record)])
+        )
+
+    (unknown,) = said(None)
+    assert unknown == "accuracy vs incumbent within 0.05: about 421 if 10% of the answers differ"
+    record = {"detail": {"rows": {"holdout": 500}}}
+    assert said(record) == [unknown]
+    assert said(record, max_items=300) == [f"{unknown}; there are 300"]

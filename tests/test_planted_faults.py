@@ -57,7 +57,11 @@ def trained(folder: Path, url: str, bos: int) -> Request:
     ("bos", "planted", "said"),
     [
         (0, {}, None),
-        (0, {"template": "headers"}, r"prompt of conversation 1, token 1: training saw 60 (?s:.*)compare chat_template"),
+        (
+            0,
+            {"template": "headers"},
+            r"prompt of conversation 1, token 1: training saw 60 (?s:.*)compare chat_template",
+        ),
         (1, {"bos": 1}, None),
         (1, {"bos": 2}, "puts the BOS token 1 in front twice"),
         (0, {"bos": 1}, "puts the BOS token 1 in front where training had none"),
