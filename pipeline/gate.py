@@ -57,16 +57,19 @@ def judge(reports: Reports, policy: GateConfig, unit_digest: str) -> Verdict:
     if problems := list(gate_policy.unfit(reports, policy, unit_digest)):
         raise GateFailed(problems)
     candidate = reports.evaluations["candidate"]
-    checks = [
+    evidence = [
         *_policy_checks(reports, policy),
         _items_check(candidate.items, policy),
         *_clusters_checks(candidate.items, policy),
         _errors_check("evaluation", candidate.errors, len(candidate.items), policy),
+        *_load_errors(reports.loadtests, policy),
+    ]
+    results = [
         *_prompt_checks(reports.prompts, policy),
         *_quality_checks(reports, policy),
         *_load_checks(reports.loadtests, policy),
     ]
-    checks = _waive(checks, policy)
+    checks = [*evidence, *_waive(results, policy)]
     return Verdict(
         outcome=worst([check.outcome for check in checks if not check.waived]),
         unit_digest=unit_digest,
@@ -81,7 +84,10 @@ def worst(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def _waive(checks: Sequence[Check], policy: GateConfig) -> list[Check]:
-    """Mark the regressions that the policy allows; raises GateFailed for one that names no check."""
+    """Mark the regressions that the policy allows; raises GateFailed for one that names none of these checks.
+
+    What is waived is a result: too little evidence is never allowed.
+    """
     reasons = {allowed.check: allowed.reason for allowed in policy.allowed_regressions}
     names = [check.name for check in checks]
     if problems := list(gate_policy.unknown_checks(policy, names)):
@@ -243,8 +249,8 @@ def _counted(reports: Reports, metric: str) -> int:
     return len(task.values) if task else sum(metric in item.scores for item in items) or len(items)
 
 
-def _not_applicable(name: str, rule: str, threshold: float) -> Check:
-    return Check(name=name, outcome="pass", estimate=None, threshold=threshold, rule=rule, why=NO_INCUMBENT)
+def _not_applicable(name: str, rule: str, threshold: float, why: str = NO_INCUMBENT) -> Check:
+    return Check(name=name, outcome="pass", estimate=None, threshold=threshold, rule=rule, why=why)
 
 
 def _slice_questions(check: SliceCheck, reports: Reports, policy: GateConfig) -> Iterator[Question | Check]:
@@ -255,11 +261,17 @@ def _slice_questions(check: SliceCheck, reports: Reports, policy: GateConfig) ->
         yield _not_applicable(f"{check.metric} by {check.by}", rule, -check.margin)
         return
     ours, theirs = reports.evaluations["candidate"].items, reports.evaluations[other].items
+    rule = f"{check.metric} - {other} not shown to be below {-check.margin:g}"
     for part, chosen in slices.split(ours, check.by, check.min_items).items():
+        name = f"{check.metric} vs {other} where {check.by}={part}"
+        if len(chosen) < check.min_items:
+            why = f"{len(chosen)} items of small parts are too few to be judged"
+            yield _not_applicable(name, rule, -check.margin, why)
+            continue
         mine, against = [ours[index] for index in chosen], [theirs[index] for index in chosen]
         yield Question(
-            name=f"{check.metric} vs {other} where {check.by}={part}",
-            rule=f"{check.metric} - {other} not shown to be below {-check.margin:g}",
+            name=name,
+            rule=rule,
             estimate=partial(scoring.difference, mine, against, check.metric, cluster_by=policy.cluster_by),
             reach=None,
             broken=-check.margin,
@@ -286,15 +298,18 @@ def _judge_questions(reports: Reports, policy: GateConfig) -> Iterator[Question 
         )
 
 
+def _load_errors(loadtests: Mapping[str, LoadTest], policy: GateConfig) -> Iterator[Check]:
+    if "candidate" in loadtests:
+        levels = loadtests["candidate"].levels
+        failed = sum(level.failed for level in levels)
+        yield _errors_check("load test", failed, failed + sum(level.completed for level in levels), policy)
+
+
 def _load_checks(loadtests: Mapping[str, LoadTest], policy: GateConfig) -> Iterator[Check]:
-    if "candidate" not in loadtests:
-        return
-    levels = loadtests["candidate"].levels
-    failed = sum(level.failed for level in levels)
-    yield _errors_check("load test", failed, failed + sum(level.completed for level in levels), policy)
-    by_size = {level.max_concurrency: level for level in levels}
-    for check in policy.load:
-        yield _load_check(check, by_size[check.max_concurrency], policy.confidence)
+    if "candidate" in loadtests:
+        by_size = {level.max_concurrency: level for level in loadtests["candidate"].levels}
+        for check in policy.load:
+            yield _load_check(check, by_size[check.max_concurrency], policy.confidence)
 
 
 def _load_check(check: LoadCheck, level: LoadLevel, confidence: float) -> Check:

@@ -50,7 +50,7 @@ def wilson(successes: float, n: float, confidence: float) -> Interval:
     )
 
 
-def mean_interval(scores: Sequence[float], confidence: float, groups: Sequence[str] | None = None) -> Interval:
+def mean_interval(scores: Sequence[float] | Floats, confidence: float, groups: Sequence[str] | None = None) -> Interval:
     """The mean of scores in 0 to 1: Wilson where all are 0 or 1 or alike, else bootstrap BCa (Efron 1987).
 
     With `groups`, one a score, scores of one group count as one draw: Wilson's with the effective number of items,
@@ -73,7 +73,8 @@ def difference_interval(
 
     0/1 scores: Tango's score interval; others: bootstrap BCa over the items' differences. Where no item
     differs, both become what Tango's gives for no discordant pair: ±z²/(n+z²), because agreeing on n items is
-    no proof of being alike. With `groups` as in `mean_interval`.
+    no proof of being alike. Where all differ by the same, Wilson's interval of (difference + 1) / 2 is stretched back, for the
+    like reason. With `groups` as in `mean_interval`.
     """
     import numpy as np
 
@@ -86,7 +87,8 @@ def difference_interval(
         better, worse = int((gap > 0).sum()), int((gap < 0).sum())
         return tango(better / effect, worse / effect, len(gap) / effect, confidence)
     if np.ptp(gap) == 0:
-        return Interval(value=float(gap[0]), low=float(gap[0]), high=float(gap[0]))
+        as_share = mean_interval((gap + 1) / 2, confidence, groups)
+        return Interval(value=float(gap[0]), low=2 * as_share.low - 1, high=2 * as_share.high - 1)
     return _bootstrap_mean(gap, codes, confidence)
 
 

@@ -378,6 +378,18 @@ def test_a_part_that_got_worse_fails_although_the_whole_did_not():
     assert "would miss a loss of up to" in even.checks[-1].why
 
 
+def test_parts_too_small_to_judge_are_said_to_be():
+    """Five items in Finnish, all lost, are no part and too few for a rest: they fail the whole or nothing."""
+    language = ["fi"] * 5 + ["en"] * 395
+    policy = GateConfig(
+        metrics=(MetricCheck(metric="exact_match", min=0.5),),
+        slices=(SliceCheck(by="language", metric="exact_match"),),
+    )
+    verdict = judge(versus([0.0] * 5 + [1.0] * 395, [1.0] * 400, language=language), {}, policy, UNIT)
+    check = next(check for check in verdict.checks if check.name.endswith("language=(other)"))
+    assert (check.outcome, check.why) == ("pass", "5 items of small parts are too few to be judged")
+
+
 def test_a_slice_without_its_column_is_refused():
     """The remedy names data.columns."""
     policy = NOT_WORSE.model_copy(update={"slices": (SliceCheck(by="language", metric="exact_match"),)})
@@ -422,6 +434,11 @@ def test_an_allowed_regression_is_shown_with_its_reason_and_does_not_count():
     wrong = policy.model_copy(update={"allowed_regressions": (AllowedRegression(check="accuracy", reason="x"),)})
     with pytest.raises(GateFailed, match="'accuracy' is no check"):
         judge(versus(hits(150, 200), hits(190, 200)), {}, wrong, UNIT)
+    thin = policy.model_copy(
+        update={"min_items": 500, "allowed_regressions": (AllowedRegression(check="items", reason="x"),)}
+    )
+    with pytest.raises(GateFailed, match="'items' is no check"):
+        judge(versus(hits(150, 200), hits(190, 200)), {}, thin, UNIT)
 
 
 def test_an_advisory_check_does_not_decide():

@@ -78,6 +78,47 @@ def test_systems_that_agree_on_every_item_are_not_proved_equal():
         assert (found.low, found.high) == pytest.approx((-reach, reach))
 
 
+def test_few_items_that_differ_by_the_same_prove_little():
+    """Three items half a point worse are no proof of half a point; three hundred nearly are."""
+    few, many = (statistics.difference_interval([0.5] * n, [1.0] * n, 0.95) for n in (3, 300))
+    assert (few.value, many.value) == (-0.5, -0.5)
+    assert few.low < -0.8
+    assert few.high > 0
+    assert -0.6 < many.low < many.high < -0.39
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_grouped_items_widen_intervals_as_their_groups_tell(size):
+    """Groups of identical items count as one item each, whatever the scores; items in mixed groups lose little."""
+    rng = np.random.default_rng(7)
+    one_each = rng.choice([0.0, 1.0], p=[0.3, 0.7], size=200)
+    copies, names = np.repeat(one_each, size), [str(n // size) for n in range(200 * size)]
+    grouped, once = statistics.mean_interval(copies, 0.95, names), statistics.mean_interval(one_each, 0.95)
+    assert (grouped.low, grouped.high) == pytest.approx((once.low, once.high), abs=0.002)
+    mixed = rng.permutation(copies)
+    plain = statistics.mean_interval(mixed, 0.95)
+    spread = statistics.mean_interval(mixed, 0.95, names)
+    assert 1 <= (spread.high - spread.low) / (plain.high - plain.low) < 1.15
+
+
+def test_grouped_intervals_cover_the_truth():
+    """In 400 simulated holdouts of 60 groups of four that share half their fate, graded and binary alike."""
+    rng, inside = np.random.default_rng(8), {"binary": 0, "graded": 0}
+    names = [str(n // 4) for n in range(240)]
+    for _ in range(400):
+        own, shared = rng.random(240), np.repeat(rng.random(60), 4)
+        score = np.where(rng.random(240) < 0.5, own, shared)
+        binary = statistics.mean_interval((score < 0.7).astype(float), 0.95, names)
+        inside["binary"] += binary.low <= 0.7 <= binary.high
+    for _ in range(60):
+        own, shared = rng.random(240), np.repeat(rng.random(60), 4)
+        score = np.round(np.where(rng.random(240) < 0.5, own, shared), 1)
+        graded = statistics.mean_interval(score, 0.95, names)
+        inside["graded"] += graded.low <= 0.5 <= graded.high
+    assert 0.92 <= inside["binary"] / 400 <= 0.98
+    assert inside["graded"] >= 52
+
+
 def test_tango_covers_the_truth():
     """In 2,000 simulated holdouts of 150 items the 95 % interval holds the true difference in about 95 %."""
     rng = np.random.default_rng(1)
