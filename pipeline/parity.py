@@ -84,9 +84,7 @@ async def check_tokens(http: httpx.AsyncClient, model: str, conversations: Seque
             raise await _difference(http, model, what, trained[: seen.prompt_length], served_prompt)
         if not seen.truncated and not await _says_the_same(http, model, trained, whole):
             raise await _difference(http, model, f"conversation {number}", trained, whole)
-    untruncated = [one for one in conversations if not one.truncated]
-    if untruncated:
-        await _check_completion(http, model, untruncated[0])
+    await asyncio.gather(*(_check_completion(http, model, one) for one in conversations if not one.truncated))
 
 
 async def _says_the_same(http: httpx.AsyncClient, model: str, trained: list[int], served: list[int]) -> bool:
@@ -154,23 +152,26 @@ async def check_ending(
 ) -> None:
     """Prove that the model ends an answer by itself on some trained conversation, the shortest tried first.
 
-    Raises ModelError when every one of up to ENDING_TRIED ran into `max_tokens`.
+    Raises ModelError when every one of up to ENDING_TRIED ran into `max_tokens`, or when one ended with another token than
+    the one that training taught.
     """
     whole = [one for one in conversations if not one.truncated]
     tried = sorted(whole, key=lambda one: one.answer_length)[:ENDING_TRIED]
     if not tried:
-        return
+        return None
     if tried[0].answer_length > max_tokens:
         raise ModelError(
             f"the shortest trained answer has {tried[0].answer_length} tokens, max_tokens is {max_tokens}",
             key="evaluate.max_tokens",
             remedy=f"raise evaluate.max_tokens to {max(one.answer_length for one in whole)} or more",
         )
-    answers = await asyncio.gather(*(complete(http, model, one.messages[:-1], max_tokens=max_tokens) for one in tried))
+    asked = {"max_tokens": max_tokens, "return_token_ids": True}
+    answers = await asyncio.gather(*(complete(http, model, one.messages[:-1], **asked) for one in tried))
     choices = [answer["choices"][0] for answer in answers]
-    if any(choice["finish_reason"] == "stop" for choice in choices):
-        return
     end = await _end_token(http, model, tried[0])
+    ended = [choice for choice in choices if choice["finish_reason"] == "stop"]
+    if ended:
+        return await _check_stop_token(http, model, end, [choice.get("token_ids") or [] for choice in ended])
     said = str(choices[0]["message"]["content"])
     raise ModelError(
         f"no trained answer ends: all of {len(tried)} ran into max_tokens ({max_tokens}),"
@@ -179,6 +180,20 @@ async def check_ending(
         remedy=f"eos_token_id in the served generation_config.json must name {end[0]}; if it does, the model"
         " has not learned to stop: train longer, or check that the end token carries loss",
     )
+
+
+async def _check_stop_token(
+    http: httpx.AsyncClient, model: str, end: tuple[int, str], answers: Sequence[Sequence[int]]
+) -> None:
+    """Hold the token that the server stopped at against the trained one, where it reports ids."""
+    for ids in answers:
+        if ids and ids[-1] != end[0]:
+            text = await detokenize(http, model, ids[-1:])
+            raise ModelError(
+                f"the server ends an answer at token {ids[-1]} {text!r}; training ended it with {end[0]} {end[1]!r}",
+                allowed="the stop token that training saw",
+                remedy=f"eos_token_id in the served generation_config.json must name {end[0]} alone",
+            )
 
 
 async def _end_token(http: httpx.AsyncClient, model: str, seen: Conversation) -> tuple[int, str]:

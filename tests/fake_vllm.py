@@ -18,6 +18,7 @@ PYTHONPATH. How it behaves is told by `--fake-NAME VALUE` flags, or by the same 
     answer TEXT          the answer to everything else (default "ok")
     template NAME        how a conversation becomes text: chatml, or headers (another model's)
     bos N                how many BOS bytes stand in front of it (default 0)
+    stop TEXT            what ends an answer (default <|im_end|>)
 
 Tokens: an answer's are its words with the space before them; a prompt's ids are the UTF-8 bytes of its ChatML text.
 Like vLLM it drains on SIGTERM when --shutdown-timeout is above 0 and aborts what is in flight otherwise.
@@ -54,7 +55,7 @@ BARE_FLAGS = (
 BEHAVIOUR: dict[str, type] = {
     "startup_delay": float, "fail": str, "hang": bool, "broken_generation": bool, "die_after": int, "die_at": float,
     "error_every": int, "ignore_sigterm": bool, "delay": float, "token_delay": float, "answers": str, "answer": str,
-    "template": str, "bos": int,
+    "template": str, "bos": int, "stop": str,
 }  # fmt: skip
 
 
@@ -218,8 +219,9 @@ class Handler(BaseHTTPRequestHandler):
             if len(prompt.split()) + limit > server.max_model_len and (body.get("max_tokens") or not chat):
                 return self._error(400, f"This model's maximum context length is {server.max_model_len} tokens.")
             reply = Reply(
-                body, chat, server.names[0], words[:limit], "length" if len(words) > limit else "stop", prompt
-            )
+                body, chat, server.names[0], words[:limit], "length" if len(words) > limit else "stop", prompt,
+                str(server.does.get("stop", "<|im_end|>")),
+            )  # fmt: skip
             if body.get("stream"):
                 return self._stream(reply, number)
             for _ in self._paced(reply, number):
@@ -293,16 +295,10 @@ class Reply:
     """One answer in the shapes that OpenAI's API gives it."""
 
     def __init__(
-        self, body: dict[str, Any], chat: bool, model: str, words: list[str], finish: str, prompt: str
+        self, body: dict[str, Any], chat: bool, model: str, words: list[str], finish: str, prompt: str, stop: str
     ) -> None:
-        self.body, self.chat, self.model, self.words, self.finish, self.prompt = (
-            body,
-            chat,
-            model,
-            words,
-            finish,
-            prompt,
-        )
+        self.body, self.chat, self.model, self.words = body, chat, model, words
+        self.finish, self.prompt, self.stop = finish, prompt, stop
         self.id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
 
     def head(self, *, chunk: bool) -> dict[str, Any]:
@@ -328,7 +324,7 @@ class Reply:
         }
         ids = list(self.prompt.encode())
         if self.body.get("return_token_ids"):
-            choice["token_ids"] = list(text.encode())
+            choice["token_ids"] = list((text + (self.stop if self.finish == "stop" else "")).encode())
         extra = {"prompt_token_ids": ids} if self.body.get("return_token_ids") else {}
         return {**self.head(chunk=False), "choices": [choice], "usage": self.usage(), **extra}
 

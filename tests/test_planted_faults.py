@@ -65,10 +65,11 @@ def trained(folder: Path, url: str, bos: int) -> Request:
         (1, {"bos": 1}, None),
         (1, {"bos": 2}, "puts the BOS token 1 in front twice"),
         (0, {"bos": 1}, "puts the BOS token 1 in front where training had none"),
+        (0, {"stop": "</s>."}, r"ends an answer at token 46 '\.'; training ended it with 62 '>'"),
     ],
 )
 def test_a_server_that_renders_otherwise_than_training_is_caught_before_any_item(tmp_path, bos, planted, said):
-    """Another model's template, a BOS doubled, a BOS that training never saw."""
+    """Another model's template, a BOS doubled, a BOS that training never saw, another stop token."""
     with fake_vllm(NAME, **planted) as url:
         made = trained(tmp_path, url, bos)
         made.folder.mkdir()
