@@ -105,6 +105,7 @@ def _steps(
         model_path=served.payload,
         evaluations=measured.evaluations,
         loadtests=measured.loadtests,
+        prompts=measured.prompts,
         verdict=verdict,
     )
     return _conclude(made, run_id, settings, show)

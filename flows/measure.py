@@ -18,14 +18,16 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from flows import stages
+from flows import prompts, stages
 from flows.stages import OnEvent
 from pipeline import plan, program, registry, serving, store
-from pipeline.artifacts import Artifact, Evaluation, LoadTest, Release, ServedUnit, Stage
+from pipeline.artifacts import Artifact, Evaluation, LoadTest, PromptResult, Release, ServedUnit, Stage
 from pipeline.config import Config
 from pipeline.digests import digest_of
 from pipeline.errors import EnvironmentMissing, Problem, RegistryError, ServingError
 from pipeline.serving_server import Server
+
+JUDGED = ("candidate", "incumbent")  # also load-tested and asked the must-pass prompts
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Measured:
 
     evaluations: dict[str, Evaluation]
     loadtests: dict[str, LoadTest]
+    prompts: dict[str, tuple[PromptResult, ...]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def measure(
     """Serve and measure every system that the config compares; what was measured before is read back unless `again`."""
     evaluations: dict[str, Evaluation] = {}
     loadtests: dict[str, LoadTest] = {}
+    asked: dict[str, tuple[PromptResult, ...]] = {}
     attempt = uuid.uuid4().hex if again else ""
     if again:
         for folder in store.build_folder(build_key).glob("loadtest-*"):
@@ -68,7 +72,9 @@ def measure(
         evaluations[system.role] = evaluation
         if loadtest:
             loadtests[system.role] = loadtest
-    return Measured(evaluations, loadtests)
+        if system.role in JUDGED:
+            asked[system.role] = prompts.results(config, system.unit, attempt)
+    return Measured(evaluations, loadtests, {role: results for role, results in asked.items() if results})
 
 
 def systems(
@@ -144,7 +150,8 @@ def _measure(
         server = _Lazy(build_key, system, show, stack)
         evaluation = _evaluate(config, artifacts, system, attempt, server, show)
         loadtest = None
-        if system.role in ("candidate", "incumbent"):
+        if system.role in JUDGED:
+            prompts.ask(config, system.unit, attempt, lambda: _where(config, system, server()), show)
             loadtest = _loadtest(config, build_key, artifacts, system, server, show)
     return evaluation, loadtest
 
@@ -189,7 +196,7 @@ def _evaluate(
         {
             "system": system.role,
             "inputs": parents,
-            "config": config["evaluate"],
+            "config": {name: value for name, value in config["evaluate"].items() if name != "prompts"},
             "seed": config["seed"],
             "confidence": config["gate"]["confidence"],
             "source": plan.source_digest("evaluate"),

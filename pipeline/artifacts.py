@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.digests import digest_of
 
-Stage = Literal["base", "prepare", "finetune", "merge", "quantize", "evaluate", "loadtest", "gate", "register"]
+Stage = Literal[
+    "base", "prepare", "finetune", "merge", "quantize", "evaluate", "prompts", "loadtest", "gate", "register"
+]
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 

@@ -191,6 +191,7 @@ class EvaluateConfig(Section):
     max_tokens: PositiveInt = 256
     concurrency: PositiveInt = 16
     compare: tuple[Literal["base", "merged"], ...] = Field(("base", "merged"), description="also served and scored")
+    prompts: str | None = Field(None, description="YAML or JSON file of must-pass prompts in promptfoo's test format")
 
 
 class LoadtestConfig(Section):
@@ -201,6 +202,10 @@ class LoadtestConfig(Section):
     max_tokens: PositiveInt = 64
     repeats: PositiveInt = Field(
         3, description="runs of each level; an objective is judged by the spread of three or more"
+    )
+    cost_per_hour: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="price of the serving machine an hour, in any currency: the report then tells what tokens cost",
     )
 
 

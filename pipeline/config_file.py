@@ -16,10 +16,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline import yaml_lines
 from pipeline.config import Config, DataConfig, FinetuneConfig, GateConfig, MergeConfig, Section
 from pipeline.errors import ConfigError, Problem
+from pipeline.yaml_lines import KeyPath
 
-KeyPath = tuple[str | int, ...]
 FLAT_SECTIONS: dict[str, type[Section]] = {"data": DataConfig, "finetune": FinetuneConfig, "merge": MergeConfig}
 
 # Other tools' spellings of the same settings; the name on the right is axolotl's.
@@ -113,63 +114,16 @@ def load_policy(path: Path) -> GateConfig:
 def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     """The file's mapping and the 1-based line of every key in it."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        value, lines = yaml_lines.read(path)
     except (FileNotFoundError, IsADirectoryError):
         known = ", ".join(sorted(str(file) for file in Path("configs").glob("*.yaml"))) or "a YAML file"
         raise ConfigError(
             "no such config file", file=str(path), allowed=known, remedy="tunegate check CONFIG"
         ) from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ConfigError(
-            f"not UTF-8 (byte 0x{error.object[error.start]:02x})",
-            file=str(path),
-            line=line,
-            remedy="save the file as UTF-8",
-        ) from None
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-    lines: dict[KeyPath, int] = {}
-    problems: list[Problem] = []
-    try:
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError("the file holds no keys", file=str(path), line=1, allowed="a mapping of settings",
-                              remedy="start from configs/demo.yaml")  # fmt: skip
-        value = _construct(loader, node, (), lines, problems, path)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ConfigError(
-            f"not YAML: {error.problem or error.context}", file=str(path), line=mark.line + 1 if mark else None,
-            allowed="spaces for indentation, `key: value` with a space after the colon", remedy=f"tunegate check {path}",
-        ) from None  # fmt: skip
-    finally:
-        loader.dispose()
-    if problems:
-        raise ConfigError(problems)
+    if not isinstance(value, dict):
+        raise ConfigError("the file holds no keys", file=str(path), line=1, allowed="a mapping of settings",
+                          remedy="start from configs/demo.yaml")  # fmt: skip
     return value, lines
-
-
-def _construct(
-    loader: Any, node: yaml.Node, at: KeyPath, lines: dict[KeyPath, int], problems: list[Problem], path: Path
-) -> Any:
-    lines.setdefault(at, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        loader.flatten_mapping(node)
-        result: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in result:
-                first = lines[(*at, key)]
-                problems.append(
-                    Problem(f"given twice, first on line {first}", str(path), line, key, "one value", "delete one")
-                )
-                continue
-            lines[(*at, key)] = line
-            result[key] = _construct(loader, value_node, (*at, key), lines, problems, path)
-        return result
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(loader, item, (*at, n), lines, problems, path) for n, item in enumerate(node.value)]
-    return loader.construct_object(node, deep=True)
 
 
 def _normalise(
@@ -365,7 +319,11 @@ def _resolve(config: Config, root: Path) -> Config:
             "test_datasets": tuple(_absolute(source, root) for source in config.data.test_datasets),
         }
     )
-    return config.model_copy(update={"data": data, "base_model": absolute_or_id(config.base_model, root, (".gguf",))})
+    update: dict[str, Any] = {"data": data, "base_model": absolute_or_id(config.base_model, root, (".gguf",))}
+    if config.evaluate.prompts:
+        prompts = str((root / Path(config.evaluate.prompts).expanduser()).resolve())
+        update["evaluate"] = config.evaluate.model_copy(update={"prompts": prompts})
+    return config.model_copy(update=update)
 
 
 def _absolute(source: Any, root: Path) -> Any:

@@ -28,7 +28,7 @@ from pipeline.artifacts import Evaluation, Item
 from pipeline.config import EvaluateConfig, GateConfig
 from pipeline.digests import digest_file
 from pipeline.errors import DataError, ServingError
-from pipeline.inference import Message, RequestFailed, complete, connect
+from pipeline.inference import Message, RequestFailed, complete, connect, shown
 
 FAILURES_BEFORE_GIVING_UP = 20
 FAILED = "error"
@@ -45,9 +45,7 @@ class Row:
     @property
     def shown(self) -> str:
         """The prompt as a person reads it in a report."""
-        if len(self.prompt) == 1:
-            return self.prompt[0]["content"]
-        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
+        return shown(self.prompt)
 
 
 @dataclass
@@ -198,13 +196,8 @@ def _item(
 
 
 def read_items(file: Path) -> list[Item]:
-    """The items that a killed run finished; a line that it was writing when it died is cut off the file."""
-    if not file.is_file():
-        return []
-    whole, newline, _ = file.read_bytes().rpartition(b"\n")
-    with file.open("r+b") as kept:
-        kept.truncate(len(whole) + len(newline))
-    return [Item.model_validate_json(line) for line in whole.splitlines()]
+    """The items that a killed run finished."""
+    return [Item.model_validate_json(line) for line in program.finished_lines(file)]
 
 
 def _write_failures(extra: Path, failed: dict[str, str]) -> None:

@@ -70,6 +70,13 @@ async def complete(http: httpx.AsyncClient, model: str, messages: Sequence[Messa
     return await post(http, "/v1/chat/completions", body)
 
 
+def shown(messages: Sequence[Message]) -> str:
+    """A prompt as a person reads it in a report: the one message's words, or each message with its role."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
 async def tokenize(http: httpx.AsyncClient, model: str, messages: Sequence[Message], *, prompt: bool) -> list[int]:
     """The ids of a conversation as the server renders it; `prompt`: with what opens the model's turn."""
     body = {

@@ -74,6 +74,16 @@ def write_json(path: Path, value: Any) -> None:
     beside.replace(path)
 
 
+def finished_lines(path: Path) -> list[bytes]:
+    """The lines that a killed run finished; one that it was writing when it died is cut off the file."""
+    if not path.is_file():
+        return []
+    whole, newline, _ = path.read_bytes().rpartition(b"\n")
+    with path.open("r+b") as kept:
+        kept.truncate(len(whole) + len(newline))
+    return whole.splitlines()
+
+
 def main(stage: Callable[[Request], dict[str, Any]]) -> None:
     """Run a stage program: read argv[1], call `stage`, leave its returned details in result.json.
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 JUDGES = (
     "config.py", "config_file.py", "gate_policy.py", "load_statistics.py", "resolve.py", "scoring.py",
-    "serving_refusals.py", "slices.py", "statistics.py",
+    "serving_refusals.py", "slices.py", "statistics.py", "yaml_lines.py",
 )  # fmt: skip
 
 
@@ -90,12 +90,17 @@ def _memory(path: Path, overrides: Sequence[str], data_dir: Path | None) -> Path
 
 
 def sources(config: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of what comes from outside: the base model's under "base", the data files' under "prepare".
+    """Digests of what comes from outside: the base model's under "base", the data files' under "prepare", must-pass prompts'.
 
-    Raises ModelError or DataError when one isn't there.
+    Raises ModelError, DataError or ConfigError when one isn't there or, of the prompts, is wrong.
     """
     from pipeline import data, model
 
     train = environments.find("train", environments.settings(config))
     base = model.locate(config["base_model"], config["base_model_revision"], Path.cwd(), train)
-    return {"base": base.digest, "prepare": data.sources_digest(config["data"])}
+    found = {"base": base.digest, "prepare": data.sources_digest(config["data"])}
+    if config["evaluate"]["prompts"]:
+        from pipeline import prompts_file
+
+        found["prompts"] = prompts_file.sources_digest(config["evaluate"]["prompts"])
+    return found

@@ -50,6 +50,28 @@ def test_a_policy_that_can_pass_is_not_warned_of(config, capsys):
     assert "warning" not in capsys.readouterr().out
 
 
+def test_broken_must_pass_prompts_stop_before_anything_starts(config, capsys, tmp_path):
+    """The file lies beside the data; each of its mistakes is told with its line, also at the second look."""
+    (tmp_path / "use" / "prompts.yaml").write_text("- prompt: hello\n  assert:\n    - type: contain\n      value: x\n")
+    file = config("evaluate: {prompts: prompts.yaml}\ngate: {metrics: [{metric: exact_match, min: 0.5}]}\n")
+    for _ in range(2):
+        assert ended("check", file) == 2
+        said = capsys.readouterr().err
+        assert f"{tmp_path}/use/prompts.yaml:3: [0].assert[0].type: 'contain' is no type of assertion" in said
+        assert "did you mean contains?" in said
+
+
+def test_must_pass_prompts_are_part_of_the_build(config, capsys, tmp_path):
+    """Another prompt is another build."""
+    file = config("evaluate: {prompts: prompts.yaml}\ngate: {metrics: [{metric: exact_match, min: 0.5}]}\n")
+    builds = []
+    for word in ("hello", "goodbye"):
+        (tmp_path / "use" / "prompts.yaml").write_text(f"- prompt: {word}\n  assert: [{{type: is-refusal}}]\n")
+        assert ended("check", file) == 0
+        builds.append(capsys.readouterr().out.split()[2])
+    assert builds[0] != builds[1]
+
+
 @pytest.mark.parametrize("command", [("check",), ("run",), ("run", "--dry-run")])
 def test_a_policy_that_cannot_be_decided_stops_before_anything_starts(config, capsys, tmp_path, command):
     """With its line, and nothing is left behind."""
