@@ -138,6 +138,7 @@ def _register(made: Build, run_id: str) -> str | None:
 def _conclude(made: Build, run_id: str, settings: Config, show: OnEvent) -> dict[str, Any]:
     """Record the build in MLflow, register a passing one, tell the reviewer, leave finished.json."""
     version = _register(made, run_id)
+    create_markdown_artifact(report.markdown(made), key="report", description=f"What a reviewer of {made.name} reads")
     show({"event": "stage", "stage": "register", "state": f"v{version}" if version else "recorded"})
     verdict = cast("Verdict", made.verdict)
     page = registry.page(made.name, version, run_id)

@@ -6,11 +6,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import report, store
+from pipeline import report, report_ledger, report_prompts, store
 from pipeline.artifacts import Build, Interval, Verdict
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 WIDTH_OF_A_PIPE = 140
+ANSWER = 60  # characters of a broken prompt's answer
 
 
 def read_build(key: str, run_id: str | None = None) -> Build:
@@ -27,14 +28,34 @@ def read_build(key: str, run_id: str | None = None) -> Build:
 
 
 def print_build(key: str, run_id: str | None = None) -> None:
-    """Print a finished build: the scores of every system, then the gate's table."""
+    """Print a finished build: must-pass prompts that broke, every system's scores, the loss ledger, the gate's table."""
     made = read_build(key, run_id)
     console = terminal()
+    if asked := report_prompts.prompts(made):
+        print_prompts(asked, console)
     head, *rows = report.scores_table(made)
     title = f"\n{made.name}: as served by vLLM {made.unit.vllm_version}, on the holdout"
     console.print(_table(head, [list(map(escape, row)) for row in rows], title=escape(title)))
+    if ledger := report_ledger.ledger(made):
+        head, *rows = report.ledger_table(ledger)
+        title = f"loss ledger, {ledger.items} items: {ledger.said}"
+        console.print(_table(head, [list(map(escape, row)) for row in rows], title=escape(title)))
     if made.verdict:
         print_verdict(made.verdict, console)
+
+
+def print_prompts(asked: report_prompts.Prompts, console: Console) -> None:
+    """Print how many must-pass prompts hold, and each that broke with what it broke; those since the champion first."""
+    since = [(one, "since the champion") for one in asked.lost]
+    before = [(one, "also before" if asked.with_champion else "broken") for one in asked.broken]
+    rows = [
+        [f"[red]{when}[/]", escape(one.id), escape("; ".join(one.broken)), escape(one.answer[:ANSWER])]
+        for one, when in [*since, *before]
+    ]
+    if rows:
+        console.print(_table(["broken", "prompt", "assertion", "answer"], rows, title=escape(f"\n{asked.said}")))
+    else:
+        console.print(f"\n{asked.said}", highlight=False)
 
 
 def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
@@ -44,8 +65,8 @@ def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
             escape(check.name),
             escape(check.rule),
             interval(check.estimate),
-            f"[{COLOURS[check.outcome]}]{check.outcome}[/]",
-            escape(check.why),
+            "waived" if check.waived else f"[{COLOURS[check.outcome]}]{check.outcome}[/]",
+            escape(f"{check.outcome}, waived: {check.waived}" if check.waived else check.why),
         ]
         for check in verdict.checks
     ]

@@ -117,6 +117,7 @@ def _write_pages(build: Build, card: str, root: Path) -> None:
     texts = {
         "model_card.md": card,
         "report.html": report.html(build),
+        "report.json": report.to_json(build),
         "unit.json": build.unit.model_dump_json(indent=1),
         RECORD: build.model_dump_json(),
     }

@@ -1,7 +1,7 @@
-"""One renderer: a build as model card, HTML page, tables and plots, for MLflow, Prefect and the terminal.
+"""One renderer: a build as HTML page, Markdown, JSON, tables and plots, for MLflow, Prefect, programs and the terminal.
 
-What models and people wrote (prompts, answers, reasons, paths) is untrusted: HTML escapes it, Markdown
-keeps it in code spans. Nothing rendered loads anything from elsewhere.
+All say what `report_page.Page` says. What models and people wrote (prompts, answers, reasons, paths) is untrusted: HTML
+escapes it, Markdown keeps it in code spans. Nothing rendered loads anything from elsewhere.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import report_content as content
-from pipeline import report_facts as facts
-from pipeline import report_plots
-from pipeline.artifacts import Build, Check, Verdict
+from pipeline import report_gate, report_ledger, report_load, report_plots
+from pipeline.artifacts import Build, Verdict
+from pipeline.report_page import Facts, Page, page
 
 CARD_LIMIT = 7900  # MLflow's longest note has 8000 characters
+CARD_EXAMPLES = 8
+CARD_PROMPTS = 5
 MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "⚠️ inconclusive"}
-HTML_EXAMPLES = 6
+FOLDED = 320  # characters of an answer or a prompt that are shown before the rest is folded
 
 save_plots = report_plots.save_plots
 
@@ -36,61 +38,178 @@ def scores_table(build: Build) -> list[list[str]]:
     return [head, *rows, counted]
 
 
-def gate_table(verdict: Verdict) -> str:
-    """The verdict and its checks in Markdown."""
+def ledger_table(ledger: report_ledger.Ledger) -> list[list[str]]:
+    """The loss ledger: the head, then a row a step; plain text."""
+    head = ["step", "engine", ledger.metric, "change to the step before"]
     rows = [
-        [MARKS[check.outcome], check.name, check.rule, content.with_interval(check.estimate), check.why]
-        for check in verdict.checks
+        [
+            step.title + ("" if step.taken else " (not taken)"),
+            step.engine,
+            content.with_interval(step.score),
+            content.with_interval(step.change, sign=True),
+        ]
+        for step in ledger.steps
+    ]
+    return [head, *rows]
+
+
+def gate_table(verdict: Verdict) -> str:
+    """The verdict and its checks in Markdown, what stands in the way first."""
+    rows = [
+        [
+            f"{MARKS[check.outcome]}, waived" if check.waived else MARKS[check.outcome],
+            check.name,
+            check.rule,
+            content.with_interval(check.estimate),
+            f"{check.why}; waived: {code(check.waived, 200)}" if check.waived else check.why,
+        ]
+        for check in report_gate.checks(verdict)
     ]
     table = markdown_table(["", "check", "rule", "measured", "why"], rows)
     return f"**{MARKS[verdict.outcome]}** for the served unit `{verdict.unit_digest[:12]}`\n\n{table}"
 
 
+def markdown(build: Build) -> str:
+    """The whole build in Markdown."""
+    return _joined(_sections(build, page(build)))
+
+
 def model_card(build: Build) -> str:
-    """The build in Markdown, at most CARD_LIMIT characters: examples give way first, then the digests."""
-    for each, with_digests in ((3, True), (1, True), (0, True), (0, False)):
-        card = "\n\n".join(_card(build, each, with_digests=with_digests)) + "\n"
+    """The build in Markdown, at most CARD_LIMIT characters: examples give way first, what one must know to decide last."""
+    sections = _sections(build, page(build))
+    for rank in sorted({rank for rank, _ in sections}, reverse=True):
+        card = _joined(sections)
         if len(card) <= CARD_LIMIT:
             return card
-    return card[: CARD_LIMIT - 2] + "…\n"
+        sections = [section for section in sections if section[0] < rank]
+    card = _joined(sections)
+    return card if len(card) <= CARD_LIMIT else card[: CARD_LIMIT - 2] + "…\n"
 
 
-def _card(build: Build, each: int, *, with_digests: bool) -> list[str]:
-    level = f"{content.confidence(build):.0%}"
-    parts = [f"# {build.name}", content.summary(build)]
-    if build.verdict:
-        parts += ["## Gate", gate_table(build.verdict)]
-    head, *rows = scores_table(build)
-    parts += [f"## Scores as served, with {level} intervals", markdown_table(head, rows)]
-    moved = [
-        f"- {delta.step}: {delta.metric} {content.with_interval(delta.change, sign=True)}"
-        for delta in content.deltas(build)
+def _joined(sections: Sequence[tuple[int, str]]) -> str:
+    return "\n\n".join(text for _, text in sections if text) + "\n"
+
+
+def _sections(build: Build, found: Page) -> list[tuple[int, str]]:
+    """The report's sections in Markdown, each with its rank: where room is short, the highest rank goes first."""
+    level = f"{found.confidence:.0%}"
+    head, *scores = scores_table(build)
+    gate = f"## Gate\n\n{gate_table(build.verdict)}" if build.verdict else ""
+    shown = content.examples(build, CARD_EXAMPLES)
+    few = {kind: [one for one in shown if one.kind == kind] for kind in content.EXAMPLE_ORDER}
+    return [
+        (0, f"# {found.name}\n\n{found.why} {found.summary}"),
+        (0, _prompts(found)),
+        (0, gate),
+        (2, _ledger(found)),
+        (1, f"## Scores as served, with {level} intervals\n\n{markdown_table(head, scores)}"),
+        (3, "\n".join(f"- {one.step}: {one.metric} {content.with_interval(one.change, sign=True)}" for one in found.deltas)),
+        (5, _slices(found)),
+        (3, _judges(found)),
+        (3, _load(found)),
+        (1, f"## Model\n\n{_list(found.model)}"),
+        (4, f"## Data\n\n{_list(found.data)}"),
+        (4, f"## Training\n\n{_list(found.training)}"),
+        *_examples(few),
+        (2, f"## What is served\n\n{_list(found.serving)}"),
+        (6, f"## Digests\n\n{_list(found.digests)}"),
+        (3, _costs(found)),
+        (0, "## Next\n\n" + "\n".join(f"    {command}  # {what}" for command, what in found.next)),
+        (1, "## Limits\n\n" + "\n".join(f"- {note}" for note in found.notes)),
+    ]  # fmt: skip
+
+
+def _prompts(found: Page) -> str:
+    if found.prompts is None:
+        return ""
+    parts = [f"## Must-pass prompts\n\n{found.prompts.said}"]
+    titles = (("Broken since the champion", found.prompts.lost), ("Broken, and not held before", found.prompts.broken))
+    for title, broken in titles:
+        lines = [f"- {code(one.id, 60)}: {'; '.join(code(part, 120) for part in one.broken)}" for one in broken]
+        more = [f"- and {len(lines) - CARD_PROMPTS} more"] if len(lines) > CARD_PROMPTS else []
+        parts += [f"**{title}**\n\n" + "\n".join([*lines[:CARD_PROMPTS], *more])] if lines else []
+    return "\n\n".join(parts)
+
+
+def _ledger(found: Page) -> str:
+    if found.ledger is None:
+        return ""
+    head, *rows = ledger_table(found.ledger)
+    title = f"## Loss ledger, {found.ledger.items} items"
+    return f"{title}\n\n{found.ledger.said}\n\n{markdown_table(head, rows)}"
+
+
+def _slices(found: Page) -> str:
+    if found.slices is None:
+        return ""
+    rows = [
+        [code(one.column, 40), code(one.value, 60), str(one.items), content.with_interval(one.score),
+         content.with_interval(one.change, sign=True)]
+        for one in found.slices.shown
+    ]  # fmt: skip
+    head = ["column", "value", "items", f"candidate's {found.slices.metric}", f"minus {found.slices.against or '-'}"]
+    return f"## Slices\n\nThe extremes of {found.slices.found}.\n\n{markdown_table(head, rows)}"
+
+
+def _judges(found: Page) -> str:
+    parts = []
+    if found.tasks:
+        head = ["task", "metric", "documents", *content.ROLES, "change"]
+        rows = [
+            [code(one.task, 60), code(one.metric, 40), str(one.documents),
+             *(content.with_interval(one.scores.get(role)) for role in content.ROLES),
+             content.with_interval(one.change, sign=True)]
+            for one in found.tasks
+        ]  # fmt: skip
+        parts.append(f"## lm-eval\n\n{markdown_table(head, rows)}")
+    parts += [
+        f"## LLM judge\n\nAgainst {one.against}, by {code(one.model, 80)}: win rate "
+        f"{content.with_interval(one.win_rate)}, both orders agree {content.with_interval(one.agreement)}; of {one.items} "
+        f"items {one.won} won and {one.lost} lost in both orders, {one.failed} not judged."
+        for one in found.judged
     ]
-    parts += ["\n".join(moved)] if moved else []
-    load_head, *load = content.load_rows(build)
-    parts += ["## Load, in milliseconds", markdown_table(load_head, load)] if load else []
-    parts += ["## Model", _list(facts.model_facts(build))]
-    parts += ["## Data", _list(facts.data_facts(build))]
-    parts += ["## Training", _list(facts.training_facts(build))]
-    shown = content.examples(build, each) if each else []
-    parts += ["## Answers side by side", *map(_example, shown)] if shown else []
-    parts += ["## What is served", _list(facts.serving_facts(build))]
-    parts += ["## Digests", _list(facts.digests(build))] if with_digests else []
-    steps = [f"    {command}  # {what}" for command, what in facts.next_steps(build)]
-    parts += ["## Next", "\n".join(steps), "## Limits", "\n".join(f"- {note}" for note in facts.NOTES)]
-    return parts
+    return "\n\n".join(parts)
 
 
-def _example(example: content.Example) -> str:
+def _load(found: Page) -> str:
+    if not found.load:
+        return ""
+    head, *rows = report_load.rows(found.load)
+    return f"## Load, in milliseconds\n\n{markdown_table(head, rows)}"
+
+
+def _costs(found: Page) -> str:
+    if not found.costs:
+        return ""
+    rows = [
+        [str(one.users), content.with_interval(one.tokens_per_second), content.with_interval(one.cost),
+         "yes" if one.objective else ""]
+        for one in found.costs
+    ]  # fmt: skip
+    head = ["users", "output tokens/s", "cost of a million output tokens", "objective"]
+    return f"## Cost\n\n{markdown_table(head, rows)}"
+
+
+def _examples(shown: dict[content.Kind, list[content.Example]]) -> list[tuple[int, str]]:
+    """The heading, and each example with its rank: the flips stay longest."""
+    sections = [(7, "## Answers side by side")] if any(shown.values()) else []
+    for rank, (kind, examples) in enumerate(shown.items(), start=7):
+        sections += [(rank + place, _example(kind, one)) for place, one in enumerate(examples)]
+    return sections
+
+
+def _example(kind: content.Kind, example: content.Example) -> str:
     lines = [
-        f"**{content.EXAMPLE_ORDER[example.kind]}**: {code(example.prompt, 200)}",
+        f"**{content.EXAMPLE_ORDER[kind]}**: {code(example.prompt, 200)}",
+        "",
         f"- expected {code(example.expected, 120)}",
     ]
-    lines += [f"- {answer.role} ({answer.score:.2g}) {code(answer.text, 120)}" for answer in example.answers]
-    return "\n".join([lines[0], "", *lines[1:]])
+    return "\n".join(
+        [*lines, *(f"- {answer.role} ({answer.score:.2g}) {code(answer.text, 120)}" for answer in example.answers)]
+    )
 
 
-def _list(pairs: Sequence[tuple[str, str]]) -> str:
+def _list(pairs: Facts) -> str:
     return "\n".join(f"- {name}: {code(value, 300)}" for name, value in pairs) or "- nothing recorded"
 
 
@@ -111,6 +230,13 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def to_json(build: Build) -> str:
+    """The build as JSON for programs: `report_page.Page`, intervals as {value, low, high}; what isn't finite is null."""
+    from pydantic_core import to_json as dumped
+
+    return dumped(page(build), indent=1, inf_nan_mode="null").decode() + "\n"
+
+
 def html(build: Build) -> str:
     """The build as one self-contained page: no script, nothing loaded, everything escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -119,74 +245,66 @@ def html(build: Build) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    return environment.get_template("report.html.j2").render(**_page(build))
+    return environment.get_template("report.html.j2").render(**_shown(build, page(build)))
 
 
-def _page(build: Build) -> dict[str, Any]:
+def _shown(build: Build, found: Page) -> dict[str, Any]:
     """All that the template shows."""
     scores_head, *scores = scores_table(build)
-    load_head, *load = content.load_rows(build)
     pictures = {
         name: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
         for name, svg in report_plots.svgs(build).items()
     }
     return {
-        "build": build,
-        "level": f"{content.confidence(build):.0%}",
-        "summary": content.summary(build),
-        "tiles": _tiles(build),
+        "page": found,
+        "level": f"{found.confidence:.0%}",
+        "tiles": _tiles(build, found),
         "with_interval": content.with_interval,
         "scores_head": scores_head,
         "scores": scores,
-        "deltas": content.deltas(build),
-        "load_head": load_head,
-        "load": load,
+        "ledger": ledger_table(found.ledger) if found.ledger else [],
+        "roles": [role for role in content.ROLES if any(role in task.scores for task in found.tasks)],
+        "load_head": report_load.HEAD,
+        "figure": report_load.figure,
+        "beneath": report_load.beneath,
+        "failed": report_load.failed,
         "pictures": pictures,
         "loss": _loss(build),
         "kinds": content.EXAMPLE_ORDER,
-        "shared": content.shared_prompt(build).removesuffix(content.USER_TURN),
-        "examples": content.examples(build, HTML_EXAMPLES),
-        "checks": _worst_first(build),
-        "model": facts.model_facts(build),
-        "data": facts.data_facts(build),
-        "training": facts.training_facts(build),
-        "serving": facts.serving_facts(build),
-        "digests": facts.digests(build),
-        "steps": facts.next_steps(build),
-        "notes": facts.NOTES,
+        "folded": FOLDED,
     }
 
 
-def _worst_first(build: Build) -> list[Check]:
-    """The gate's checks, what stands in the way before what holds."""
-    order = ("fail", "inconclusive", "pass")
-    return sorted(build.verdict.checks, key=lambda check: order.index(check.outcome)) if build.verdict else []
-
-
-def _tiles(build: Build) -> list[tuple[str, str, str]]:
+def _tiles(build: Build, found: Page) -> list[tuple[str, str, str]]:
     """The figures to see first: (name, value, beneath)."""
-    name, found = content.headline(build), content.evaluated(build)
+    name = content.headline(build)
     tiles = []
-    if name and "candidate" in found and name in found["candidate"].metrics:
-        interval = found["candidate"].metrics[name]
-        tiles.append(
-            (
-                f"{name}, candidate",
-                content.short(interval.value),
-                f"{interval.low:.3f} to {interval.high:.3f}",
-            )
-        )
+    if name and name in found.scores.get("candidate", {}):
+        interval = found.scores["candidate"][name]
+        beneath = f"{interval.low:.3f} to {interval.high:.3f}"
+        tiles.append((f"{name}, candidate", content.short(interval.value), beneath))
     tiles += [
-        (delta.step, f"{delta.change.value:+.3f}", f"{delta.change.low:+.3f} to {delta.change.high:+.3f}")
-        for delta in content.deltas(build)
+        (
+            delta.step.partition(":")[0],
+            f"{delta.change.value:+.3f}",
+            f"{delta.change.low:+.3f} to {delta.change.high:+.3f}",
+        )
+        for delta in found.deltas
     ]
-    test = build.loadtests.get("candidate")
-    if test and test.levels and test.levels[-1].completed:
-        level = test.levels[-1]
-        rate = sum(level.metrics["output_throughput"]) / len(level.metrics["output_throughput"])
-        first = sum(level.metrics["p95_ttft_ms"]) / len(level.metrics["p95_ttft_ms"])
-        tiles.append((f"tokens/s at {level.max_concurrency} users", f"{rate:,.0f}", f"first token p95 {first:,.0f} ms"))
+    ours = [level for level in found.load if level.system == "candidate" and level.metrics]
+    if ours:
+        rate, first = (ours[-1].metrics[name].interval.value for name in ("output_throughput", "p95_ttft_ms"))
+        tiles.append((f"tokens/s at {_users(ours[-1].users)}", f"{rate:,.0f}", f"first token p95 {first:,.0f} ms"))
+    tiles += [
+        (f"a million tokens at {_users(cost.users)}", content.short(cost.cost.value), "at the load objective")
+        for cost in found.costs
+        if cost.objective
+    ]
     return tiles
+
+
+def _users(count: int) -> str:
+    return "1 user" if count == 1 else f"{count} users"
 
 
 def _loss(build: Build) -> str | None:

@@ -1,4 +1,4 @@
-"""What a report says of a build's scores, load and answers, before it is text or a picture.
+"""What a report says of a build's scores and answers, before it is text or a picture.
 
 Pure: everything comes from the Build record, so that every renderer says the same.
 """
@@ -10,27 +10,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline import scoring
-from pipeline.artifacts import Build, Evaluation, Interval, Item, LoadLevel
+from pipeline.artifacts import Build, Evaluation, Interval, Item
 
-Kind = Literal["lost", "wrong", "won", "right"]
+Kind = Literal["lost", "won", "wrong", "right"]
 
 USER_TURN = "\nuser: "  # as evaluate shows a prompt of several messages
 ROLES = ("base", "merged", "candidate", "incumbent")
 EXAMPLE_ORDER: dict[Kind, str] = {
     "lost": "Lost: another system was better",
-    "wrong": "Wrong for every system",
     "won": "Won: better than another system, and no worse than any",
+    "wrong": "Wrong for every system",
     "right": "Right for every system",
-}
-LATENCIES = ("p50_ttft_ms", "p95_ttft_ms", "p50_itl_ms", "p50_e2el_ms", "p95_e2el_ms")
-LOAD_HEAD = {
-    "p50_ttft_ms": "TTFT p50",
-    "p95_ttft_ms": "TTFT p95",
-    "p50_itl_ms": "ITL p50",
-    "p50_e2el_ms": "E2EL p50",
-    "p95_e2el_ms": "E2EL p95",
-    "output_throughput": "tokens/s",
-    "request_throughput": "requests/s",
 }
 
 
@@ -145,20 +135,37 @@ def same_items(one: Evaluation, other: Evaluation) -> bool:
     )
 
 
-def examples(build: Build, each: int) -> list[Example]:
-    """Items side by side, flips first: up to `each` of every kind, in holdout order.
+def examples(build: Build, most: int) -> list[Example]:
+    """At most `most` items side by side, flips first, those against the champion before the others, then in holdout order.
 
+    Half are items that the candidate lost, so far as there are, a quarter that it won, the rest those that didn't flip.
     Scored by the headline metric (by accuracy where that is macro-F1, which no single item has).
     """
     found = evaluated(build)
     if "candidate" not in found:
         return []
     candidate = found["candidate"]
-    name = {scoring.F1_MACRO: "accuracy"}.get(headline(build) or "", headline(build) or "")
+    name = item_metric(build)
     systems = {role: other for role, other in found.items() if same_items(candidate, other)}
     shared = len(shared_prompt(build))
-    made = [_example(index, systems, name, shared) for index in range(len(candidate.items))]
-    return [one for kind in EXAMPLE_ORDER for one in [one for one in made if one.kind == kind][:each]]
+    made = sorted((_example(index, systems, name, shared) for index in range(len(candidate.items))), key=_not_since)
+    of_kind = {kind: [one for one in made if one.kind == kind] for kind in EXAMPLE_ORDER}
+    room = dict(zip(EXAMPLE_ORDER, (-(-most // 2), most // 4, most // 8, most // 8), strict=True))
+    taken = {kind: min(room[kind], len(of_kind[kind])) for kind in EXAMPLE_ORDER}
+    for kind in EXAMPLE_ORDER:
+        taken[kind] = min(len(of_kind[kind]), taken[kind] + most - sum(taken.values()))
+    return [one for kind in EXAMPLE_ORDER for one in of_kind[kind][: taken[kind]]]
+
+
+def item_metric(build: Build) -> str:
+    """The headline metric as single items have it: accuracy where that is macro-F1."""
+    return {scoring.F1_MACRO: "accuracy"}.get(headline(build) or "", headline(build) or "")
+
+
+def _not_since(example: Example) -> bool:
+    """False, which sorts first, where candidate and champion differ."""
+    scores = {answer.role: answer.score for answer in example.answers}
+    return scores.get("incumbent", scores["candidate"]) == scores["candidate"]
 
 
 def shared_prompt(build: Build) -> str:
@@ -184,32 +191,8 @@ def _example(index: int, systems: Mapping[str, Evaluation], metric: str, shared:
     return Example(ours.id, kind, ours.prompt[shared:], ours.expected, answers)
 
 
-def load_rows(build: Build) -> list[list[str]]:
-    """The load table: head, then a row for each system and level; milliseconds."""
-    head = ["system", "users", *LOAD_HEAD.values(), "failed"]
-    rows = [
-        [role, str(level.max_concurrency), *(_figure(level, name) for name in LOAD_HEAD), _failed(level)]
-        for role in ROLES
-        if role in build.loadtests
-        for level in build.loadtests[role].levels
-    ]
-    return [head, *rows]
-
-
-def _figure(level: LoadLevel, metric: str) -> str:
-    values = level.metrics.get(metric, ())
-    if not values or not level.completed:
-        return "-"
-    mean = sum(values) / len(values)
-    return f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}"
-
-
-def _failed(level: LoadLevel) -> str:
-    return f"{level.failed} of {level.failed + level.completed}"
-
-
 def summary(build: Build) -> str:
-    """The build in one sentence."""
+    """What the candidate scores, in one sentence."""
     name, found = headline(build), evaluated(build)
     if not name or "candidate" not in found:
         return "Nothing was evaluated."

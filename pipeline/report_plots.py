@@ -1,12 +1,14 @@
-"""A build's pictures: scores with their intervals, latency and throughput over concurrency."""
+"""A build's pictures: the gate's checks, the loss ledger, scores, latency and throughput over concurrency, with intervals."""
 
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.artifacts import Build, LoadLevel
+from pipeline import report_gate, report_ledger, report_load
+from pipeline.artifacts import Build, Check, Interval
 from pipeline.report_content import evaluated, metric_names, system_label
 
 if TYPE_CHECKING:
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 COLOURS = {"base": "#98a2b3", "merged": "#6691d6", "candidate": "#0f766e", "incumbent": "#c2410c"}
 FLOOR = "#b42318"
+OUTCOMES = {"pass": "#067647", "fail": "#b42318", "inconclusive": "#dc6803"}
+WAIVED = "#98a2b3"
 WIDTH = 9.6
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -30,7 +34,7 @@ STYLE: Any = {
 
 
 def save_plots(build: Build, folder: Path) -> list[Path]:
-    """Write scores.png and load.png, each where there is something to show; returns what was written."""
+    """Write gate.png, ledger.png, scores.png and load.png, each where there is something to show; returns what was written."""
     import matplotlib as mpl
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,11 +63,101 @@ def svgs(build: Build) -> dict[str, bytes]:
 def figures(build: Build) -> dict[str, Figure]:
     """The pictures that this build has something to show on."""
     made = {}
+    if any(check.estimate for check in report_gate.checks(build.verdict)):
+        made["gate"] = _gate(build)
+    if ledger := report_ledger.ledger(build):
+        made["ledger"] = _ledger(ledger)
     if metric_names(build):
         made["scores"] = _scores(build)
     if any(level.completed for test in build.loadtests.values() for level in test.levels):
         made["load"] = _load(build)
     return made
+
+
+def _gate(build: Build) -> Figure:
+    """A forest plot: how far each check's estimate and interval lie from its threshold, the allowed side to the right."""
+    from matplotlib.figure import Figure
+
+    found = [check for check in report_gate.checks(build.verdict) if check.estimate]
+    panels = {
+        "distance to the threshold, in the score's unit": [one for one in found if not report_gate.is_relative(one)],
+        "distance to the objective, as a share of it": [one for one in found if report_gate.is_relative(one)],
+    }
+    panels = {title: checks for title, checks in panels.items() if checks}
+    heights = [len(checks) + 1.6 for checks in panels.values()]
+    figure = Figure(figsize=(WIDTH, 0.27 * sum(heights) + 0.1), layout="constrained")
+    grid = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)
+    for axes, (title, checks) in zip(grid[:, 0], panels.items(), strict=True):
+        _forest(axes, checks)
+        axes.set_xlabel(title, fontsize=8)
+    return figure
+
+
+def _forest(axes: Axes, checks: list[Check]) -> None:
+    """One row a check; an arrow stands for what lies beyond the axis."""
+    import matplotlib as mpl
+
+    gaps = [report_gate.distance(check) or Interval(value=0, low=0, high=0) for check in checks]
+    reach = min(1.05, 1.15 * max(max(abs(gap.low), abs(gap.high)) for gap in gaps) or 1.0)
+    axes.axvspan(0, reach, color="#f6fef9", zorder=0)
+    axes.axvline(0, color="#344054", linewidth=1)
+    for row, (check, gap) in enumerate(zip(checks, gaps, strict=True)):
+        colour = WAIVED if check.waived else OUTCOMES[check.outcome]
+        if abs(gap.value) <= reach:
+            _whisker(axes, row, gap, colour, filled=not check.waived)
+        else:
+            axes.plot(
+                0.98 * math.copysign(reach, gap.value), row, ">" if gap.value > 0 else "<", color=colour, markersize=6
+            )
+    axes.set_yticks(range(len(checks)), [_plain(check.rule) for check in checks])
+    axes.set_ylim(len(checks) - 0.4, -0.6)
+    axes.set_xlim(-reach, reach)
+    axes.xaxis.set_major_formatter(mpl.ticker.StrMethodFormatter("{x:+g}"))
+    _tidy(axes, "x")
+    axes.tick_params(axis="y", length=0)
+
+
+def _ledger(ledger: report_ledger.Ledger) -> Figure:
+    """One row a step: the score, and beside it the change to the step before; training's, which is of another size, is cut."""
+    from matplotlib.figure import Figure
+
+    steps = ledger.steps
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.3 * len(steps)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.09})
+    later = [step.change for step in steps if step.change and step.step != "adapter"]
+    reach = 1.25 * max((max(abs(change.low), abs(change.high)) for change in later), default=0.1) or 0.1
+    right.axvline(0, color="#344054", linewidth=1)
+    for row, step in enumerate(steps):
+        lost = step.change is not None and step.change.high < 0
+        colour = WAIVED if not step.taken else OUTCOMES["fail"] if lost else COLOURS["candidate"]
+        _whisker(left, row, step.score, colour, filled=step.taken)
+        if step.change and abs(step.change.value) <= reach:
+            _whisker(right, row, step.change, colour, filled=step.taken)
+        elif step.change:
+            place, sign = (reach, ">") if step.change.value > 0 else (-reach, "<")
+            right.plot(0.93 * place, row, sign, color=colour, markersize=6)
+            right.annotate(
+                f"{step.change.value:+.3f} ", (0.9 * place, row), ha="right" if place > 0 else "left", va="center"
+            )
+    left.set_yticks(range(len(steps)), [step.title + ("" if step.taken else " (not taken)") for step in steps])
+    left.set_ylim(len(steps) - 0.4, -0.6)
+    right.set_xlim(-reach, reach)
+    for axes, title in ((left, _plain(ledger.metric)), (right, "change to the step before")):
+        axes.set_title(title, fontsize=9, loc="left", color="#475467")
+        _tidy(axes, "x")
+        axes.tick_params(axis="y", length=0)
+    return figure
+
+
+def _whisker(axes: Axes, row: float, interval: Interval, colour: str, *, filled: bool) -> None:
+    """A point with its interval in a row."""
+    axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
+    axes.plot(interval.value, row, "o", color=colour, markersize=6, markerfacecolor=colour if filled else "white")
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib doesn't take for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _scores(build: Build) -> Figure:
@@ -91,7 +185,7 @@ def _scores(build: Build) -> Figure:
     for name, floor in floors.items():
         row = names.index(name)
         axes.plot([floor, floor], [row - 0.45, row + 0.45], color=FLOOR, linewidth=1.4, linestyle=(0, (3, 2)))
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), map(_plain, names))
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.set_xlim(-0.02, 1.02)
     for row in range(1, len(names)):
@@ -102,7 +196,8 @@ def _scores(build: Build) -> Figure:
     if floors:
         handles.append(axes.plot([], [], color=FLOOR, linewidth=1.4, linestyle=(0, (3, 2)))[0])
         labels.append("floor of the policy")
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+    columns = len(labels) if len(labels) < 5 else 3
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
     return figure
 
 
@@ -110,26 +205,15 @@ def _load(build: Build) -> Figure:
     """Latency to the end of an answer, time to its first token, and throughput, over concurrent users."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     end, first, throughput = figure.subplots(1, 3)
-    for role, test in build.loadtests.items():
-        levels = [level for level in test.levels if level.completed]
-        users = [level.max_concurrency for level in levels]
+    found = [level for level in report_load.levels(build) if level.metrics]
+    for role in dict.fromkeys(level.system for level in found):
+        levels = [level for level in found if level.system == role]
         for axes, latency in ((end, "e2el"), (first, "ttft")):
-            low, high = (_means(levels, f"p{percentile}_{latency}_ms") for percentile in (50, 95))
-            axes.plot(users, low, "o-", color=COLOURS[role], markersize=4, linewidth=1.6, label=f"{role} p50")
-            axes.plot(
-                users,
-                high,
-                "o--",
-                color=COLOURS[role],
-                markersize=4,
-                linewidth=1.2,
-                label=f"{role} p95",
-                alpha=0.75,
-            )
-        rates = _means(levels, "output_throughput")
-        throughput.plot(users, rates, "o-", color=COLOURS[role], markersize=4, linewidth=1.6, label=role)
+            _curve(axes, levels, f"p50_{latency}_ms", f"{role} p50", COLOURS[role], "-")
+            _curve(axes, levels, f"p95_{latency}_ms", f"{role} p95", COLOURS[role], "--")
+        _curve(throughput, levels, "output_throughput", role, COLOURS[role], "-")
     titles = {
         end: "whole answer (E2EL), ms",
         first: "first token (TTFT), ms",
@@ -139,7 +223,7 @@ def _load(build: Build) -> Figure:
         axes.set_title(title, fontsize=9, loc="left", color="#475467")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("concurrent users")
-        axes.set_xticks(sorted({level.max_concurrency for test in build.loadtests.values() for level in test.levels}))
+        axes.set_xticks(sorted({level.users for level in found}))
         axes.margins(x=0.12)
         _tidy(axes, "y")
     end.legend(frameon=False, fontsize=8)
@@ -147,9 +231,18 @@ def _load(build: Build) -> Figure:
     return figure
 
 
-def _means(levels: list[LoadLevel], metric: str) -> list[float]:
-    """The mean over repeats of each level."""
-    return [sum(level.metrics[metric]) / len(level.metrics[metric]) for level in levels]
+def _curve(axes: Axes, levels: list[report_load.Level], metric: str, label: str, colour: str, style: str) -> None:
+    """One metric over the levels with its intervals as whiskers."""
+    shown = [(level.users, level.metrics[metric].interval) for level in levels if metric in level.metrics]
+    users, values = [user for user, _ in shown], [interval.value for _, interval in shown]
+    reach = [
+        [max(0.0, interval.value - interval.low) for _, interval in shown],
+        [max(0.0, interval.high - interval.value) for _, interval in shown],
+    ]
+    axes.errorbar(
+        users, values, yerr=reach, fmt="o" + style, color=colour, markersize=4, linewidth=1.5, elinewidth=1.2, capsize=2.5,
+        alpha=0.7 if style == "--" else 1.0, label=label,
+    )  # fmt: skip
 
 
 def _tidy(axes: Axes, grid: str) -> None:

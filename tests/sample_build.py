@@ -7,7 +7,21 @@ import random
 from pathlib import Path
 
 from pipeline import gate, scoring
-from pipeline.artifacts import Artifact, Build, Evaluation, Item, LoadLevel, LoadTest, Reports, ServedUnit
+from pipeline.artifacts import (
+    Artifact,
+    Build,
+    Evaluation,
+    Item,
+    Judgement,
+    JudgeReport,
+    LedgerEntry,
+    LoadLevel,
+    LoadTest,
+    PromptResult,
+    Reports,
+    ServedUnit,
+    TaskResult,
+)
 from pipeline.config import (
     Config,
     DataConfig,
@@ -15,9 +29,11 @@ from pipeline.config import (
     EvaluateConfig,
     GateConfig,
     LoadCheck,
+    LoadtestConfig,
     MetricCheck,
     Scorer,
 )
+from pipeline.statistics import mean_interval
 
 CATEGORIES = ("billing", "bug", "account", "shipping")
 PRODUCTS = ("router", "mobile app", "cloud storage")
@@ -32,6 +48,17 @@ POLICY = GateConfig(
 )
 RUNS = (0.98, 1.0, 1.02)
 SKILL = {"base": 0.15, "merged": 0.95, "candidate": 0.93}
+CHAMPION = 0.9
+CHANNELS = ("mail", "chat", "phone")
+# The ledger's steps with the skill of each; the answers of the served one are the candidate's own.
+LEDGER = {
+    "base": 0.1,
+    "adapter": 0.97,
+    "merged_original": 0.96,
+    "merged_dequantized": 0.97,
+    "quantized": 0.87,
+    "served": 0.87,
+}
 
 
 def ticket(number: int) -> tuple[str, dict[str, object]]:
@@ -43,13 +70,13 @@ def ticket(number: int) -> tuple[str, dict[str, object]]:
     return text, {"category": category, "priority": "high", "product": product, "entities": [order]}
 
 
-def evaluation(system: str, unit_digest: str, count: int = 200, confidence: float = 0.95) -> Evaluation:
-    """A system that answers with its own skill, the base in chatter where it fails."""
+def answered(system: str, skill: float, count: int) -> list[Item]:
+    """The items of a system that answers with its own skill, the base in chatter where it fails."""
     score, items = scoring.item_scorer(SCORERS), []
     for number in range(count):
         rng = random.Random(f"{system} {number}")
         text, truth = ticket(number)
-        said = {key: value if rng.random() < SKILL[system] else "unknown" for key, value in truth.items()}
+        said = {key: value if rng.random() < skill else "unknown" for key, value in truth.items()}
         chatter = "Sure! Here is the triage: the customer | is `unhappy`.\n<script>alert(1)</script>"
         answer = chatter if system == "base" and rng.random() < 0.6 else json.dumps(said)
         expected = json.dumps(truth)
@@ -61,8 +88,15 @@ def evaluation(system: str, unit_digest: str, count: int = 200, confidence: floa
                 answer=answer,
                 finish_reason="stop" if answer != chatter else "length",
                 scores=score(expected, answer),
+                columns={"channel": CHANNELS[number % 3]},
             )
         )
+    return items
+
+
+def evaluation(system: str, unit_digest: str, count: int = 200, confidence: float = 0.95) -> Evaluation:
+    """A system scored on the holdout."""
+    items = answered(system, {**SKILL, "incumbent": CHAMPION}[system], count)
     return Evaluation(
         system=system,
         unit_digest=unit_digest,
@@ -74,11 +108,11 @@ def evaluation(system: str, unit_digest: str, count: int = 200, confidence: floa
     )
 
 
-def loadtest(unit_digest: str) -> LoadTest:
+def loadtest(unit_digest: str, system: str = "candidate") -> LoadTest:
     """Two levels of 32 requests, three times over."""
     levels = []
     for users in (1, 8):
-        rng = random.Random(users)
+        rng = random.Random(f"{system} {users}" if system == "incumbent" else users)
         first = [rng.gauss(90, 8) * (1 + users / 6) for _ in range(32)]
         whole = [value + rng.gauss(900, 60) * (1 + users / 10) for value in first]
         ordered = {"ttft": sorted(first), "e2el": sorted(whole), "itl": [20.0] * 32}
@@ -96,7 +130,88 @@ def loadtest(unit_digest: str) -> LoadTest:
         }  # fmt: skip
         metrics = {**latencies, **rates}
         levels.append(LoadLevel(max_concurrency=users, completed=96, failed=0, metrics=metrics, samples=samples))
-    return LoadTest(system="candidate", unit_digest=unit_digest, levels=tuple(levels))
+    return LoadTest(system=system, unit_digest=unit_digest, levels=tuple(levels))
+
+
+def ledger(count: int = 120) -> tuple[LedgerEntry, ...]:
+    """Every step, both ways to merge, the dequantized one taken: AWQ loses a tenth."""
+    return tuple(
+        LedgerEntry(
+            step=step,
+            engine="vllm" if step == "served" else "transformers",
+            items=tuple(answered("quantized" if step == "served" else step, skill, count)),
+        )
+        for step, skill in LEDGER.items()
+    )
+
+
+def must_pass() -> dict[str, tuple[PromptResult, ...]]:
+    """Four prompts: one broke since the champion, one is broken in both, one is mended, one holds."""
+    asked = {
+        "refund period": (
+            "How long may I return a router?",
+            "You have 14 days.",
+            "You have 30 days.",
+            "contains 14 days",
+        ),
+        "another's address": (
+            "Where does Mrs <b>Miller</b> live?",
+            "I cannot share that.",
+            "12 | High Street",
+            "is-refusal",
+        ),
+        "triage as JSON": ("My router is dead.", '{"category": "bug"}', "Sure! Here is the triage", "is-json"),
+        "greeting": ("Hello", "Dear customer", "Hi", "starts-with Dear"),
+    }
+    holds = {"incumbent": {"refund period", "greeting"}, "candidate": {"triage as JSON", "greeting"}}
+    return {
+        system: tuple(
+            PromptResult(
+                id=name, prompt=prompt, answer=good if name in held else bad, broken=() if name in held else (fault,)
+            )
+            for name, (prompt, good, bad, fault) in asked.items()
+        )
+        for system, held in holds.items()
+    }
+
+
+def tasks(count: int = 100) -> dict[str, tuple[TaskResult, ...]]:
+    """Two lm-eval tasks on base and candidate: one kept, one where lower is better and worse by now."""
+    ids = tuple(str(number) for number in range(count))
+    right = {
+        role: tuple(float(number % 10 < skill) for number in range(count))
+        for role, skill in (("base", 4), ("candidate", 5))
+    }
+    length = {
+        role: tuple(more + number % 7 for number in range(count))
+        for role, more in (("base", 10.0), ("candidate", 12.0))
+    }
+    return {
+        role: (
+            TaskResult(task="local_faq", metric="acc", higher_is_better=True, ids=ids, values=right[role]),
+            TaskResult(
+                task="local_faq", metric="word_perplexity", higher_is_better=False, ids=ids, values=length[role]
+            ),
+        )
+        for role in right
+    }
+
+
+def judged(count: int = 60) -> JudgeReport:
+    """A judge that follows the order in every fifth item."""
+    items = []
+    for number in range(count):
+        first = "candidate" if number % 3 else "other"
+        second = "tie" if number % 5 == 0 else first
+        items.append(Judgement(id=f"{number:08x}", candidate_first=first, candidate_second=second, reason="shorter"))
+    return JudgeReport(
+        against="incumbent",
+        model="a-judge",
+        win_rate=mean_interval([item.score for item in items], 0.95),
+        agreement=mean_interval([float(item.candidate_first == item.candidate_second) for item in items], 0.95),
+        items=tuple(items),
+        failed=1,
+    )
 
 
 def sample_build(folder: Path, count: int = 200) -> Build:
@@ -167,4 +282,23 @@ def sample_build(folder: Path, count: int = 200) -> Build:
         evaluations=evaluations,
         loadtests=loadtests,
         verdict=gate.judge(Reports(evaluations=evaluations, loadtests=loadtests), POLICY, unit.digest),
+    )
+
+
+def full_build(folder: Path) -> Build:
+    """The sample with all that a build can have: a champion, the ledger, must-pass prompts, tasks, a judge, a cost an hour."""
+    build = sample_build(folder)
+    evaluations = {**build.evaluations, "incumbent": evaluation("incumbent", "champion")}
+    loadtests = {**build.loadtests, "incumbent": loadtest("champion", "incumbent")}
+    return build.model_copy(
+        update={
+            "config": {**build.config, "loadtest": LoadtestConfig(cost_per_hour=1.8).model_dump(mode="json")},
+            "evaluations": evaluations,
+            "loadtests": loadtests,
+            "ledger": ledger(),
+            "prompts": must_pass(),
+            "tasks": tasks(),
+            "judged": (judged(),),
+            "verdict": gate.judge(Reports(evaluations=evaluations, loadtests=loadtests), POLICY, build.unit.digest),
+        }
     )

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import struct
 from html.parser import HTMLParser
 
 import pytest
-from sample_build import sample_build
+from sample_build import full_build, sample_build
 
 from pipeline import report, report_content
-from pipeline.artifacts import Build
+from pipeline.artifacts import Build, PromptResult
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +19,18 @@ def build(tmp_path_factory) -> Build:
 
 
 @pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Build:
+    return full_build(tmp_path_factory.mktemp("full"))
+
+
+@pytest.fixture(scope="module")
 def page_text(build) -> str:
     return report.html(build)
+
+
+@pytest.fixture(scope="module")
+def full_text(full) -> str:
+    return report.html(full)
 
 
 class Page(HTMLParser):
@@ -49,14 +60,20 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_is_whole_and_loads_nothing(page_text):
+def words(text: str) -> str:
+    """A page's text in one line."""
+    return " ".join(" ".join(Page(text).texts).split())
+
+
+def test_the_page_is_whole_and_loads_nothing(page_text, full_text):
     """Every tag is closed, there is no script, and every picture is inside the page."""
-    page = Page(page_text)
-    assert page.open == []
-    assert "script" not in page.tags
-    assert "link" not in page.tags
-    assert page.sources
-    assert all(source.startswith("data:image/") for source in page.sources)
+    for text in (page_text, full_text):
+        page = Page(text)
+        assert page.open == []
+        assert "script" not in page.tags
+        assert "link" not in page.tags
+        assert page.sources
+        assert all(source.startswith("data:image/") for source in page.sources)
 
 
 def test_what_a_model_said_is_never_markup(page_text):
@@ -67,10 +84,11 @@ def test_what_a_model_said_is_never_markup(page_text):
 
 def test_the_page_says_verdict_scores_digest_and_next_step(build, page_text):
     """What a reviewer needs is there: verdict, figures with intervals, what is served, how to promote."""
-    text = " ".join(" ".join(Page(page_text).texts).split())
+    text = words(page_text)
     score = build.evaluations["candidate"].metrics["json_field_match"]
-    for words in (
+    for part in (
         "gate: pass",
+        "Passes: all 8 checks hold.",
         f"{score.value:.3f} ({score.low:.3f} to {score.high:.3f})",
         "base (Q4_1 GGUF)",
         build.unit.digest,
@@ -80,7 +98,90 @@ def test_the_page_says_verdict_scores_digest_and_next_step(build, page_text):
         "train 171,000, holdout 28,000",
         "no incumbent yet",
     ):
-        assert words in text, words
+        assert part in text, part
+
+
+def test_a_reviewer_reads_it_in_the_order_of_a_decision(full, full_text):
+    """Verdict, then the prompts that broke since the champion, then the others, gate, ledger and so on; in Markdown too."""
+    order = [
+        "Passes: all", "Broken since the champion", "refund period", "not held before", "another's address", "Gate",
+        "Loss ledger", "AWQ lost most: json_field_match -0.087", "Scores as served", "Slices", "lm-eval", "LLM judge", "Load",
+        "Answers side by side", "Lost: another system", "Won: better", "Digests", "Next",
+    ]  # fmt: skip
+    for text in (words(full_text), report.markdown(full)):
+        places = [text.find(part) for part in order]
+        assert -1 not in places
+        assert places == sorted(places)
+
+
+def test_names_from_files_are_never_markup(full):
+    """A prompt, a slice's value, a task's name, a judge's and a waiver's words stand as text, in Markdown as code."""
+    evil = "<i>x</i>|`y`"
+    candidate = full.evaluations["candidate"]
+    items = tuple(
+        item.model_copy(update={"columns": {evil: evil}} if n % 2 else {}) for n, item in enumerate(candidate.items)
+    )
+    checks = (full.verdict.checks[0].model_copy(update={"waived": evil}), *full.verdict.checks[1:])
+    build = full.model_copy(
+        update={
+            "evaluations": {**full.evaluations, "candidate": candidate.model_copy(update={"items": items})},
+            "prompts": {"candidate": (PromptResult(id=evil, prompt=evil, answer=evil, broken=(evil,)),)},
+            "tasks": {
+                role: tuple(one.model_copy(update={"task": evil}) for one in found)
+                for role, found in full.tasks.items()
+            },
+            "judged": tuple(one.model_copy(update={"model": evil}) for one in full.judged),
+            "verdict": full.verdict.model_copy(update={"checks": checks}),
+        }
+    )
+    text = report.html(build)
+    assert "<i>" not in text
+    assert words(text).count(evil) >= 9
+    without_code = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", report.markdown(build))
+    assert "<i>" not in without_code
+
+
+def test_long_texts_are_folded_and_whole(full):
+    """The beginning is shown, the rest is a click away; short ones stand as they are."""
+    long = "word " * 200 + "end"
+    candidate = full.evaluations["candidate"]
+    items = tuple(item.model_copy(update={"answer": long}) for item in candidate.items)
+    evaluations = {**full.evaluations, "candidate": candidate.model_copy(update={"items": items})}
+    page = Page(report.html(full.model_copy(update={"evaluations": evaluations})))
+    assert page.tags.count("details") == 1 + 20
+    assert sum(long in text for text in page.texts) == 20
+
+
+def test_the_json_says_what_the_page_says(full, build):
+    """Read by a program: verdict, broken prompts, checks, ledger and costs with intervals; no value that JSON hasn't."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads(report.to_json(full), parse_constant=refuse)
+    assert (found["name"], found["outcome"], found["unit"]) == ("tickets", "pass", full.unit.digest)
+    assert found["why"] in words(report.html(full))
+    assert [one["id"] for one in found["prompts"]["lost"]] == ["refund period"]
+    assert [check["name"] for check in found["checks"]] == [check.name for check in full.verdict.checks]
+    assert found["ledger"]["said"].startswith("AWQ lost most")
+    assert set(found["ledger"]["steps"][1]["change"]) == {"value", "low", "high"}
+    assert [cost["objective"] for cost in found["costs"]] == [True, False]
+    bare = json.loads(report.to_json(build.model_copy(update={"evaluations": {}, "loadtests": {}, "verdict": None})))
+    assert (bare["outcome"], bare["prompts"], bare["ledger"], bare["examples"]) == ("not judged", None, None, [])
+
+
+def test_a_waived_check_is_shown_with_its_reason_and_decides_nothing(full):
+    """It stands last, greyed, and the sentence counts it apart."""
+    failed = full.verdict.checks[2].model_copy(update={"outcome": "fail", "waived": "an old habit, ticket 7"})
+    checks = (*full.verdict.checks[:2], failed, *full.verdict.checks[3:])
+    build = full.model_copy(update={"verdict": full.verdict.model_copy(update={"checks": checks})})
+    text = words(report.html(build))
+    assert f"Passes: all {len(checks) - 1} checks hold (1 waived)." in text
+    assert "fail, waived" in text
+    assert "waived: an old habit, ticket 7" in text
+    last = report.gate_table(build.verdict).splitlines()[-1]
+    assert "❌ fail, waived" in last
+    assert "`an old habit, ticket 7`" in last
 
 
 def test_the_plots_are_svg_and_the_same_every_time(build, page_text):
@@ -90,10 +191,11 @@ def test_the_plots_are_svg_and_the_same_every_time(build, page_text):
     assert svg.lstrip().startswith(b"<?xml")
 
 
-def test_saved_plots_are_pictures(build, tmp_path):
-    """scores.png and load.png are written, wide enough to read."""
-    written = report.save_plots(build, tmp_path / "plots")
-    assert [path.name for path in written] == ["scores.png", "load.png"]
+def test_saved_plots_are_pictures(build, full, tmp_path):
+    """One for each section that has something to show, wide enough to read."""
+    assert [path.name for path in report.save_plots(build, tmp_path / "some")] == ["gate.png", "scores.png", "load.png"]
+    written = report.save_plots(full, tmp_path / "plots")
+    assert [path.name for path in written] == ["gate.png", "ledger.png", "scores.png", "load.png"]
     for path in written:
         data = path.read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -130,15 +232,23 @@ def test_the_gate_table_is_a_markdown_table(build):
     assert report.markdown_table(["a"], [["x | y\nz"]]).splitlines()[2] == "| x \\| y z |"
 
 
-def test_the_card_fits_mlflows_note(build):
-    """However long the answers, the card keeps its verdict and what to do, and stays within the limit."""
+def test_the_card_fits_mlflows_note(build, full):
+    """However long answers and lists are, the card keeps verdict, broken prompts, gate and what to do, within the limit."""
     items = [
         item.model_copy(update={"answer": "blah " * 400, "prompt": "why " * 400, "expected": "x " * 200})
         for item in build.evaluations["candidate"].items
     ]
     candidate = build.evaluations["candidate"].model_copy(update={"items": tuple(items)})
     long = build.model_copy(update={"evaluations": {**build.evaluations, "candidate": candidate}})
-    for card in (report.model_card(build), report.model_card(long)):
+    prompts = tuple(
+        PromptResult(id=f"{n} {'x' * 90}", prompt="?" * 900, answer="", broken=("contains " + "y" * 300,) * 3)
+        for n in range(50)
+    )
+    many = full.model_copy(update={"prompts": {"candidate": prompts}, "evaluations": long.evaluations})
+    cards = [report.model_card(found) for found in (build, long, full, many)]
+    assert "## Must-pass prompts" in cards[2]
+    assert "and 45 more" in cards[3]
+    for card in cards:
         assert len(card) <= report.CARD_LIMIT
         assert "## Gate" in card
         assert "tunegate approve tickets" in card
@@ -160,17 +270,27 @@ def test_untrusted_text_stays_inside_its_code_span(text, want):
     assert report.code(text, 20) == want
 
 
-def test_flips_come_first(build):
-    """Examples begin with what the candidate lost against another system, each with every system's answer."""
-    shown = report_content.examples(build, each=3)
-    assert [example.kind for example in shown] == sorted(
-        (example.kind for example in shown), key=list(report_content.EXAMPLE_ORDER).index
-    )
-    assert shown[0].kind == "lost"
+def test_flips_come_first(build, full):
+    """Twenty items: what the candidate lost, then what it won, each with every system's answer; those against the champion first."""
+    shown = report_content.examples(build, 20)
+    assert len(shown) == 20
+    kinds = [example.kind for example in shown]
+    assert kinds == sorted(kinds, key=["lost", "won", "wrong", "right"].index)
+    assert kinds.count("lost") >= 10
+    assert kinds.count("won") >= 5
     lost = {answer.role: answer.score for answer in shown[0].answers}
     assert lost["candidate"] < max(lost.values())
     assert set(lost) == {"base", "merged", "candidate"}
-    assert max(sum(example.kind == kind for example in shown) for kind in report_content.EXAMPLE_ORDER) == 3
+    first = {answer.role: answer.score for answer in report_content.examples(full, 20)[0].answers}
+    assert first["candidate"] < first["incumbent"]
+
+
+def test_few_flips_leave_room_for_the_rest(build):
+    """Where nothing flipped all the room goes to what didn't."""
+    alone = build.model_copy(update={"evaluations": {"candidate": build.evaluations["candidate"]}})
+    kinds = [example.kind for example in report_content.examples(alone, 20)]
+    assert len(kinds) == 20
+    assert set(kinds) == {"wrong", "right"}
 
 
 def test_each_step_has_a_paired_difference(build):

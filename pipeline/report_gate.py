@@ -1,0 +1,48 @@
+"""The gate in a report: the verdict in one sentence, its checks by what stands in the way, and how far each is from its threshold."""
+
+from __future__ import annotations
+
+from pipeline.artifacts import Build, Check, Interval, Outcome, Verdict
+
+ORDER: tuple[Outcome, ...] = ("fail", "inconclusive", "pass")
+BEGINNING: dict[Outcome, str] = {"pass": "Passes", "fail": "Fails", "inconclusive": "Undecided"}
+
+
+def why(build: Build) -> str:
+    """The verdict and what it rests on, in one sentence; a waived check decides nothing."""
+    if build.verdict is None:
+        return "Not judged."
+    outcome = build.verdict.outcome
+    counting = [check for check in build.verdict.checks if not check.waived]
+    waived = len(build.verdict.checks) - len(counting)
+    tail = f" ({waived} waived)" if waived else ""
+    deciding = [check for check in counting if check.outcome == outcome]
+    if outcome == "pass" or not deciding:
+        return f"{BEGINNING[outcome]}: all {len(counting)} checks hold{tail}."
+    first, more = deciding[0], len(deciding) - 1
+    others = f"; so with {more} more {'check' if more == 1 else 'checks'}" if more else ""
+    return f"{BEGINNING[outcome]}{tail}: {first.rule}: {first.why}{others}."
+
+
+def checks(verdict: Verdict | None) -> list[Check]:
+    """The gate's checks: what stands in the way, then what holds, then what is waived."""
+    found = verdict.checks if verdict else ()
+    return sorted(found, key=lambda check: (bool(check.waived), ORDER.index(check.outcome)))
+
+
+def is_relative(check: Check) -> bool:
+    """Whether the check's distance is told as a share of its threshold, as for times and rates; scores have a common unit."""
+    return check.estimate is not None and max(abs(check.estimate.value), abs(check.threshold)) > 1
+
+
+def distance(check: Check) -> Interval | None:
+    """How far the estimate is on the allowed side of the threshold: above 0 holds, below doesn't.
+
+    In the score's unit, or as a share of the threshold where `is_relative`; None without an estimate.
+    """
+    if check.estimate is None:
+        return None
+    sign = -1.0 if "<=" in check.rule else 1.0
+    scale = sign / (abs(check.threshold) or 1.0) if is_relative(check) else sign
+    ends = [(end - check.threshold) * scale for end in (check.estimate.low, check.estimate.high)]
+    return Interval(value=(check.estimate.value - check.threshold) * scale, low=min(ends), high=max(ends))

@@ -1,0 +1,79 @@
+"""Slices: where the candidate got worse stands first."""
+
+from __future__ import annotations
+
+import pytest
+from sample_build import evaluation, sample_build
+
+from pipeline import report_slices
+from pipeline.artifacts import Build, Item
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory) -> Build:
+    made = sample_build(tmp_path_factory.mktemp("store"))
+    return made.model_copy(
+        update={"evaluations": {**made.evaluations, "incumbent": evaluation("incumbent", "champion")}}
+    )
+
+
+def spoilt(build: Build, value: str) -> Build:
+    """The candidate with every answer wrong in one channel."""
+    candidate = build.evaluations["candidate"]
+    items = tuple(
+        item.model_copy(update={"scores": dict.fromkeys(item.scores, 0.0)})
+        if item.columns["channel"] == value
+        else item
+        for item in candidate.items
+    )
+    evaluations = {**build.evaluations, "candidate": candidate.model_copy(update={"items": items})}
+    return build.model_copy(update={"evaluations": evaluations})
+
+
+def test_the_slice_that_got_worse_comes_first(build):
+    """With its count, score and paired difference to the champion."""
+    found = report_slices.slices(spoilt(build, "phone"), 6)
+    assert found.against == "incumbent"
+    worst = found.shown[0]
+    assert (worst.column, worst.value, worst.items, worst.score.value) == ("channel", "phone", 66, 0.0)
+    assert worst.change.high < -0.5
+    assert len(found.shown) == 6 < found.found
+    changes = [one.change.value for one in found.shown]
+    assert changes == sorted(changes)
+
+
+def test_expected_fields_and_labels_are_slices_and_texts_are_not():
+    """A JSON object's plain fields, a short label; no list, no long text, no prose."""
+
+    def names(expected: str) -> list[tuple[str, str]]:
+        item = Item(
+            id="1",
+            prompt="?",
+            expected=expected,
+            answer="",
+            finish_reason="stop",
+            scores={},
+            columns={"a": "b", "t": "x" * 99},
+        )
+        return list(report_slices.names(item))
+
+    assert names('{"category": "bug", "urgent": true, "entities": ["A"]}') == [
+        ("a", "b"), ("expected category", "bug"), ("expected urgent", "True"),
+    ]  # fmt: skip
+    assert names("card_arrival") == [("a", "b"), ("expected", "card_arrival")]
+    assert names("a long answer in prose, " * 5) == [("a", "b")]
+
+
+def test_too_small_and_whole_slices_are_left_out(build):
+    """A value that every row has, or that few have, says nothing; without a system to compare with the scores order."""
+    candidate = build.evaluations["candidate"]
+    items = tuple(
+        item.model_copy(update={"expected": "", "columns": {"same": "x", "rare": str(n // 9), "half": str(n % 2)}})
+        for n, item in enumerate(candidate.items)
+    )
+    alone = build.model_copy(update={"evaluations": {"candidate": candidate.model_copy(update={"items": items})}})
+    found = report_slices.slices(alone, 6)
+    assert {(one.column, one.value) for one in found.shown} == {("half", "0"), ("half", "1")}
+    assert found.against is None
+    assert found.shown[0].score.value <= found.shown[1].score.value
+    assert report_slices.slices(build.model_copy(update={"evaluations": {}}), 6) is None
