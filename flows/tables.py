@@ -65,8 +65,8 @@ def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
             escape(check.name),
             escape(check.rule),
             interval(check.estimate),
-            "waived" if check.waived else f"[{COLOURS[check.outcome]}]{check.outcome}[/]",
-            escape(f"{check.outcome}, waived: {check.waived}" if check.waived else check.why),
+            f"{check.outcome}, not counted" if check.waived else f"[{COLOURS[check.outcome]}]{check.outcome}[/]",
+            escape(f"{check.why}; {check.waived}" if check.waived else check.why),
         ]
         for check in verdict.checks
     ]

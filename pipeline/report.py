@@ -57,11 +57,11 @@ def gate_table(verdict: Verdict) -> str:
     """The verdict and its checks in Markdown, what stands in the way first."""
     rows = [
         [
-            f"{MARKS[check.outcome]}, waived" if check.waived else MARKS[check.outcome],
+            f"{MARKS[check.outcome]}, not counted" if check.waived else MARKS[check.outcome],
             check.name,
             check.rule,
             content.with_interval(check.estimate),
-            f"{check.why}; waived: {code(check.waived, 200)}" if check.waived else check.why,
+            f"{check.why}; {code(check.waived, 200)}" if check.waived else check.why,
         ]
         for check in report_gate.checks(verdict)
     ]
@@ -143,11 +143,11 @@ def _slices(found: Page) -> str:
     if found.slices is None:
         return ""
     rows = [
-        [code(one.column, 40), code(one.value, 60), str(one.items), content.with_interval(one.score),
+        [code(one.by, 40), code(one.value, 60), str(one.items), content.with_interval(one.score),
          content.with_interval(one.change, sign=True)]
         for one in found.slices.shown
     ]  # fmt: skip
-    head = ["column", "value", "items", f"candidate's {found.slices.metric}", f"minus {found.slices.against or '-'}"]
+    head = ["by", "value", "items", f"candidate's {found.slices.metric}", f"minus {found.slices.against or '-'}"]
     return f"## Slices\n\nThe extremes of {found.slices.found}.\n\n{markdown_table(head, rows)}"
 
 

@@ -59,6 +59,13 @@ def confidence(build: Build) -> float:
     return float(build.config.get("gate", {}).get("confidence", 0.95))
 
 
+def cluster_by(build: Build) -> str | None:
+    """The column whose values count as one draw, by the build's policy, where the items have it."""
+    column = build.config.get("gate", {}).get("cluster_by")
+    items = [item for found in build.evaluations.values() for item in found.items]
+    return column if column and all(column in item.columns for item in items) else None
+
+
 def evaluated(build: Build) -> dict[str, Evaluation]:
     """The evaluations in the order in which a model comes to be."""
     return {role: build.evaluations[role] for role in ROLES if role in build.evaluations}
@@ -123,7 +130,7 @@ def deltas(build: Build) -> list[Delta]:
     made = []
     for step, ours, theirs in steps:
         if name and ours in found and theirs in found and same_items(found[ours], found[theirs]):
-            gap = scoring.difference(found[ours].items, found[theirs].items, name, confidence(build))
+            gap = scoring.difference(found[ours].items, found[theirs].items, name, confidence(build), cluster_by(build))
             made.append(Delta(f"{step}: {ours} - {theirs}", name, gap))
     return made
 

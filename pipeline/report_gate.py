@@ -9,19 +9,19 @@ BEGINNING: dict[Outcome, str] = {"pass": "Passes", "fail": "Fails", "inconclusiv
 
 
 def why(build: Build) -> str:
-    """The verdict and what it rests on, in one sentence; a waived check decides nothing."""
+    """The verdict and what it rests on, in one sentence; a waived check (advisory, or allowed to regress) decides nothing."""
     if build.verdict is None:
         return "Not judged."
     outcome = build.verdict.outcome
     counting = [check for check in build.verdict.checks if not check.waived]
     waived = len(build.verdict.checks) - len(counting)
-    tail = f" ({waived} waived)" if waived else ""
+    tail = f" ({waived} more not counted)" if waived else ""
     deciding = [check for check in counting if check.outcome == outcome]
     if outcome == "pass" or not deciding:
         return f"{BEGINNING[outcome]}: all {len(counting)} checks hold{tail}."
     first, more = deciding[0], len(deciding) - 1
     others = f"; so with {more} more {'check' if more == 1 else 'checks'}" if more else ""
-    return f"{BEGINNING[outcome]}{tail}: {first.rule}: {first.why}{others}."
+    return f"{BEGINNING[outcome]}: {first.rule}: {first.why}{others}{tail}."
 
 
 def checks(verdict: Verdict | None) -> list[Check]:

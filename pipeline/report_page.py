@@ -65,7 +65,7 @@ def page(build: Build) -> Page:
         ledger=report_ledger.ledger(build),
         scores={role: dict(found.metrics) for role, found in content.evaluated(build).items()},
         deltas=content.deltas(build),
-        slices=report_slices.slices(build, SLICES),
+        slices=report_slices.extremes(build, SLICES),
         tasks=report_judges.tasks(build),
         judged=report_judges.judged(build),
         load=load,

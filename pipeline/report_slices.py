@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline import scoring
+from pipeline import scoring, slices
 from pipeline.artifacts import Build, Interval, Item
-from pipeline.report_content import confidence, evaluated, item_metric, same_items
+from pipeline.report_content import cluster_by, confidence, evaluated, item_metric, same_items
 
 MIN_ITEMS = 10  # fewer say nothing
 LONGEST = 60  # characters: longer values are texts, no names
@@ -16,9 +15,12 @@ LONGEST = 60  # characters: longer values are texts, no names
 
 @dataclass(frozen=True)
 class Slice:
-    """The items with one value in one column: the candidate's score, and its paired difference to the other system."""
+    """The items with one value: the candidate's score, and its paired difference to the other system.
 
-    column: str
+    `by` is what they are split by, as gate.slices names it: a column, expected, or expected.FIELD.
+    """
+
+    by: str
     value: str
     items: int
     score: Interval
@@ -35,59 +37,57 @@ class Slices:
     shown: tuple[Slice, ...]
 
 
-def slices(build: Build, most: int) -> Slices | None:
+def extremes(build: Build, most: int) -> Slices | None:
     """At most `most` slices of the candidate's items: where it lost most, and a few where it won most.
 
     Against the champion, else the base; where neither was scored on the same items, by the score itself. They are the extremes
-    of all slices: with many, some lie apart by chance.
+    of all slices: with many, some lie apart by chance. The gate judges those that the policy names.
     """
-    found = evaluated(build)
-    metric = item_metric(build)
-    if "candidate" not in found:
+    found, metric = evaluated(build), item_metric(build)
+    if "candidate" not in found or not any(metric in item.scores for item in found["candidate"].items):
         return None
-    ours = found["candidate"]
-    against = next((role for role in ("incumbent", "base") if role in found and same_items(ours, found[role])), None)
-    theirs = found[against].items if against else ours.items
-    members: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for index, item in enumerate(ours.items):
-        if metric in item.scores:
-            for name in names(item):
-                members[name].append(index)
-    kept = {name: inside for name, inside in members.items() if MIN_ITEMS <= len(inside) < len(ours.items)}
-    if not kept:
-        return None
+    ours = found["candidate"].items
+    against = next(
+        (role for role in ("incumbent", "base") if role in found and same_items(found["candidate"], found[role])), None
+    )
+    theirs = found[against].items if against else ()
+    parts = _parts(ours, metric)
 
     def gap(inside: list[int]) -> float:
-        given = sum(theirs[index].scores[metric] for index in inside) if against else 0.0
-        return (sum(ours.items[index].scores[metric] for index in inside) - given) / len(inside)
+        return sum(ours[n].scores[metric] - (theirs[n].scores[metric] if theirs else 0.0) for n in inside) / len(inside)
 
-    order = sorted(kept, key=lambda name: (gap(kept[name]), name))
+    order = sorted(parts, key=lambda name: (gap(parts[name]), name))
     best = most // 3 if len(order) > most else 0
-    chosen = order[: most - best] + order[len(order) - best :]
-    level = confidence(build)
-    shown = [
-        _slice(
-            name, [ours.items[i] for i in kept[name]], [theirs[i] for i in kept[name]] if against else [], metric, level
-        )
-        for name in chosen
-    ]
-    return Slices(metric, against, len(kept), tuple(shown))
+    shown = []
+    for name in order[: most - best] + order[len(order) - best :]:
+        mine, other = [ours[n] for n in parts[name]], [theirs[n] for n in parts[name]] if theirs else []
+        level, group = confidence(build), cluster_by(build)
+        change = scoring.difference(mine, other, metric, level, group) if other else None
+        shown.append(Slice(*name, len(mine), scoring.metric(mine, metric, level, group), change))
+    return Slices(metric, against, len(parts), tuple(shown)) if shown else None
 
 
-def _slice(name: tuple[str, str], ours: list[Item], theirs: list[Item], metric: str, level: float) -> Slice:
-    change = scoring.difference(ours, theirs, metric, level) if theirs else None
-    return Slice(*name, len(ours), scoring.metric(ours, metric, level), change)
+def _parts(items: Sequence[Item], metric: str) -> dict[tuple[str, str], list[int]]:
+    """The items with the metric by (what they are split by, value); too small parts, whole ones and long values are left out."""
+    found = {}
+    for by in dict.fromkeys(name for item in items for name in splits(item)):
+        for value, inside in slices.split(items, by, MIN_ITEMS).items():
+            scored = [n for n in inside if metric in items[n].scores]
+            if value != slices.OTHER and len(value) <= LONGEST and MIN_ITEMS <= len(scored) < len(items):
+                found[by, value] = scored
+    return found
 
 
-def names(item: Item) -> Iterator[tuple[str, str]]:
-    """The slices an item belongs to: its columns, then its expected answer, which of a JSON object is each plain field."""
-    yield from ((column, value) for column, value in item.columns.items() if len(value) <= LONGEST)
+def splits(item: Item) -> Iterator[str]:
+    """What an item can be split by, as a policy names it: its columns, its label, the plain fields of an expected JSON object."""
+    yield from item.columns
     try:
         expected = scoring.parse_json(item.expected)
     except ValueError:
-        expected = item.expected
+        expected = None
     if isinstance(expected, dict):
-        plain = ((field, value) for field, value in expected.items() if isinstance(value, str | int | float))
-        yield from ((f"expected {field}", str(value)) for field, value in plain if len(str(value)) <= LONGEST)
-    elif isinstance(expected, str) and expected and len(expected) <= LONGEST:
-        yield "expected", expected
+        yield from (
+            f"{slices.EXPECTED}.{name}" for name, value in expected.items() if not isinstance(value, dict | list)
+        )
+    elif item.expected and len(item.expected) <= LONGEST:
+        yield slices.EXPECTED

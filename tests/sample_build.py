@@ -286,19 +286,24 @@ def sample_build(folder: Path, count: int = 200) -> Build:
 
 
 def full_build(folder: Path) -> Build:
-    """The sample with all that a build can have: a champion, the ledger, must-pass prompts, tasks, a judge, a cost an hour."""
+    """The sample with all that a build can have: a champion, the ledger, must-pass prompts, tasks, a judge, a cost an hour.
+
+    It fails, for a must-pass prompt broke.
+    """
     build = sample_build(folder)
-    evaluations = {**build.evaluations, "incumbent": evaluation("incumbent", "champion")}
-    loadtests = {**build.loadtests, "incumbent": loadtest("champion", "incumbent")}
+    reports = Reports(
+        evaluations={**build.evaluations, "incumbent": evaluation("incumbent", "champion")},
+        loadtests={**build.loadtests, "incumbent": loadtest("champion", "incumbent")},
+        prompts=must_pass(),
+        tasks=tasks(),
+        judged=(judged(),),
+    )
+    priced = LoadtestConfig(cost_per_hour=1.8).model_dump(mode="json")
     return build.model_copy(
         update={
-            "config": {**build.config, "loadtest": LoadtestConfig(cost_per_hour=1.8).model_dump(mode="json")},
-            "evaluations": evaluations,
-            "loadtests": loadtests,
+            **{name: getattr(reports, name) for name in Reports.model_fields},
+            "config": {**build.config, "loadtest": priced},
             "ledger": ledger(),
-            "prompts": must_pass(),
-            "tasks": tasks(),
-            "judged": (judged(),),
-            "verdict": gate.judge(Reports(evaluations=evaluations, loadtests=loadtests), POLICY, build.unit.digest),
+            "verdict": gate.judge(reports, POLICY, build.unit.digest),
         }
     )

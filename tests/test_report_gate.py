@@ -31,9 +31,9 @@ def test_the_sentence_names_what_decides(build):
     passed, failed, open_ = check("pass"), check("fail"), check("inconclusive", rule="b >= 1")
     waived = check("fail", rule="c >= 1", waived="known")
     assert report_gate.why(judged(build, "pass", passed, passed)) == "Passes: all 2 checks hold."
-    assert report_gate.why(judged(build, "pass", passed, waived)) == "Passes: all 1 checks hold (1 waived)."
+    assert report_gate.why(judged(build, "pass", passed, waived)) == "Passes: all 1 checks hold (1 more not counted)."
     said = report_gate.why(judged(build, "fail", passed, waived, failed, failed, open_))
-    assert said == "Fails (1 waived): a >= 0.8: so it is; so with 1 more check."
+    assert said == "Fails: a >= 0.8: so it is; so with 1 more check (1 more not counted)."
     assert report_gate.why(judged(build, "inconclusive", passed, open_)) == "Undecided: b >= 1: so it is."
     assert report_gate.why(build.model_copy(update={"verdict": None})) == "Not judged."
 

@@ -32,10 +32,10 @@ def spoilt(build: Build, value: str) -> Build:
 
 def test_the_slice_that_got_worse_comes_first(build):
     """With its count, score and paired difference to the champion."""
-    found = report_slices.slices(spoilt(build, "phone"), 6)
+    found = report_slices.extremes(spoilt(build, "phone"), 6)
     assert found.against == "incumbent"
     worst = found.shown[0]
-    assert (worst.column, worst.value, worst.items, worst.score.value) == ("channel", "phone", 66, 0.0)
+    assert (worst.by, worst.value, worst.items, worst.score.value) == ("channel", "phone", 66, 0.0)
     assert worst.change.high < -0.5
     assert len(found.shown) == 6 < found.found
     changes = [one.change.value for one in found.shown]
@@ -43,9 +43,9 @@ def test_the_slice_that_got_worse_comes_first(build):
 
 
 def test_expected_fields_and_labels_are_slices_and_texts_are_not():
-    """A JSON object's plain fields, a short label; no list, no long text, no prose."""
+    """Named as a policy names them: a JSON object's plain fields, a short label; no list and no prose."""
 
-    def names(expected: str) -> list[tuple[str, str]]:
+    def splits(expected: str) -> list[str]:
         item = Item(
             id="1",
             prompt="?",
@@ -53,15 +53,14 @@ def test_expected_fields_and_labels_are_slices_and_texts_are_not():
             answer="",
             finish_reason="stop",
             scores={},
-            columns={"a": "b", "t": "x" * 99},
+            columns={"channel": "mail"},
         )
-        return list(report_slices.names(item))
+        return list(report_slices.splits(item))
 
-    assert names('{"category": "bug", "urgent": true, "entities": ["A"]}') == [
-        ("a", "b"), ("expected category", "bug"), ("expected urgent", "True"),
-    ]  # fmt: skip
-    assert names("card_arrival") == [("a", "b"), ("expected", "card_arrival")]
-    assert names("a long answer in prose, " * 5) == [("a", "b")]
+    fields = '{"category": "bug", "urgent": true, "entities": ["A"]}'
+    assert splits(fields) == ["channel", "expected.category", "expected.urgent"]
+    assert splits("card_arrival") == ["channel", "expected"]
+    assert splits("a long answer in prose, " * 5) == ["channel"]
 
 
 def test_too_small_and_whole_slices_are_left_out(build):
@@ -72,8 +71,8 @@ def test_too_small_and_whole_slices_are_left_out(build):
         for n, item in enumerate(candidate.items)
     )
     alone = build.model_copy(update={"evaluations": {"candidate": candidate.model_copy(update={"items": items})}})
-    found = report_slices.slices(alone, 6)
-    assert {(one.column, one.value) for one in found.shown} == {("half", "0"), ("half", "1")}
+    found = report_slices.extremes(alone, 6)
+    assert {(one.by, one.value) for one in found.shown} == {("half", "0"), ("half", "1")}
     assert found.against is None
     assert found.shown[0].score.value <= found.shown[1].score.value
-    assert report_slices.slices(build.model_copy(update={"evaluations": {}}), 6) is None
+    assert report_slices.extremes(build.model_copy(update={"evaluations": {}}), 6) is None

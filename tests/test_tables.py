@@ -26,7 +26,7 @@ def test_a_finished_build_prints_broken_prompts_and_ledger(tmp_path, monkeypatch
     said = capsys.readouterr().out
     parts = [
         "2 of 4 must-pass prompts hold; broken since the champion: 1", "since the champion  refund period",
-        "[red]30 days[/red]", "also before", "as served by vLLM", "AWQ lost most: json_field_match", "gate: pass",
+        "[red]30 days[/red]", "also before", "as served by vLLM", "AWQ lost most: json_field_match", "gate: fail",
     ]  # fmt: skip
     places = [said.find(part) for part in parts]
     assert -1 not in places, said
