@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Measured:
 
     evaluations: dict[str, Evaluation]
     loadtests: dict[str, LoadTest]
-    prompts: dict[str, tuple[PromptResult, ...]]
+    prompts: dict[str, tuple[PromptResult, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

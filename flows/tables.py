@@ -49,7 +49,10 @@ def print_prompts(asked: report_prompts.Prompts, console: Console) -> None:
     since = [(one, "since the champion") for one in asked.lost]
     before = [(one, "also before" if asked.with_champion else "broken") for one in asked.broken]
     rows = [
-        [f"[red]{when}[/]", escape(one.id), escape("; ".join(one.broken)), escape(one.answer[:ANSWER])]
+        [
+            f"[red]{when}[/]",
+            *(escape(_printable(text)) for text in (one.id, "; ".join(one.broken), one.answer[:ANSWER])),
+        ]
         for one, when in [*since, *before]
     ]
     if rows:
@@ -83,6 +86,11 @@ def terminal() -> Console:
     """This terminal, or lines wide enough for a table where the output goes elsewhere."""
     console = Console()
     return console if console.is_terminal else Console(width=WIDTH_OF_A_PIPE)
+
+
+def _printable(text: str) -> str:
+    """A model's words in one line, without what would steer the terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _table(head: list[str], rows: list[list[str]], title: str) -> Table:

@@ -58,10 +58,10 @@ def gate_table(verdict: Verdict) -> str:
     rows = [
         [
             f"{MARKS[check.outcome]}, not counted" if check.waived else MARKS[check.outcome],
-            check.name,
-            check.rule,
+            plain(check.name),
+            plain(check.rule),
             content.with_interval(check.estimate),
-            f"{check.why}; {code(check.waived, 200)}" if check.waived else check.why,
+            plain(check.why) + (f"; {code(check.waived, 200)}" if check.waived else ""),
         ]
         for check in report_gate.checks(verdict)
     ]
@@ -98,7 +98,7 @@ def _sections(build: Build, found: Page) -> list[tuple[int, str]]:
     shown = content.examples(build, CARD_EXAMPLES)
     few = {kind: [one for one in shown if one.kind == kind] for kind in content.EXAMPLE_ORDER}
     return [
-        (0, f"# {found.name}\n\n{found.why} {found.summary}"),
+        (0, f"# {found.name}\n\n{plain(found.why)} {found.summary}"),
         (0, _prompts(found)),
         (0, gate),
         (2, _ledger(found)),
@@ -222,6 +222,11 @@ def code(text: str, limit: int) -> str:
     return f"{ticks}{pad}{line}{pad}{ticks}"
 
 
+def plain(text: str) -> str:
+    """Text of our own that may quote somebody's words: what would begin a tag, a link, a picture or code is escaped."""
+    return re.sub(r"<(?=[A-Za-z/!?])|[\[`]", r"\\\g<0>", text)
+
+
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table whose cells can't break it."""
     lines = [head, ["---"] * len(head), *rows]
@@ -268,6 +273,7 @@ def _shown(build: Build, found: Page) -> dict[str, Any]:
         "figure": report_load.figure,
         "beneath": report_load.beneath,
         "failed": report_load.failed,
+        "open_ends": any(one.open_above for level in found.load for one in level.metrics.values()),
         "pictures": pictures,
         "loss": _loss(build),
         "kinds": content.EXAMPLE_ORDER,

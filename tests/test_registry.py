@@ -113,6 +113,7 @@ def test_a_build_is_recorded_for_its_reviewer(home, tmp_path):
     assert [json.loads(line)["id"] for line in lines] == [item.id for item in build.evaluations["candidate"].items]
     assert json.loads((folder / "verdict.json").read_text()) == json.loads(build.verdict.model_dump_json())
     assert "<html" in (folder / "report.html").read_text()
+    assert json.loads((folder / "report.json").read_text())["unit"] == build.unit.digest
     assert (folder / "model_card.md").is_file()
     assert list((folder / "plots").glob("*.png"))
 

@@ -116,13 +116,14 @@ def test_a_reviewer_reads_it_in_the_order_of_a_decision(full, full_text):
 
 
 def test_names_from_files_are_never_markup(full):
-    """A prompt, a slice's value, a task's name, a judge's and a waiver's words stand as text, in Markdown as code."""
-    evil = "<i>x</i>|`y`"
+    """A prompt, a slice's value, a task's name, a judge's, a check's and a waiver's words stand as text, in Markdown as code."""
+    evil = "<i>x</i>|`y`[z](http://z)"
     candidate = full.evaluations["candidate"]
     items = tuple(
         item.model_copy(update={"columns": {evil: evil}} if n % 2 else {}) for n, item in enumerate(candidate.items)
     )
-    checks = (full.verdict.checks[0].model_copy(update={"waived": evil}), *full.verdict.checks[1:])
+    first, *rest = full.verdict.checks
+    checks = (first.model_copy(update={"waived": evil, "name": evil, "rule": evil, "why": evil}), *rest)
     build = full.model_copy(
         update={
             "evaluations": {**full.evaluations, "candidate": candidate.model_copy(update={"items": items})},
@@ -139,7 +140,7 @@ def test_names_from_files_are_never_markup(full):
     assert "<i>" not in text
     assert words(text).count(evil) >= 9
     without_code = re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "", report.markdown(build))
-    assert "<i>" not in without_code
+    assert re.findall(r"(?<!\\)<i>|(?<!\\)`y`|(?<!\\)\[z", without_code) == []
 
 
 def test_long_texts_are_folded_and_whole(full):

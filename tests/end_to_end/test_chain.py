@@ -46,7 +46,7 @@ data:
 finetune: {{micro_batch_size: 2, num_epochs: 30, learning_rate: 1e-2, save_steps: 20, eval_steps: 20}}
 quantize: {{num_calibration_samples: 4, max_calibration_tokens: 64}}
 serve: {{enforce_eager: true, max_model_len: 128, max_num_seqs: 4, kv_cache_memory: 128MiB}}
-evaluate: {{max_tokens: 16, compare: [base]}}
+evaluate: {{max_tokens: 16, compare: [base], prompts: prompts.yaml}}
 loadtest: {{max_concurrency: [2], num_prompts: 8, max_tokens: 8}}
 gate:
   min_items: 10
@@ -54,6 +54,11 @@ gate:
     - {{metric: exact_match, min: 0.4}}
     - {{metric: exact_match, against: base, margin: -0.3}}
 promote: {{port: {port}}}
+"""
+PROMPTS = """
+- description: no item is a zebra
+  prompt: Say the code of item 3
+  assert: [{type: not-contains, value: zebra}]
 """
 
 
@@ -122,6 +127,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         "".join(row(verb, item) for verb in ("Tell me the", "What is the") for item in range(10))
     )
     (folder / "holdout.jsonl").write_text("".join(row("Say the", item) for item in range(10)))
+    (folder / "prompts.yaml").write_text(PROMPTS)
     (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder, port=made.port))
     train = environments.find("train")
     subprocess.run(
@@ -201,6 +207,16 @@ def test_every_measurement_is_told_the_configs_seed(house: House) -> None:
     requests = [*work.glob("evaluate/*/request.json"), *work.glob("build/*/loadtest-*/request.json")]
     assert len(requests) == 3
     assert {json.loads(file.read_text())["config"]["seed"] for file in requests} == {42}
+
+
+def test_the_candidate_was_asked_the_must_pass_prompts(house: House) -> None:
+    """Greedily, as in the evaluation, and the gate was told."""
+    made = build_of(house)
+    (asked,) = made.prompts["candidate"]
+    assert (asked.id, asked.prompt, asked.broken) == ("no item is a zebra", "Say the code of item 3", ())
+    assert asked.answer
+    assert made.verdict
+    assert "must-pass prompts" in [check.name for check in made.verdict.checks]
 
 
 def test_the_resumed_adapter_is_the_uninterrupted_one(house: House, tmp_path: Path) -> None:
