@@ -44,7 +44,7 @@ def problems(folder: Path, text: str, *overrides: str) -> list[Problem]:
          6, "gate.metrics[0].against: base is not measured"),
         ("evaluate:\n  max_items: 20\n" + PASSABLE, 5, "gate.min_items: 100 scored items are wanted"),
         (PASSABLE + "  load:\n    - {metric: p99_ttft_ms, max_concurrency: 8, max: 100}\n",
-         7, "can't be bounded by 32 requests"),
+         7, "can't be bounded by 96 requests"),
         (PASSABLE + "  load:\n    - {metric: p50_ttft_ms, max_concurrency: 3, max: 100}\n", 7, "3 is not measured"),
         ("serve:\n  extra_args:\n    host: 0.0.0.0\n" + PASSABLE, 5, "serve.extra_args.host: "),
         ("serve:\n  env:\n    HF_TOKEN: x\n" + PASSABLE, 5, "serve.env.HF_TOKEN: "),
