@@ -37,16 +37,22 @@ class Question:
     waived: str = ""
 
 
-def decide(questions: Sequence[Question], confidence: float) -> list[Check]:
-    """A check for each question, in order."""
+def decide(questions: Sequence[Question], confidence: float, min_items: int = 1) -> list[Check]:
+    """A check for each question, in order; those of one call are one family. Nothing passes on fewer than `min_items`."""
     asked = [replace(question, estimate=cache(question.estimate)) for question in questions]
     family = [question for question in asked if not question.waived]
     failed = {id(question) for question in _broken(family, confidence)}
-    checks = []
-    for question in asked:
-        alone = _broken([question], confidence) if question.waived else []
-        checks.append(_check(question, confidence, fails=id(question) in failed or bool(alone), asked=len(family)))
-    return checks
+    return [
+        _check(question, confidence, min_items, len(family), fails=id(question) in failed)
+        if not question.waived
+        else _check(question, confidence, min_items, 1, fails=bool(_broken([question], confidence)))
+        for question in asked
+    ]
+
+
+def _at_once(confidence: float, asked: int) -> float:
+    """The confidence at which one of so many questions is answered, for all to be answered at `confidence`."""
+    return 1 - (1 - confidence) / asked
 
 
 def _passes(question: Question, confidence: float) -> bool:
@@ -62,7 +68,7 @@ def _broken(family: Sequence[Question], confidence: float) -> list[Question]:
     ]
     found: list[Question] = []
     while below:
-        level = 1 - (1 - confidence) / (len(family) - len(found))
+        level = _at_once(confidence, len(family) - len(found))
         new = [question for question in below if question.estimate(level).high < question.broken]
         if not new:
             break
@@ -71,42 +77,42 @@ def _broken(family: Sequence[Question], confidence: float) -> list[Question]:
     return found
 
 
-def _check(question: Question, confidence: float, *, fails: bool, asked: int) -> Check:
+def _check(question: Question, confidence: float, min_items: int, asked: int, *, fails: bool) -> Check:
     interval = question.estimate(confidence)
     passes = _passes(question, confidence) or (question.reach is None and not fails)
-    outcome: Outcome = "fail" if fails else "pass" if passes else "inconclusive"
+    few = question.items < min_items
+    outcome: Outcome = "fail" if fails else "pass" if passes and not few else "inconclusive"
+    if passes and few:
+        why = f"rests on {question.items} items, {min_items - question.items} more are needed"
+    else:
+        why = _why(question, interval, question.estimate(_at_once(confidence, asked)), outcome, asked)
     threshold = question.broken if question.reach is None else question.reach
-    why = _why(question, interval, outcome, asked)
     return Check(
         name=question.name, outcome=outcome, estimate=interval, threshold=threshold, rule=question.rule, why=why,
         waived=question.waived,
     )  # fmt: skip
 
 
-def _why(question: Question, interval: Interval, outcome: Outcome, asked: int) -> str:
+def _why(question: Question, interval: Interval, surely: Interval, outcome: Outcome, asked: int) -> str:
+    """The outcome in words; `surely` is the interval at the confidence that a failure takes."""
     reach, broken = question.reach, question.broken
+    span = f"{interval.low:.4g} to {interval.high:.4g}"
     if outcome == "fail":
         proven = f"the whole interval up to {interval.high:.4g} lies below {broken:.4g}"
         return proven if reach is None or reach == broken else f"{proven}, and it isn't above {reach:.4g}"
+    if reach is None and interval.high < broken:
+        return f"{span} lies below {broken:.4g}, but of {asked} parts looked at some do by chance"
     if reach is None:
-        return f"not shown to be worse; {question.items} items would miss a loss of up to {max(0.0, -interval.low):.2g}"
+        return f"not shown to be worse; {question.items} items would miss a loss of up to {max(0.0, -surely.low):.2g}"
     if outcome == "pass":
         return f"the whole interval from {interval.low:.4g} reaches it"
-    return f"{_where(interval, reach, broken, asked)}; {_more(question, interval)}"
-
-
-def _where(interval: Interval, reach: float, broken: float, asked: int) -> str:
-    span = f"{interval.low:.4g} to {interval.high:.4g}"
+    where = f"{span} straddles {reach:.4g}" + ("" if reach == broken else f" and isn't all below {broken:.4g}")
     if interval.high < broken:
-        return f"{span} lies below {broken:.4g}, but not surely enough where {asked} questions are asked at once"
-    return f"{span} straddles {reach:.4g}" + ("" if reach == broken else f" and isn't all below {broken:.4g}")
-
-
-def _more(question: Question, interval: Interval) -> str:
-    reach = question.broken if question.reach is None else question.reach
-    needed = items_to_decide(interval, question.items, reach, question.broken)
-    return (
+        where = f"{span} lies below {broken:.4g}, but not surely enough where {asked} questions are asked at once"
+    needed = items_to_decide(interval, surely, question.items, reach, broken)
+    more = (
         NOTHING_BETTER
         if needed is None
         else f"about {needed - question.items} more items would decide if the estimate stays"
     )
+    return f"{where}; {more}"

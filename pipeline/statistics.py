@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 RESAMPLES = 4000
 SEED = 20240229
 BATCH_ELEMENTS = 4_000_000
+FEW_DIFFER = 5  # items or groups of which two systems' scores differ, below which a bootstrap knows too little
+ENOUGH_GROUPS = 15  # groups with anything but the commonest value, from which their variance is known
 
 
 def normal_quantile(confidence: float) -> float:
@@ -60,8 +62,8 @@ def mean_interval(scores: Sequence[float] | Floats, confidence: float, groups: S
 
     values = np.asarray(scores, dtype=float)
     codes = _codes(groups)
-    if is_binary(values) or np.ptp(values) == 0:
-        size = len(values) / design_effect(values, codes)
+    size = len(values) / design_effect(values, codes)
+    if is_binary(values) or np.ptp(values) == 0 or _units(values, codes) < 2:
         return wilson(float(values.mean()) * size, size, confidence)
     return _bootstrap_mean(values, codes, confidence)
 
@@ -71,10 +73,11 @@ def difference_interval(
 ) -> Interval:
     """The mean difference of two systems' scores on the same items, ours minus theirs.
 
-    0/1 scores: Tango's score interval; others: bootstrap BCa over the items' differences. Where no item
-    differs, both become what Tango's gives for no discordant pair: ±z²/(n+z²), because agreeing on n items is
-    no proof of being alike. Where all differ by the same, Wilson's interval of (difference + 1) / 2 is stretched back, for the
-    like reason. With `groups` as in `mean_interval`.
+    0/1 scores: Tango's score interval; others: bootstrap BCa over the items' differences. Where few items (or groups)
+    differ, the bootstrap knows too little of those that might: it is then never narrower than Tango's for so many
+    discordant pairs, which for none is ±z²/(n+z²), because agreeing on n items is no proof of being alike. Where all
+    differ by the same, Wilson's interval of (difference + 1) / 2 is stretched back, for the like reason. With `groups`
+    as in `mean_interval`.
     """
     import numpy as np
 
@@ -82,14 +85,20 @@ def difference_interval(
     if first.shape != second.shape:
         raise ValueError(f"paired scores must be of one length, not {len(first)} and {len(second)}")
     gap, codes = first - second, _codes(groups)
-    if (is_binary(first) and is_binary(second)) or not gap.any():
-        effect = design_effect(gap, codes)
-        better, worse = int((gap > 0).sum()), int((gap < 0).sum())
-        return tango(better / effect, worse / effect, len(gap) / effect, confidence)
-    if np.ptp(gap) == 0:
+    if gap.any() and np.ptp(gap) == 0 and not is_binary(np.abs(gap)):
         as_share = mean_interval((gap + 1) / 2, confidence, groups)
         return Interval(value=float(gap[0]), low=2 * as_share.low - 1, high=2 * as_share.high - 1)
-    return _bootstrap_mean(gap, codes, confidence)
+    effect = design_effect(gap, codes)
+    better, worse = int((gap > 0).sum()), int((gap < 0).sum())
+    by_signs = tango(better / effect, worse / effect, len(gap) / effect, confidence)
+    if is_binary(np.abs(gap)):
+        return by_signs
+    if _units(gap, codes) < 2:
+        return Interval(value=float(gap.mean()), low=-1.0, high=1.0)
+    found = _bootstrap_mean(gap, codes, confidence)
+    if _units(gap[gap != 0], None if codes is None else codes[gap != 0]) >= FEW_DIFFER:
+        return found
+    return Interval(value=found.value, low=min(found.low, by_signs.low), high=max(found.high, by_signs.high))
 
 
 def _codes(groups: Sequence[str] | None) -> Indices | None:
@@ -97,6 +106,11 @@ def _codes(groups: Sequence[str] | None) -> Indices | None:
     import numpy as np
 
     return None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+
+
+def _units(values: Floats, codes: Indices | None) -> int:
+    """How many independent draws there are: items, or groups of them."""
+    return len(values) if codes is None else len(set(codes.tolist()))
 
 
 def _bootstrap_mean(values: Floats, codes: Indices | None, confidence: float) -> Interval:
@@ -113,20 +127,24 @@ def design_effect(values: Floats, codes: Indices | None) -> float:
     """How many times more items in groups it takes than independent ones for the same certainty about their mean.
 
     The variance of the mean over groups by that over items, at least 1; dividing the counts by it lets formulas for
-    independent items hold for grouped ones (J. N. K. Rao and A. J. Scott, Biometrics 48:577-585, 1992). Where all
-    values are alike it is what groups of identical items would have: the sum of squared sizes by the number of items.
+    independent items hold for grouped ones (J. N. K. Rao and A. J. Scott, Biometrics 48:577-585, 1992). Where fewer than
+    ENOUGH_GROUPS hold anything but the commonest value, that variance is hardly known, and the effect is at least what
+    groups of identical items would have: the sum of squared sizes by the number of items.
     """
     import numpy as np
 
     if codes is None:
         return 1.0
     sizes = np.bincount(codes)
+    alike = float((sizes**2).sum() / len(values))
+    found, counts = np.unique(values, return_counts=True)
+    odd = values != found[counts.argmax()]
+    if not odd.any() or len(sizes) == 1:
+        return alike
     apart = values - values.mean()
-    spread = float((apart**2).sum())
-    if spread == 0 or len(sizes) == 1:
-        return float((sizes**2).sum() / len(values))
     between = np.bincount(codes, apart)
-    return max(1.0, len(sizes) / (len(sizes) - 1) * float((between**2).sum()) / spread)
+    effect = max(1.0, len(sizes) / (len(sizes) - 1) * float((between**2).sum() / (apart**2).sum()))
+    return effect if _units(values[odd], codes[odd]) >= ENOUGH_GROUPS else max(effect, alike)
 
 
 def is_binary(values: Floats) -> bool:
@@ -214,9 +232,13 @@ def f1_macro(expected: Sequence[str], predicted: Sequence[str]) -> float:
 def f1_macro_interval(
     expected: Sequence[str], predicted: Sequence[str], confidence: float, groups: Sequence[str] | None = None
 ) -> Interval:
-    """Macro-F1 with a bootstrap BCa interval over the items, or over groups of them."""
+    """Macro-F1 with a bootstrap BCa interval over the items, or over groups of them; Wilson's where no resample differs."""
+    import numpy as np
+
     statistic, units = _f1_macro_of(expected, predicted, groups)
-    return bootstrap(statistic, units, confidence)
+    value = float(statistic(np.arange(units)))
+    found = bootstrap(statistic, units, confidence) if units > 1 else Interval(value=value, low=value, high=value)
+    return found if found.low < found.high else wilson(value * units, units, confidence)
 
 
 def f1_macro_difference_interval(
@@ -226,11 +248,16 @@ def f1_macro_difference_interval(
     confidence: float,
     groups: Sequence[str] | None = None,
 ) -> Interval:
-    """The difference of two systems' macro-F1 on the same items, by the paired bootstrap."""
-    if list(ours) == list(theirs):
-        return difference_interval([0.0] * len(expected), [0.0] * len(expected), confidence, groups)
+    """The difference of two systems' macro-F1 on the same items, by the paired bootstrap.
+
+    Where no resample differs, as for no discordant pair in `difference_interval`.
+    """
     (mine, units), (other, _) = _f1_macro_of(expected, ours, groups), _f1_macro_of(expected, theirs, groups)
-    return bootstrap(lambda chosen: mine(chosen) - other(chosen), units, confidence)
+    if units > 1:
+        found = bootstrap(lambda chosen: mine(chosen) - other(chosen), units, confidence)
+        if found.low < found.high:
+            return found
+    return tango(0, 0, units, confidence)
 
 
 def _f1_macro_of(
@@ -271,17 +298,17 @@ def _f1_macro_of(
     return statistic, units
 
 
-def items_to_decide(interval: Interval, n: int, reach: float, broken: float) -> int | None:
+def items_to_decide(passing: Interval, failing: Interval, n: int, reach: float, broken: float) -> int | None:
     """About how many items would decide if the estimate stays; None: no number.
 
-    Decided means that the interval lies wholly above `reach` or wholly below `broken`. Its width falls with the square
-    root of n.
+    Decided means that `passing` lies wholly above `reach` or `failing`, the interval at the confidence that a failure
+    takes, wholly below `broken`. An interval's width falls with the square root of n.
     """
     wanted = [
         n * (side / distance) ** 2
         for side, distance in (
-            (interval.value - interval.low, interval.value - reach),
-            (interval.high - interval.value, broken - interval.value),
+            (passing.value - passing.low, passing.value - reach),
+            (failing.high - failing.value, broken - failing.value),
         )
         if distance > 0
     ]

@@ -71,6 +71,24 @@ def test_what_fails_alone_and_not_among_many_is_open_and_says_so():
     among, *_ = decide([question(-2.1), *(question(0.5) for _ in range(9))], 0.95)
     assert (alone.outcome, among.outcome) == ("fail", "inconclusive")
     assert "10 questions are asked at once" in among.why
+    more = int(among.why.split("about ")[1].split()[0])
+    assert more == math.ceil(100 * (norm.ppf(1 - 0.025 / 10) / 2.1) ** 2) - 100
+
+
+def test_a_part_that_fails_alone_and_not_among_many_passes_and_says_so():
+    """Of many parts some lie below by chance; the check doesn't claim that nothing was seen."""
+    among, *_ = decide([question(-2.1, reach=None), *(question(0.5, reach=None) for _ in range(9))], 0.95)
+    assert among.outcome == "pass"
+    assert "of 10 parts looked at some do by chance" in among.why
+    assert "would miss a loss" in decide([question(0.5, reach=None)], 0.95)[0].why
+
+
+def test_nothing_passes_on_fewer_items_than_are_wanted():
+    """However good they are; a failure stays one."""
+    good, bad = decide([question(5.0), question(-9.0)], 0.95, min_items=101)
+    assert (good.outcome, good.why) == ("inconclusive", "rests on 100 items, 1 more are needed")
+    assert bad.outcome == "fail"
+    assert decide([question(5.0)], 0.95, min_items=100)[0].outcome == "pass"
 
 
 def test_a_waived_question_is_judged_alone_and_does_not_crowd_the_others():

@@ -101,6 +101,50 @@ def test_grouped_items_widen_intervals_as_their_groups_tell(size):
     assert 1 <= (spread.high - spread.low) / (plain.high - plain.low) < 1.15
 
 
+@pytest.mark.parametrize(("groups", "size"), [(20, 50), (40, 10), (100, 10)])
+def test_few_large_groups_that_differ_do_not_look_like_many_items(groups, size):
+    """A candidate three points worse, half of whose groups go one way, is hardly ever shown to be within three points."""
+    rng, proved = np.random.default_rng(9), 0
+    names = [str(n // size) for n in range(groups * size)]
+    for _ in range(150):
+        lost = np.where(
+            np.repeat(rng.random(groups) < 0.5, size),
+            np.repeat(rng.random(groups) < 0.03, size),
+            rng.random(groups * size) < 0.03,
+        )
+        found = statistics.difference_interval(1.0 - lost, np.ones(groups * size), 0.95, names)
+        proved += found.low >= -0.03
+    assert proved <= 12
+
+
+def test_a_tie_is_no_weaker_evidence_than_a_small_loss():
+    """Of a hundred graded items, one that lost a quarter of a point doesn't narrow the interval."""
+    theirs = [0.5] * 100
+    tie, loss = (statistics.difference_interval(ours, theirs, 0.95) for ours in (theirs, [0.25] + [0.5] * 99))
+    assert loss.low < tie.low
+    assert loss.high - loss.low > tie.high - tie.low
+
+
+def test_a_perfect_macro_f1_is_not_proved_by_six_answers():
+    """Nor are two systems shown to be equal whose wrong answers are wrong in other words."""
+    labels = ["a", "b", "c"] * 2
+    perfect = statistics.f1_macro_interval(labels, labels, 0.95)
+    assert (perfect.value, perfect.high) == (1.0, 1.0)
+    assert perfect.low < 0.7
+    same = statistics.f1_macro_difference_interval(["a", "b"] * 60, ["x"] * 120, ["y"] * 120, 0.95)
+    assert same.low == pytest.approx(-same.high)
+    assert same.low < -0.02
+
+
+def test_one_group_is_one_draw():
+    """Whatever many items it has."""
+    scores, names = [0.5, 0.25, 1.0, 0.0] * 10, ["only"] * 40
+    assert statistics.mean_interval(scores, 0.95, names).low < 0.1
+    found = statistics.difference_interval(scores, [0.5] * 40, 0.95, names)
+    assert (found.low, found.high) == (-1, 1)
+    assert statistics.f1_macro_interval(["a", "b"] * 20, ["a", "b"] * 20, 0.95, names).low < 0.3
+
+
 def test_grouped_intervals_cover_the_truth():
     """In 400 simulated holdouts of 60 groups of four that share half their fate, graded and binary alike."""
     rng, inside = np.random.default_rng(8), {"binary": 0, "graded": 0}
@@ -205,7 +249,8 @@ def test_a_better_labeller_is_seen_by_the_paired_macro_f1():
 def test_the_items_said_to_decide_do_decide():
     """With a tenth more items than named the threshold lies outside, with a quarter fewer inside."""
     for successes, n, threshold in [(85, 100, 0.8), (150, 200, 0.8), (45, 60, 0.7)]:
-        needed = statistics.items_to_decide(statistics.wilson(successes, n, 0.95), n, threshold, threshold)
+        found = statistics.wilson(successes, n, 0.95)
+        needed = statistics.items_to_decide(found, found, n, threshold, threshold)
         share = successes / n
         enough = statistics.wilson(share * needed * 1.1, int(needed * 1.1), 0.95)
         short = statistics.wilson(share * needed * 0.75, int(needed * 0.75), 0.95)
@@ -215,4 +260,5 @@ def test_the_items_said_to_decide_do_decide():
 
 def test_an_estimate_on_the_threshold_is_never_decided():
     """No number of items is named where none would help."""
-    assert statistics.items_to_decide(Interval(value=0.8, low=0.7, high=0.9), 100, 0.8, 0.8) is None
+    on_it = Interval(value=0.8, low=0.7, high=0.9)
+    assert statistics.items_to_decide(on_it, on_it, 100, 0.8, 0.8) is None
