@@ -178,15 +178,52 @@ class ServeConfig(Section):
 class Scorer(Section):
     """How an answer is scored against the holdout's; names as in lm-eval."""
 
-    metric: Literal["exact_match", "accuracy", "json_valid", "json_field_match", "token_f1", "rougeL"]
+    metric: str = Field(
+        description="exact_match, accuracy, json_valid, json_field_match, token_f1, rougeL, or the name of a scorer that an "
+        "installed package registers as an entry point of the group tunegate.scorers"
+    )
     fields: tuple[str, ...] = Field((), description="for json_field_match: the keys compared; default: all")
     json_schema: dict[str, Any] | None = Field(None, description="for json_valid: a JSON Schema to hold")
+
+
+class TaskConfig(Section):
+    """A task of lm-eval, run on every served system over HTTP; each of its metrics is a gate metric TASK/METRIC."""
+
+    task: str = Field(
+        description="name of a task, group or tag of lm-eval, or the path (with a / or .yaml) of a task file of one's own, "
+        "or of a folder of such files; its data_files are looked up beside it"
+    )
+    num_fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="examples shown; default: the task's own")
+    limit: PositiveInt | None = Field(None, description="documents used, the first ones; default: all")
+    metrics: tuple[str, ...] = Field((), description="lm-eval's names; default: all that are means over the documents")
+
+
+class JudgeConfig(Section):
+    """A model that compares the candidate's answers with another system's, in both orders, over an OpenAI-compatible API."""
+
+    against: Literal["base", "incumbent"] = Field("base", description="without an incumbent that comparison is skipped")
+    base_url: str = Field(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$", description="as OpenAI's clients take it: https://host/v1")
+    model: str = Field(description="the judge, by the endpoint's name for it")
+    api_key_env: str | None = Field(
+        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="variable holding the endpoint's key; default: no key is sent"
+    )
+    criteria: str = Field(
+        "Prefer the answer that does what the task asks, correctly and completely, and adds nothing to it.",
+        min_length=1,
+        description="what makes an answer better, in words for the judge",
+    )
+    reference: bool = Field(True, description="show the judge the holdout's answer")
+    max_items: PositiveInt = Field(100, description="holdout rows judged, the first ones; two requests each")
+    concurrency: PositiveInt = 4
+    max_tokens: PositiveInt = Field(512, description="of a verdict and its reason")
 
 
 class EvaluateConfig(Section):
     """Greedy answers of the served model on the holdout."""
 
     scorers: tuple[Scorer, ...] = (Scorer(metric="exact_match"),)
+    tasks: tuple[TaskConfig, ...] = Field((), description="needs the environment judges: python3 -m pipeline.install judges")
+    judges: tuple[JudgeConfig, ...] = ()
     max_items: PositiveInt | None = Field(None, description="holdout rows used; default: all")
     max_tokens: PositiveInt = 256
     concurrency: PositiveInt = 16
@@ -339,7 +376,7 @@ class Config(Section):
     promote: PromoteConfig = Field(default_factory=PromoteConfig)
     notify: NotifyConfig = Field(default_factory=NotifyConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
-    environments: dict[Literal["train", "serve", "autoawq"], EnvironmentSetting] = Field(default_factory=dict)
+    environments: dict[Literal["train", "serve", "autoawq", "judges"], EnvironmentSetting] = Field(default_factory=dict)
 
 
 def size_in_bytes(size: str) -> int:

@@ -319,16 +319,25 @@ def _resolve(config: Config, root: Path) -> Config:
             "test_datasets": tuple(_absolute(source, root) for source in config.data.test_datasets),
         }
     )
-    update: dict[str, Any] = {"data": data, "base_model": absolute_or_id(config.base_model, root, (".gguf",))}
-    if config.evaluate.prompts:
-        prompts = str((root / Path(config.evaluate.prompts).expanduser()).resolve())
-        update["evaluate"] = config.evaluate.model_copy(update={"prompts": prompts})
-    return config.model_copy(update=update)
+    evaluate = config.evaluate
+    asked: dict[str, Any] = {
+        "tasks": tuple(entry.model_copy(update={"task": _task(entry.task, root)}) for entry in evaluate.tasks)
+    }
+    if evaluate.prompts:
+        asked["prompts"] = str((root / Path(evaluate.prompts).expanduser()).resolve())
+    base = absolute_or_id(config.base_model, root, (".gguf",))
+    return config.model_copy(update={"data": data, "base_model": base, "evaluate": evaluate.model_copy(update=asked)})
 
 
 def _absolute(source: Any, root: Path) -> Any:
     suffixes = (".jsonl", ".json", ".csv", ".parquet", ".gz", ".zst", ".txt", ".tsv")
     return source.model_copy(update={"path": absolute_or_id(source.path, root, suffixes)})
+
+
+def _task(name: str, root: Path) -> str:
+    """An lm-eval name as it stands; what has a slash or ends like YAML is a path, made absolute."""
+    is_path = "/" in name or name.startswith("~") or name.endswith((".yaml", ".yml"))
+    return str((root / Path(name).expanduser()).resolve()) if is_path else name
 
 
 def absolute_or_id(name: str, root: Path, suffixes: tuple[str, ...]) -> str:

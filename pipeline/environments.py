@@ -121,10 +121,15 @@ def versions(env: Environment, packages: Sequence[str]) -> dict[str, str]:
 def installed(env: Environment) -> dict[str, str]:
     """Name and version of every distribution that is imported from there, sorted."""
     found: dict[str, str] = {}
-    for place in [*env.pythonpath, *_site_packages(env)]:
+    for place in places(env):
         for name, version in _distributions(place):
             found.setdefault(name, version)
     return dict(sorted(found.items()))
+
+
+def places(env: Environment) -> list[Path]:
+    """The folders that distributions are imported from there, first come first served."""
+    return [*env.pythonpath, *_site_packages(env)]
 
 
 def command(env: Environment, module: str, *args: str) -> list[str]:

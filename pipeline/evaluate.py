@@ -16,7 +16,6 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ from pipeline import parity, program, scoring
 from pipeline.artifacts import Evaluation, Item
 from pipeline.config import EvaluateConfig, GateConfig
 from pipeline.digests import digest_file
-from pipeline.errors import DataError, ServingError
+from pipeline.errors import ConfigError, DataError, ServingError
 from pipeline.inference import Message, RequestFailed, complete, connect, shown
+from pipeline.scoring_plugins import ScorerBroken
 
 FAILURES_BEFORE_GIVING_UP = 20
 FAILED = "error"
@@ -88,7 +88,7 @@ def run(request: program.Request) -> dict[str, Any]:
     """Score one served system; see the module docstring.
 
     Raises ModelError when training and serving disagree on tokens or a trained answer never ends, DataError
-    or ConfigError when holdout and scorers don't go together, ServingError when the server is gone.
+    or ConfigError when holdout and scorers don't go together or a user's own scorer fails, ServingError when the server is gone.
     """
     config = EvaluateConfig(**request.config["evaluate"])
     holdout = Path(request.inputs["prepare"]["path"], "payload", "holdout.jsonl")
@@ -139,7 +139,7 @@ async def _answer(
     request: program.Request,
     config: EvaluateConfig,
     rows: list[Row],
-    score: Callable[[str, str | None], dict[str, float]],
+    score: scoring.Score,
 ) -> Answers:
     """Preflight, then ask for everything that isn't answered yet, `concurrency` requests at a time."""
     model, seed = request.config["model"], int(request.config.get("seed", 0))
@@ -182,16 +182,24 @@ async def preflight(http: httpx.AsyncClient, model: str, request: program.Reques
     program.message(f"token parity: {len(seen)} trained conversations have the same ids as served, and an answer ends")
 
 
-def _item(
-    row: Row, answer: str | None, finish_reason: str, score: Callable[[str, str | None], dict[str, float]]
-) -> Item:
+def _item(row: Row, answer: str | None, finish_reason: str, score: scoring.Score) -> Item:
+    """The answered row; raises ConfigError naming it where a user's own scorer fails."""
+    try:
+        scores = score(row.expected, answer, row.prompt)
+    except ScorerBroken as error:
+        raise ConfigError(
+            f"item {row.id}: {error}",
+            key=f"evaluate.scorers.{error.name}",
+            allowed="a number from 0 to 1, or a dict of such numbers with the same keys for every item",
+            remedy="mend the scorer and install it again; with a new version every item is answered anew",
+        ) from error
     return Item(
         id=row.id,
         prompt=row.shown,
         expected=row.expected,
         answer=answer or "",
         finish_reason=finish_reason,
-        scores=score(row.expected, answer),
+        scores=scores,
     )
 
 

@@ -35,6 +35,7 @@ ENVIRONMENTS = {
     "train": ("fine-tune, merge and quantize", {"cpu": 1.8, "cuda": 7.0}),
     "serve": ("vLLM", {"cpu": 3.2, "cuda": 9.0}),
     "autoawq": ("AutoAWQ's own format", {"cpu": 2.4, "cuda": 6.5}),
+    "judges": ("lm-eval's tasks", {"cpu": 0.7, "cuda": 0.7}),
 }
 
 

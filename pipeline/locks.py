@@ -22,7 +22,7 @@ from pipeline import uv
 LOCKS = uv.ROOT / "locks"
 PYTHONS = ("3.11", "3.12")
 PLATFORM = "x86_64-manylinux_2_31"  # older than 2.31 llguidance, which vLLM needs, has no wheels
-SOURCE_ONLY = ("autoawq", "rouge-score")  # pure Python, published without wheels
+SOURCE_ONLY = ("autoawq", "rouge-score", "sqlitedict", "word2number")  # pure Python, published without wheels
 NEVER = "; python_version < '0'"
 
 # prefect and vLLM ask for the newest certifi, which mirrors may not have yet
@@ -55,9 +55,11 @@ ALL = (
     Lock("cpu/train.txt", groups=("train",), constraints=CPU, overrides=CPU_OVERRIDES),
     Lock("cpu/serve.txt", groups=("serve-cpu",), constraints=CPU, overrides=CPU_OVERRIDES),
     Lock("cpu/autoawq.txt", groups=("autoawq",), constraints=CPU, overrides=CPU_OVERRIDES),
+    Lock("cpu/judges.txt", groups=("judges",)),
     Lock("cuda/train.txt", groups=("train", "train-cuda"), constraints=CUDA),
     Lock("cuda/serve.txt", groups=("serve-cuda",), constraints=CUDA),
     Lock("cuda/autoawq.txt", groups=("autoawq",), constraints=CUDA),
+    Lock("cuda/judges.txt", groups=("judges",)),
 )
 
 

@@ -2,7 +2,7 @@
 
 Every score lies between 0 and 1. Item scores are pure functions of (expected, answer); `metrics` aggregates
 them, with an interval each. An item whose request failed scores 0 everywhere. sklearn, scipy and rouge-score
-load when first used.
+load when first used, and so do scorers of a user's own (scoring_plugins).
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
+from pipeline import scoring_plugins
 from pipeline.artifacts import Interval, Item
 from pipeline.config import Scorer
 from pipeline.errors import ConfigError, Problem
+from pipeline.scoring_plugins import BUILT_IN
 from pipeline.statistics import (
     difference_interval,
     f1_macro_difference_interval,
@@ -131,16 +133,26 @@ def same_json(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def item_scorer(scorers: Iterable[Scorer]) -> Callable[[str, str | None], dict[str, float]]:
-    """One function that scores (expected, answer) by all scorers; None, a failed request, scores 0.
+class Score(Protocol):
+    """Scores an answer by all scorers of an evaluation."""
 
-    Raises ConfigError when a JSON Schema isn't one.
+    def __call__(self, expected: str, answer: str | None, prompt: scoring_plugins.Prompt = ()) -> dict[str, float]:
+        """Scores by metric; an answer of None, a failed request, scores 0. `prompt` is what a user's own scorer is shown."""
+
+
+def item_scorer(scorers: Iterable[Scorer]) -> Score:
+    """One function that scores an item by all scorers.
+
+    Raises ConfigError when a JSON Schema isn't one; the function raises ScorerBroken where a user's own scorer fails.
     """
-    functions = [_scorer(scorer) for scorer in scorers]
+    chosen = list(scorers)
+    functions = [_scorer(scorer) for scorer in chosen if scorer.metric in BUILT_IN]
+    plugins = [scoring_plugins.scorer(scorer.metric) for scorer in chosen if scorer.metric not in BUILT_IN]
 
-    def score(expected: str, answer: str | None) -> dict[str, float]:
+    def score(expected: str, answer: str | None, prompt: scoring_plugins.Prompt = ()) -> dict[str, float]:
         scores = {name: value for function in functions for name, value in function(expected, answer or "").items()}
-        return scores if answer is not None else dict.fromkeys(scores, 0.0)
+        scores = scores if answer is not None else dict.fromkeys(scores, 0.0)
+        return scores | {name: value for plugin in plugins for name, value in plugin(prompt, expected, answer).items()}
 
     return score
 
@@ -195,7 +207,10 @@ def unfit(scorers: Iterable[Scorer], rows: Iterable[tuple[str, str]]) -> list[Pr
 
 
 def names_measured(scorers: Sequence[Scorer]) -> list[str]:
-    """The metrics that these scorers are sure to give, sorted; a field is sure where `fields` names it."""
+    """The metrics that these scorers are sure to give, sorted; a field is sure where `fields` names it.
+
+    A user's own scorer is sure to give its name, as a number or as a mean.
+    """
     names = {scorer.metric for scorer in scorers} | {
         f"{scorer.metric}/{name}" for scorer in scorers for name in scorer.fields if scorer.metric == FIELDS
     }
@@ -203,9 +218,16 @@ def names_measured(scorers: Sequence[Scorer]) -> list[str]:
 
 
 def is_measured(metric: str, scorers: Sequence[Scorer]) -> bool:
-    """Whether these scorers can give the metric; without `fields` any field may turn out to be in the holdout."""
-    any_field = any(scorer.metric == FIELDS and not scorer.fields for scorer in scorers)
-    return metric in names_measured(scorers) or (any_field and metric.startswith(f"{FIELDS}/"))
+    """Whether these scorers can give the metric: without `fields` any field may turn out to be in the holdout.
+
+    Likewise may a user's own scorer return any key; it isn't asked before there is an answer.
+    """
+    open_ended = [
+        scorer.metric
+        for scorer in scorers
+        if scorer.metric not in BUILT_IN or (scorer.metric == FIELDS and not scorer.fields)
+    ]
+    return metric in names_measured(scorers) or metric.startswith(tuple(f"{name}/" for name in open_ended))
 
 
 def metric_names(items: Sequence[Item]) -> list[str]:
