@@ -18,7 +18,7 @@ demo: setup   ## from a base model to an approved, promoted release that answers
 	@$(BIN)/tunegate demo
 
 test: setup   ## all tests but those that need a GPU or a container engine
-	@$(PYTHON) -m pipeline.install autoawq
+	@$(PYTHON) -m pipeline.install autoawq judges
 	@$(BIN)/python -m pytest -m "not gpu and not container" -n 2 --dist loadfile --no-loadscope-reorder
 
 image:        ## build the CPU serving image where no registry is reachable (Debian 12, root)

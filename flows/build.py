@@ -17,7 +17,7 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from flows import curves, progress, stages
+from flows import curves, judges, progress, stages
 from flows.measure import Measured, measure
 from flows.stages import OnEvent
 from pipeline import (
@@ -86,6 +86,7 @@ def _steps(
     *,
     again: bool,
 ) -> dict[str, Any]:
+    judges.need_keys(config)
     artifacts: dict[Stage, Artifact] = {}
     for step in plan.steps(config):
         inputs = {name: artifacts[cast("Stage", name)] for name in step.inputs}
@@ -106,6 +107,8 @@ def _steps(
         evaluations=measured.evaluations,
         loadtests=measured.loadtests,
         prompts=measured.prompts,
+        tasks=measured.tasks,
+        judged=measured.judged,
         verdict=verdict,
     )
     return _conclude(made, run_id, settings, show)

@@ -18,10 +18,20 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from flows import prompts, stages
+from flows import judges, prompts, stages
 from flows.stages import OnEvent
-from pipeline import plan, program, registry, serving, store
-from pipeline.artifacts import Artifact, Evaluation, LoadTest, PromptResult, Release, ServedUnit, Stage
+from pipeline import plan, program, registry, scoring_plugins, serving, store
+from pipeline.artifacts import (
+    Artifact,
+    Evaluation,
+    JudgeReport,
+    LoadTest,
+    PromptResult,
+    Release,
+    ServedUnit,
+    Stage,
+    TaskResult,
+)
 from pipeline.config import Config
 from pipeline.digests import digest_of
 from pipeline.errors import EnvironmentMissing, Problem, RegistryError, ServingError
@@ -37,6 +47,8 @@ class Measured:
     evaluations: dict[str, Evaluation]
     loadtests: dict[str, LoadTest]
     prompts: dict[str, tuple[PromptResult, ...]] = field(default_factory=dict)
+    tasks: dict[str, tuple[TaskResult, ...]] = field(default_factory=dict)
+    judged: tuple[JudgeReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ def measure(
     evaluations: dict[str, Evaluation] = {}
     loadtests: dict[str, LoadTest] = {}
     asked: dict[str, tuple[PromptResult, ...]] = {}
+    tasks: dict[str, tuple[TaskResult, ...]] = {}
     attempt = uuid.uuid4().hex if again else ""
     if again:
         for folder in store.build_folder(build_key).glob("loadtest-*"):
@@ -74,7 +87,14 @@ def measure(
             loadtests[system.role] = loadtest
         if system.role in JUDGED:
             asked[system.role] = prompts.results(config, system.unit, attempt)
-    return Measured(evaluations, loadtests, {role: results for role, results in asked.items() if results})
+        tasks |= judges.task_results(config, system, attempt)
+    return Measured(
+        evaluations,
+        loadtests,
+        {role: results for role, results in asked.items() if results},
+        tasks,
+        judges.judged(config, evaluations, attempt, show),
+    )
 
 
 def systems(
@@ -149,6 +169,7 @@ def _measure(
     with ExitStack() as stack:
         server = _Lazy(build_key, system, show, stack)
         evaluation = _evaluate(config, artifacts, system, attempt, server, show)
+        judges.run_tasks(config, system, attempt, server, show)
         loadtest = None
         if system.role in JUDGED:
             prompts.ask(config, system.unit, attempt, lambda: _where(config, system, server()), show)
@@ -192,11 +213,14 @@ def _evaluate(
     needed: tuple[str, ...] = ("prepare", "finetune") if trained else ("prepare",)
     inputs = {name: artifacts[name] for name in needed}  # type: ignore[index]
     parents = {"unit": system.unit.digest, **{name: artifact.digest for name, artifact in inputs.items()}}
+    metrics = [scorer["metric"] for scorer in config["evaluate"]["scorers"]]
+    scorers = scoring_plugins.versions(metrics)
     key = digest_of(
         {
             "system": system.role,
             "inputs": parents,
-            "config": {name: value for name, value in config["evaluate"].items() if name != "prompts"},
+            "config": {name: value for name, value in config["evaluate"].items() if name not in judges.BESIDE_SCORERS},
+            "scorers": scorers,
             "seed": config["seed"],
             "confidence": config["gate"]["confidence"],
             "source": plan.source_digest("evaluate"),
@@ -209,10 +233,10 @@ def _evaluate(
             show({"event": "stage", "stage": "evaluate", "state": "running", "log": system.role})
             settings = {"evaluate": config["evaluate"], "gate": config["gate"], **_where(config, system, running)}
             request = program.Request(settings, stages.inputs_json(artifacts, needed), partial)
-            detail = stages.run_program("evaluate", "control", config, request, show)
-            store.finish(
-                "evaluate", key, partial, parents=parents, made_by={"vllm": system.unit.vllm_version}, detail=detail
-            )
+            places = scoring_plugins.places(metrics)
+            detail = stages.run_program("evaluate", "control", config, request, show, pythonpath=places)
+            made_by = {"vllm": system.unit.vllm_version, **scorers}
+            store.finish("evaluate", key, partial, parents=parents, made_by=made_by, detail=detail)
     found = store.find("evaluate", key)
     assert found is not None  # noqa: S101 - finished above
     show({"event": "stage", "stage": "evaluate", "state": system.role})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -18,8 +20,8 @@ from pipeline.artifacts import Artifact
 from pipeline.errors import Problem, RegistryError, ServingError, StageFailed, TunegateError
 from pipeline.plan import Step
 
-# A gated model needs the user's token; no other stage program sees a secret.
-SECRETS_OF = {"model": ("HF_TOKEN",), "data": ("HF_TOKEN",)}
+# A gated model or dataset needs the user's token; no other stage program sees a secret unless its caller names it.
+SECRETS_OF = {"model": ("HF_TOKEN",), "data": ("HF_TOKEN",), "tasks": ("HF_TOKEN",)}
 OnEvent = Callable[[program.Event], None]
 
 
@@ -95,11 +97,19 @@ def _make(
 
 
 def run_program(
-    module: str, environment: str, config: Mapping[str, Any], request: program.Request, on_event: OnEvent
+    module: str,
+    environment: str,
+    config: Mapping[str, Any],
+    request: program.Request,
+    on_event: OnEvent,
+    *,
+    keep: tuple[str, ...] = (),
+    pythonpath: tuple[Path, ...] = (),
 ) -> dict[str, Any]:
-    """Run `python -m pipeline.MODULE` in the named environment."""
+    """Run `python -m pipeline.MODULE` in the named environment, with the secrets in `keep` and further folders to import from."""
     found = environments.find(environment, environments.settings(config))
-    environ = environments.child_environ(found, SECRETS_OF.get(module, ()))
+    found = replace(found, pythonpath=(*found.pythonpath, *pythonpath))
+    environ = environments.child_environ(found, (*SECRETS_OF.get(module, ()), *keep))
     return program.run(environments.command(found, f"pipeline.{module}"), environ, request, on_event)
 
 

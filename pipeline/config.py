@@ -202,10 +202,14 @@ class JudgeConfig(Section):
     """A model that compares the candidate's answers with another system's, in both orders, over an OpenAI-compatible API."""
 
     against: Literal["base", "incumbent"] = Field("base", description="without an incumbent that comparison is skipped")
-    base_url: str = Field(pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$", description="as OpenAI's clients take it: https://host/v1")
+    base_url: str = Field(
+        pattern=r"^https?://[^/@?#\s]+(/[^@?#\s]*)?$", description="as OpenAI's clients take it: https://host/v1"
+    )
     model: str = Field(description="the judge, by the endpoint's name for it")
     api_key_env: str | None = Field(
-        None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="variable holding the endpoint's key; default: no key is sent"
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="variable holding the endpoint's key; default: no key is sent",
     )
     criteria: str = Field(
         "Prefer the answer that does what the task asks, correctly and completely, and adds nothing to it.",
@@ -222,7 +226,9 @@ class EvaluateConfig(Section):
     """Greedy answers of the served model on the holdout."""
 
     scorers: tuple[Scorer, ...] = (Scorer(metric="exact_match"),)
-    tasks: tuple[TaskConfig, ...] = Field((), description="needs the environment judges: python3 -m pipeline.install judges")
+    tasks: tuple[TaskConfig, ...] = Field(
+        (), description="needs the environment judges: python3 -m pipeline.install judges"
+    )
     judges: tuple[JudgeConfig, ...] = ()
     max_items: PositiveInt | None = Field(None, description="holdout rows used; default: all")
     max_tokens: PositiveInt = 256

@@ -2,7 +2,7 @@
 
 A request that fails for reasons of its own raises RequestFailed, which its caller counts; a server that is
 gone or refuses everyone raises ServingError, which stops the run. Proxy variables of the environment are not
-followed: the server is ours.
+followed unless the server is somebody else's.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class RequestFailed(Exception):
     """One request failed for good; the message says how."""
 
 
-def connect(url: str, api_key: str | None, connections: int) -> httpx.AsyncClient:
-    """A client for the server at `url`, to be closed by `async with`."""
+def connect(url: str, api_key: str | None, connections: int, *, proxies: bool = False) -> httpx.AsyncClient:
+    """A client for the server at `url`, to be closed by `async with`; `proxies`: the environment's are used."""
     return httpx.AsyncClient(
         base_url=url,
         headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
         timeout=httpx.Timeout(TIMEOUT_S, connect=10.0),
         limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-        trust_env=False,
+        trust_env=proxies,
     )
 
 

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline import environments, hardware, store
+from pipeline import environments, hardware, scoring_plugins, store
 from pipeline.digests import digest_file, digest_of
 from pipeline.sample_size import DIFFERING, items_for_margin
 
@@ -62,6 +62,7 @@ class Plan:
     finished: Mapping[str, Any] | None
     memory: Mapping[str, int] = field(default_factory=dict)
     sizes: tuple[str, ...] = ()
+    judges: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
@@ -100,6 +101,7 @@ def section(config: Mapping[str, Any], dotted: str) -> Any:
 
 
 PROGRAMS = {"base": "model", "prepare": "data"}
+JUDGES_PACKAGES = ("lm-eval", "transformers")
 
 
 def program_of(stage: str) -> str:
@@ -182,12 +184,33 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
             "sources": dict(sources),
             "device": device,
             "code": {name: source_digest(name) for name in _programs(config)},
-            "made_by": made_by,
+            "made_by": made_by | _judged_by(config),
             "served_by": served_by(config),
         }
     )[:32]
     finished = store.peek_build(build)
-    return Plan(config["name"], build, tuple(planned), finished, memory(config, planned), tuple(sizes(config, planned)))
+    return Plan(
+        config["name"], build, tuple(planned), finished, memory(config, planned), tuple(sizes(config, planned)), judges(config)
+    )
+
+
+def judges(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """What judges beside the scorers, by program: lm-eval's tasks, and LLM judges with what they compare against."""
+    asked = config["evaluate"]
+    found = {
+        "tasks": tuple(Path(entry["task"]).name for entry in asked["tasks"]),
+        "judge": tuple(f"{entry['model']} against {entry['against']}" for entry in asked["judges"]),
+    }
+    return {program: names for program, names in found.items() if names}
+
+
+def _judged_by(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """The versions of what judges beside our own scorers; raises EnvironmentMissing or ConfigError for what isn't installed."""
+    found = {"scorers": scoring_plugins.versions([scorer["metric"] for scorer in config["evaluate"]["scorers"]])}
+    if config["evaluate"]["tasks"]:
+        judges_environment = environments.find("judges", environments.settings(config))
+        found["tasks"] = environments.versions(judges_environment, JUDGES_PACKAGES)
+    return found
 
 
 def served_by(config: Mapping[str, Any]) -> dict[str, str]:
@@ -211,7 +234,7 @@ def inputs_of(step: Step, digests: Mapping[str, str], sources: Mapping[str, str]
 
 def _programs(config: Mapping[str, Any]) -> list[str]:
     asked = ["prompts"] if config["evaluate"]["prompts"] else []
-    return [*(program_of(step.stage) for step in steps(config)), "evaluate", *asked, "loadtest", "gate"]
+    return [*(program_of(step.stage) for step in steps(config)), "evaluate", *asked, *judges(config), "loadtest", "gate"]
 
 
 def memory(config: Mapping[str, Any], planned: list[PlannedStep]) -> dict[str, int]:
@@ -291,11 +314,16 @@ def render(plan: Plan, path: Path, write: Callable[[str], None]) -> None:
     done = "recorded" if plan.finished else "to do"
     for stage, environment in (
         ("evaluate", "control+serve"),
+        ("tasks", "judges+serve"),
+        ("judge", "control"),
         ("loadtest", "control+serve"),
         ("gate", "control"),
         ("register", "control"),
     ):
-        write(f"  {stage:<10}{environment:<15}{done}")
+        if stage not in ("tasks", "judge"):
+            write(f"  {stage:<10}{environment:<15}{done}")
+        elif stage in plan.judges:
+            write(f"  {stage:<10}{environment:<15}{done:<22}{', '.join(plan.judges[stage])}")
     for what, size in plan.memory.items():
         write(f"  memory  {what}: about {size / 2**30:.1f} GiB")
     for line in plan.sizes:

@@ -7,6 +7,7 @@ found right once needs no second look until it, or the code that judges it, chan
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,10 @@ from pipeline.errors import ConfigError, Problem
 from pipeline.program import write_json
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config import Config, EvaluateConfig
 
 JUDGES = (
-    "config.py", "config_file.py", "gate_policy.py", "load_statistics.py", "resolve.py", "scoring.py",
+    "config.py", "config_file.py", "gate_policy.py", "load_statistics.py", "resolve.py", "scoring.py", "scoring_plugins.py",
     "serving_refusals.py", "slices.py", "statistics.py", "yaml_lines.py",
 )  # fmt: skip
 
@@ -44,23 +45,52 @@ def resolve(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = N
 
 def judge(config: Config) -> Iterator[Problem]:
     """What would be found wrong hours later: a policy that can never be decided, a scorer or a served unit that can't be made."""
-    from pipeline import gate_policy, scoring
+    from pipeline import gate_policy, scoring, scoring_plugins
     from pipeline.serving_refusals import argument_problems, env_problems
 
     try:
         scoring.item_scorer(config.evaluate.scorers)
     except ConfigError as error:
         yield from error.problems
+    yield from scoring_plugins.problems(scorer.metric for scorer in config.evaluate.scorers)
+    yield from judges_problems(config.evaluate)
     yield from argument_problems(config.serve.extra_args)
     yield from env_problems(config.serve.env)
     yield from gate_policy.problems(config.gate, config.evaluate, config.loadtest)
 
 
-def warnings(config: Mapping[str, Any], path: Path) -> list[Problem]:
-    """What is allowed and still keeps a build of this resolved config from passing its gate.
+def judges_problems(evaluate: EvaluateConfig) -> Iterator[Problem]:
+    """LLM judges that are to compare with what isn't measured."""
+    for index, entry in enumerate(evaluate.judges):
+        if entry.against == "base" and "base" not in evaluate.compare:
+            yield Problem(
+                "base is not measured",
+                key=f"evaluate.judges[{index}].against",
+                allowed="incumbent, or base where evaluate.compare has it",
+                remedy="add base to evaluate.compare, or judge against: incumbent",
+            )
 
-    That is no check at all, or none before there is an incumbent: the gate calls it inconclusive.
-    """
+
+def warnings(config: Mapping[str, Any], path: Path) -> list[Problem]:
+    """What is allowed and still keeps a build of this resolved config from passing its gate, or from starting here."""
+    return [*_undecided(config, path), *_keyless(config, path)]
+
+
+def _keyless(config: Mapping[str, Any], path: Path) -> Iterator[Problem]:
+    """LLM judges whose key isn't in this environment: a build would refuse to start in it."""
+    for index, entry in enumerate(config["evaluate"]["judges"]):
+        variable = entry["api_key_env"]
+        if variable and not os.environ.get(variable):
+            yield Problem(
+                f"{variable} is not set here, and a build needs it",
+                file=str(path),
+                key=f"evaluate.judges[{index}].api_key_env",
+                remedy=f"export {variable}=… where builds run",
+            )
+
+
+def _undecided(config: Mapping[str, Any], path: Path) -> list[Problem]:
+    """No check at all, or none before there is an incumbent: the gate calls it inconclusive."""
     checks = config["gate"]["metrics"]
     if any(check["min"] is not None or check["against"] == "base" for check in checks):
         return []
@@ -92,7 +122,10 @@ def _memory(path: Path, overrides: Sequence[str], data_dir: Path | None) -> Path
 def sources(config: Mapping[str, Any]) -> dict[str, str]:
     """Digests of what comes from outside: the base model's under "base", the data files' under "prepare", must-pass prompts'.
 
-    Raises ModelError, DataError or ConfigError when one isn't there or, of the prompts, is wrong.
+    Task files of lm-eval stand under "tasks" where the config has tasks.
+
+    Raises ModelError, DataError or ConfigError when one isn't there or, of prompts and tasks, is wrong; EnvironmentMissing where
+    the environment that tasks run in isn't made.
     """
     from pipeline import data, model
 
@@ -103,4 +136,9 @@ def sources(config: Mapping[str, Any]) -> dict[str, str]:
         from pipeline import prompts_file
 
         found["prompts"] = prompts_file.sources_digest(config["evaluate"]["prompts"])
+    if config["evaluate"]["tasks"]:
+        from pipeline import tasks_files
+
+        judges = environments.find("judges", environments.settings(config))
+        found["tasks"] = tasks_files.judged(config["evaluate"]["tasks"], judges)
     return found

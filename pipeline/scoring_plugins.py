@@ -10,13 +10,15 @@ Standard library only.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import EntryPoint, entry_points
 from numbers import Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP = "tunegate.scorers"
 BUILT_IN = ("exact_match", "accuracy", "json_valid", "json_field_match", "token_f1", "rougeL")
@@ -41,6 +43,8 @@ def problems(metrics: Iterable[str]) -> list[Problem]:
         installed, key = _installed(), f"evaluate.scorers[{index}].metric"
         if name not in installed:
             known = ", ".join([*BUILT_IN, *sorted(installed)])
+            import difflib
+
             close = difflib.get_close_matches(name, [*BUILT_IN, *installed], n=1, cutoff=0.6)
             found.append(
                 Problem(
@@ -101,6 +105,9 @@ def scorer(name: str) -> Callable[[Prompt, str, str | None], dict[str, float]]:
 
 
 def _installed() -> dict[str, list[EntryPoint]]:
+    """The entry points of the group by name, of all packages that this process can import."""
+    from importlib.metadata import entry_points  # here because `tunegate check` imports this module and seldom asks
+
     found: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
         found.setdefault(entry.name, []).append(entry)

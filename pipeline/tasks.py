@@ -170,7 +170,11 @@ def _endpoint(request: program.Request, tasks: Mapping[str, Any]) -> tuple[str, 
     if kinds == {"generate_until"}:
         chat = {"base_url": f"{told['url']}/v1/chat/completions", "tokenizer_backend": "none"}
         return "local-chat-completions", {**common, **chat}
-    plain = {"base_url": f"{told['url']}/v1/completions", "tokenizer_backend": "huggingface", "tokenized_requests": True}
+    plain = {
+        "base_url": f"{told['url']}/v1/completions",
+        "tokenizer_backend": "huggingface",
+        "tokenized_requests": True,
+    }
     return "local-completions", {**common, **plain, "tokenizer": told["model_path"]}
 
 

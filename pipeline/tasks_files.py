@@ -54,7 +54,8 @@ def digest(task: str) -> str:
 
 def judged(tasks: Sequence[Mapping[str, Any]], judges: Environment) -> str:
     """One digest for all tasks of a config. Raises ConfigError with all that is wrong with them, also with names."""
-    digests, problems = [], []
+    digests: list[str] = []
+    problems: list[Problem] = []
     for index, entry in enumerate(tasks):
         key = f"evaluate.tasks[{index}].task"
         try:
@@ -157,7 +158,9 @@ def _with_includes(path: Path, seen: list[Path], problems: list[Problem]) -> dic
         what = f"{tag} runs code of the file's author, which is never done"
         problems.append(Problem(what, file=str(path), line=line, allowed="settings and data", remedy=CODE_REMEDY))
     if not isinstance(settings, dict):
-        problems.append(Problem("holds no keys", file=str(path), allowed="a task's settings", remedy="correct the path"))
+        problems.append(
+            Problem("holds no keys", file=str(path), allowed="a task's settings", remedy="correct the path")
+        )
         return {}
     merged: dict[str, Any] = {}
     includes = settings.pop("include", [])
@@ -175,7 +178,10 @@ def _tagged(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
             continue
         done.add(id(node))
         if node.tag not in yaml.SafeLoader.yaml_constructors:
-            yield f"{node.tag} {node.value}" if isinstance(node, yaml.ScalarNode) else node.tag, node.start_mark.line + 1
+            yield (
+                f"{node.tag} {node.value}" if isinstance(node, yaml.ScalarNode) else node.tag,
+                node.start_mark.line + 1,
+            )
         if isinstance(node, yaml.MappingNode):
             waiting += [part for pair in reversed(node.value) for part in reversed(pair)]
         elif isinstance(node, yaml.SequenceNode):

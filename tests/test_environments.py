@@ -48,7 +48,11 @@ def made(venvs: Path, name: str, distributions: tuple[str, ...] = ()) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "command"), [("train", "make setup"), ("autoawq", "python3 -m pipeline.install autoawq")]
+    ("name", "command"), [
+        ("train", "make setup"),
+        ("autoawq", "python3 -m pipeline.install autoawq"),
+        ("judges", "python3 -m pipeline.install judges"),
+    ]
 )
 def test_an_environment_that_is_not_there_is_named_with_the_command_that_makes_it(venvs, name, command):
     """The default ones come with the set-up, AutoAWQ's only when asked for."""
@@ -193,7 +197,7 @@ def findings(**settings: Setting) -> dict[str, environments.Finding]:
 
 
 def test_doctor_tells_what_is_missing_and_how_to_get_it(venvs):
-    """Everything that isn't there comes with a remedy; AutoAWQ, containers and a GPU aren't needed."""
+    """Everything that isn't there comes with a remedy; AutoAWQ, lm-eval, containers and a GPU aren't needed."""
     found = findings()
     assert found["environment train"].detail.startswith("the train environment isn't there")
     assert [finding.name for finding in found.values() if not finding.ok and not finding.remedy] == []
@@ -263,5 +267,5 @@ def test_the_module_costs_little_to_import():
 def test_an_environment_of_another_name_is_refused_with_those_there_are():
     """A name that came out of a file is no reason for a traceback."""
     with pytest.raises(EnvironmentMissing) as caught:
-        environments.find("judges")
-    assert caught.value.problems[0].allowed == "control, train, serve, autoawq"
+        environments.find("jugdes")
+    assert caught.value.problems[0].allowed == "control, train, serve, autoawq, judges"
