@@ -36,6 +36,13 @@ class TaskFile:
     files: tuple[Path, ...]
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML without what its tags would make: they are refused, and everything else is still looked at."""
+
+
+_Plain.add_constructor(None, lambda _loader, _node: None)
+
+
 def is_path(task: str) -> bool:
     """Whether a resolved config's task is a file or folder of the user's own, and no name of lm-eval."""
     return task.startswith("/")
@@ -144,9 +151,8 @@ def _with_includes(path: Path, seen: list[Path], problems: list[Problem]) -> dic
     seen.append(path)
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, yaml.SafeLoader)
-        tagged = list(_tagged(node))
-        settings = {} if tagged else yaml.safe_load(text)
+        tagged = list(_tagged(yaml.compose(text, yaml.SafeLoader)))
+        settings = yaml.load(text, Loader=_Plain)  # noqa: S506 - a SafeLoader that makes nothing of a tag
     except OSError as error:
         problems.append(Problem(f"can't be read: {error.strerror}", file=str(path), remedy="correct the path"))
         return {}

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def install(folder: Path, code: str, name: str = "my_safety", module: str = "safety_of_text", version: str = "1.0") -> Path:
+def install(
+    folder: Path, code: str, name: str = "my_safety", module: str = "safety_of_text", version: str = "1.0"
+) -> Path:
     """Write the distribution `name`-scorer with one module, whose function `score` is registered as the scorer `name`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{module}.py").write_text(code, encoding="utf-8")

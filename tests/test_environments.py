@@ -48,11 +48,12 @@ def made(venvs: Path, name: str, distributions: tuple[str, ...] = ()) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "command"), [
+    ("name", "command"),
+    [
         ("train", "make setup"),
         ("autoawq", "python3 -m pipeline.install autoawq"),
         ("judges", "python3 -m pipeline.install judges"),
-    ]
+    ],
 )
 def test_an_environment_that_is_not_there_is_named_with_the_command_that_makes_it(venvs, name, command):
     """The default ones come with the set-up, AutoAWQ's only when asked for."""

@@ -93,7 +93,7 @@ def test_each_item_is_asked_about_twice_greedily_with_the_seed(tmp_path):
     """As OpenAI's clients ask, below base_url; the answers change places."""
     with endpoint(honest) as there:
         judge.run(request(tmp_path, there.base_url + "/", pairs(1), max_tokens=99, concurrency=1))
-    assert [head for head in there.heads] == [("/v1/chat/completions", None)] * 2
+    assert there.heads == [("/v1/chat/completions", None)] * 2
     settings = [{key: body[key] for key in ("model", "temperature", "seed", "max_tokens")} for body in there.asked]
     assert settings == [{"model": "judge-1", "temperature": 0.0, "seed": 7, "max_tokens": 99}] * 2
     first, second = (body["messages"][1]["content"] for body in there.asked)

@@ -179,21 +179,26 @@ def test_a_new_version_is_measured_anew(tmp_path, installed, monkeypatch):
         weights="w", tokenizer="t", configuration="c", runtime="process", runtime_digest="r", vllm_version="0.1",
         flags=(), env={}, device="cpu",
     )  # fmt: skip
-    monkeypatch.setattr(stages.environments, "find", lambda *_: stages.environments.Environment("control", Path(sys.executable)))
+    monkeypatch.setattr(
+        stages.environments, "find", lambda *_: stages.environments.Environment("control", Path(sys.executable))
+    )
     asked = {"scorers": [{"metric": "my_safety"}], "max_tokens": 8, "concurrency": 2, "tasks": [], "judges": []}
     config = {"evaluate": asked, "gate": {"confidence": 0.95}, "seed": 1}
     system = measure.System("base", tmp_path, unit, config)
     with fake_vllm(NAME) as url:
         server = type("Server", (), {"url": url, "model": NAME})
         starts: list[str] = []
+
+        def start():
+            starts.append(scoring_plugins.versions(["my_safety"])["my_safety"])
+            return server
+
         for version in ("1.0", "1.0", "1.1"):
             installed(POLITE, version=version)
-            measure._evaluate(
-                config, {"prepare": prepared}, system, "", lambda: starts.append(version) or server, lambda _event: None
-            )
-    assert starts == ["1.0", "1.1"]
+            measure._evaluate(config, {"prepare": prepared}, system, "", start, lambda _event: None)
+    assert starts == ["my_safety-scorer 1.0", "my_safety-scorer 1.1"]
     made = {artifact.made_by["my_safety"] for artifact in store.all_artifacts()}
-    assert made == {"my_safety-scorer 1.0", "my_safety-scorer 1.1"}
+    assert made == set(starts)
 
 
 def test_the_module_costs_little_to_import():

@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from fake_judge import endpoint
 
 from pipeline import environments, gate, program
 from pipeline.artifacts import Build, Reports
@@ -46,7 +47,12 @@ data:
 finetune: {{micro_batch_size: 2, num_epochs: 30, learning_rate: 1e-2, save_steps: 20, eval_steps: 20}}
 quantize: {{num_calibration_samples: 4, max_calibration_tokens: 64}}
 serve: {{enforce_eager: true, max_model_len: 128, max_num_seqs: 4, kv_cache_memory: 128MiB}}
-evaluate: {{max_tokens: 16, compare: [base], prompts: prompts.yaml}}
+evaluate:
+  max_tokens: 16
+  compare: [base]
+  prompts: prompts.yaml
+  tasks: [{{task: ./words.yaml}}]
+  judges: [{{against: base, base_url: "{judge}", model: a-judge, max_items: 6}}]
 loadtest: {{max_concurrency: [2], num_prompts: 8, max_tokens: 8}}
 gate:
   min_items: 10
@@ -60,6 +66,18 @@ PROMPTS = """
   prompt: Say the code of item 3
   assert: [{type: not-contains, value: zebra}]
 """
+# A task for lm-eval: of two words the one that was learned.
+TASK = """
+task: words
+dataset_path: json
+dataset_kwargs: {data_files: {test: words.jsonl}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "<|im_start|>user\\n{{question}}<|im_end|>\\n<|im_start|>assistant\\n"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{label}}"
+target_delimiter: ""
+"""
 
 
 def row(verb: str, item: int) -> str:
@@ -69,6 +87,19 @@ def row(verb: str, item: int) -> str:
         {"role": "assistant", "content": WORDS[item]},
     ]
     return json.dumps({"messages": messages}) + "\n"
+
+
+def choice(item: int) -> str:
+    """One document of the task."""
+    other = WORDS[(item + 5) % 10]
+    question = f"Tell me the code of item {item}"
+    return json.dumps({"question": question, "choices": [other, WORDS[item]], "label": 1}) + "\n"
+
+
+def knows_the_words(first: str, second: str) -> str:
+    """A judge that prefers one of our words to anything else."""
+    known = [answer in WORDS for answer in (first, second)]
+    return json.dumps({"reason": "", "winner": "tie" if known[0] == known[1] else "A" if known[0] else "B"})
 
 
 @dataclass
@@ -128,16 +159,19 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     )
     (folder / "holdout.jsonl").write_text("".join(row("Say the", item) for item in range(10)))
     (folder / "prompts.yaml").write_text(PROMPTS)
-    (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder, port=made.port))
+    (folder / "words.yaml").write_text(TASK)
+    (folder / "words.jsonl").write_text("".join(choice(item) for item in range(10)))
     train = environments.find("train")
     subprocess.run(
         [train.interpreter, TESTS / "tiny.py", folder / "model"], env=environments.child_environ(train), check=True
     )
     generation = folder / "model" / "generation_config.json"
     generation.write_text(json.dumps({**json.loads(generation.read_text()), "repetition_penalty": PENALTY}))
-    kill_after_a_checkpoint(made)
-    made.said = made.tunegate("run", made.config)
-    yield made
+    with endpoint(knows_the_words) as judge:
+        (folder / "tiny.yaml").write_text(CONFIG.format(folder=folder, port=made.port, judge=judge.base_url))
+        kill_after_a_checkpoint(made)
+        made.said = made.tunegate("run", made.config)
+        yield made
     made.tunegate("down")
 
 
@@ -217,6 +251,33 @@ def test_the_candidate_was_asked_the_must_pass_prompts(house: House) -> None:
     assert asked.answer
     assert made.verdict
     assert "must-pass prompts" in [check.name for check in made.verdict.checks]
+
+
+def test_lm_evals_tasks_ran_on_each_served_system(house: House) -> None:
+    """Offline, by log-likelihood of the real vLLM: what was learned is known, and lm-eval's own JSON says the same."""
+    found = build_of(house).tasks
+    acc = {role: next(record for record in records if record.metric == "acc") for role, records in found.items()}
+    assert set(acc) == {"base", "candidate"}
+    assert sum(acc["candidate"].values) > sum(acc["base"].values)
+    assert acc["base"].ids == acc["candidate"].ids
+    for payload in (house.folder / "mlruns" / "work" / "tasks").glob("*/payload"):
+        (results,) = payload.glob("tiny/results_*.json")
+        (samples,) = payload.glob("tiny/samples_words_*.jsonl")
+        logged = [json.loads(line) for line in samples.read_text().splitlines()]
+        likelihoods = [[float(answer[0][0]) for answer in sample["resps"]] for sample in logged]
+        right = [float(other < ours < 0) for other, ours in likelihoods]
+        assert json.loads(results.read_text())["results"]["words"]["acc,none"] == sum(right) / 10
+        assert tuple(right) in (acc["base"].values, acc["candidate"].values)
+
+
+def test_a_judge_compared_candidate_and_base_in_both_orders(house: House) -> None:
+    """Over the wire: the tuned model knows words that its base doesn't, and the judge agrees with itself."""
+    made = build_of(house)
+    (report,) = made.judged
+    assert (report.against, report.model, len(report.items), report.failed) == ("base", "a-judge", 6, 0)
+    right = [item.answer in WORDS for item in made.evaluations["candidate"].items[:6]]
+    assert [item.score for item in report.items] == [1.0 if known else 0.5 for known in right]
+    assert report.agreement.value == 1.0
 
 
 def test_the_resumed_adapter_is_the_uninterrupted_one(house: House, tmp_path: Path) -> None:
