@@ -124,7 +124,13 @@ def judge(measured: Measured, settings: Config, unit: ServedUnit, show: OnEvent)
 
 @task(name="gate", cache_policy=NO_CACHE, persist_result=False)
 def _judge(measured: Measured, settings: Config, unit_digest: str) -> Verdict:
-    reports = Reports(evaluations=measured.evaluations, loadtests=measured.loadtests, prompts=measured.prompts)
+    reports = Reports(
+        evaluations=measured.evaluations,
+        loadtests=measured.loadtests,
+        prompts=measured.prompts,
+        tasks=measured.tasks,
+        judged=measured.judged,
+    )
     return gate.judge(reports, settings.gate, unit_digest)
 
 

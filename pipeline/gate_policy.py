@@ -17,10 +17,14 @@ def problems(policy: GateConfig, evaluate: EvaluateConfig, loadtest: LoadtestCon
     names = scoring.names_measured(evaluate.scorers)
     found = []
     for key, metric, against in _compared(policy):
-        if not scoring.is_measured(metric, evaluate.scorers):
+        if not (scoring.is_measured(metric, evaluate.scorers) or _may_be_a_tasks(key, metric, evaluate)):
             found.append(_absent(f"{key}.metric", metric, names, "evaluate.scorers"))
         if against == "base" and "base" not in evaluate.compare:
             found.append(_absent(f"{key}.against", "base", list(evaluate.compare), "evaluate.compare"))
+    for index, judge in enumerate(policy.judges):
+        asked = [entry.against for entry in evaluate.judges]
+        if judge.against not in asked:
+            found.append(_absent(f"gate.judges[{index}].against", judge.against, asked, "evaluate.judges"))
     found += _too_few_items(policy, evaluate)
     found += _load_problems(policy, loadtest.max_concurrency)
     found += _too_few_requests(policy, loadtest)
@@ -64,6 +68,11 @@ def unknown_checks(policy: GateConfig, names: Sequence[str]) -> Iterator[Problem
 def task_result(results: Sequence[TaskResult], metric: str) -> TaskResult | None:
     """The lm-eval result that a metric's name TASK/METRIC means, if it is one."""
     return next((result for result in results if f"{result.task}/{result.metric}" == metric), None)
+
+
+def _may_be_a_tasks(key: str, metric: str, evaluate: EvaluateConfig) -> bool:
+    """Whether a check's metric may be TASK/METRIC: which tasks a group, tag or folder holds is known when lm-eval loads it."""
+    return key.startswith("gate.metrics") and bool(evaluate.tasks) and "/" in metric
 
 
 def _compared(policy: GateConfig) -> Iterator[tuple[str, str, str | None]]:

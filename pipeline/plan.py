@@ -190,7 +190,13 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
     )[:32]
     finished = store.peek_build(build)
     return Plan(
-        config["name"], build, tuple(planned), finished, memory(config, planned), tuple(sizes(config, planned)), judges(config)
+        config["name"],
+        build,
+        tuple(planned),
+        finished,
+        memory(config, planned),
+        tuple(sizes(config, planned)),
+        judges(config),
     )
 
 

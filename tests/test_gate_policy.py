@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from pipeline import config_file, gate_policy
-from pipeline.config import EvaluateConfig, GateConfig, LoadCheck, LoadtestConfig, MetricCheck, Scorer, SliceCheck
+from pipeline.config import (
+    EvaluateConfig,
+    GateConfig,
+    JudgeCheck,
+    JudgeConfig,
+    LoadCheck,
+    LoadtestConfig,
+    MetricCheck,
+    Scorer,
+    SliceCheck,
+    TaskConfig,
+)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FLOOR = GateConfig(metrics=(MetricCheck(metric="exact_match", min=0.8),), min_items=100)
@@ -29,6 +40,24 @@ def test_a_policy_that_asks_for_what_is_not_measured_is_told_before_anything_run
         "gate.metrics[0].metric", "gate.metrics[1].against", "gate.load[0].max_concurrency",
     ]  # fmt: skip
     assert gate_policy.problems(FLOOR, EvaluateConfig(), LoadtestConfig()) == []
+
+
+def test_a_tasks_metric_may_be_asked_for_where_there_are_tasks():
+    """Which metrics a group of tasks has shows when it is loaded; without tasks, and for a part of the holdout, there are none."""
+    asked = EvaluateConfig(tasks=(TaskConfig(task="mmlu"),))
+    policy = GateConfig(metrics=(MetricCheck(metric="mmlu_law/acc", min=0.3),))
+    assert gate_policy.problems(policy, asked, LoadtestConfig()) == []
+    assert len(gate_policy.problems(policy, EvaluateConfig(), LoadtestConfig())) == 1
+    part = GateConfig(slices=(SliceCheck(by="expected", metric="mmlu_law/acc"),))
+    assert len(gate_policy.problems(part, asked, LoadtestConfig())) == 1
+
+
+def test_a_floor_for_a_judge_that_nobody_asks_is_told_before_anything_runs():
+    """Else it would never apply, and pass."""
+    asked = EvaluateConfig(judges=(JudgeConfig(against="base", base_url="https://judge.example/v1", model="m"),))
+    for against, wrong in [("base", 0), ("incumbent", 1)]:
+        found = gate_policy.problems(GateConfig(judges=(JudgeCheck(against=against),)), asked, LoadtestConfig())
+        assert [problem.key for problem in found] == ["gate.judges[0].against"] * wrong
 
 
 def test_fewer_items_than_the_policy_wants_are_told_before_anything_runs():

@@ -11,10 +11,11 @@ from pathlib import Path
 import plugin
 import pytest
 from loopback import fake_vllm
+from stages import artifact
 from test_evaluate import NAME, answers_file, report, request, rows, write_holdout
 
 from flows import measure, stages
-from pipeline import evaluate, gate, program, scoring, scoring_plugins, store
+from pipeline import evaluate, gate_policy, program, scoring, scoring_plugins, store
 from pipeline.artifacts import Artifact, ServedUnit
 from pipeline.config import EvaluateConfig, GateConfig, LoadtestConfig, MetricCheck, Scorer
 from pipeline.config_file import load
@@ -165,16 +166,14 @@ def test_the_gate_may_ask_for_its_name_and_for_its_keys():
     asked = EvaluateConfig(scorers=(Scorer(metric="my_safety"),))
     for metric, wrong in [("my_safety", 0), ("my_safety/toxic", 0), ("my_safetyx", 1), ("exact_match", 1)]:
         policy = GateConfig(metrics=(MetricCheck(metric=metric, min=0.5),))
-        assert len(gate.policy_problems(policy, asked, LoadtestConfig())) == wrong
+        assert len(gate_policy.problems(policy, asked, LoadtestConfig())) == wrong
 
 
 def test_a_new_version_is_measured_anew(tmp_path, installed, monkeypatch):
     """The package and its version are part of the evaluation's key and stand in its record."""
     monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
     write_holdout(tmp_path, rows(3))
-    prepared = Artifact(
-        stage="prepare", key="k", path=tmp_path / "prepare", digest="d", parents={}, made_by={}, detail={}
-    )
+    prepared = Artifact(**artifact(tmp_path / "prepare", "prepare", {}))
     unit = ServedUnit(
         weights="w", tokenizer="t", configuration="c", runtime="process", runtime_digest="r", vllm_version="0.1",
         flags=(), env={}, device="cpu",
