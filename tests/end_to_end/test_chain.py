@@ -59,6 +59,8 @@ gate:
   metrics:
     - {{metric: exact_match, min: 0.4}}
     - {{metric: exact_match, against: base, margin: -0.3}}
+    - {{metric: words/acc, min: 0.2}}
+  judges: [{{against: base, min: 0.2}}]
 promote: {{port: {port}}}
 """
 PROMPTS = """
@@ -278,6 +280,8 @@ def test_a_judge_compared_candidate_and_base_in_both_orders(house: House) -> Non
     right = [item.answer in WORDS for item in made.evaluations["candidate"].items[:6]]
     assert [item.score for item in report.items] == [1.0 if known else 0.5 for known in right]
     assert report.agreement.value == 1.0
+    assert made.verdict
+    assert {"words/acc", "judge vs base"} <= {check.name for check in made.verdict.checks}
 
 
 def test_the_resumed_adapter_is_the_uninterrupted_one(house: House, tmp_path: Path) -> None:
