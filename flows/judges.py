@@ -20,6 +20,7 @@ from flows.stages import OnEvent
 from pipeline import environments, judge, plan, program, store, tasks_files
 from pipeline.artifacts import Evaluation, JudgeReport, TaskResult
 from pipeline.digests import digest_of
+from pipeline.errors import ConfigError
 from pipeline.serving_server import Server
 
 if TYPE_CHECKING:
@@ -61,8 +62,11 @@ def run_tasks(
 
 def task_results(config: Mapping[str, Any], system: System, attempt: str) -> dict[str, tuple[TaskResult, ...]]:
     """What lm-eval's tasks gave for a system that they were run on, by its role; empty where the config has no tasks."""
-    found = [store.find("tasks", key) for _, key in _tasks(config, system, attempt)]
-    files = [artifact.payload / "records.json" for artifact in found if artifact]
+    found = {entry["task"]: store.find("tasks", key) for entry, key in _tasks(config, system, attempt)}
+    if gone := [name for name, artifact in found.items() if artifact is None]:
+        what = f"{', '.join(gone)} changed while the build ran"
+        raise ConfigError(what, key="evaluate.tasks", remedy="run the same command again")
+    files = [artifact.payload / "records.json" for artifact in found.values() if artifact]
     records = tuple(record for file in files for record in RESULTS.validate_json(file.read_text(encoding="utf-8")))
     return {system.role: records} if records else {}
 

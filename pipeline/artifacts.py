@@ -14,7 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from pipeline.digests import digest_of
 
 Stage = Literal[
-    "base", "prepare", "finetune", "merge", "quantize", "evaluate", "prompts", "tasks", "judge", "loadtest", "gate", "register"
+    "base",
+    "prepare",
+    "finetune",
+    "merge",
+    "quantize",
+    "evaluate",
+    "prompts",
+    "tasks",
+    "judge",
+    "loadtest",
+    "gate",
+    "register",
 ]
 Outcome = Literal["pass", "fail", "inconclusive"]
 

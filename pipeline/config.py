@@ -236,6 +236,13 @@ class EvaluateConfig(Section):
     compare: tuple[Literal["base", "merged"], ...] = Field(("base", "merged"), description="also served and scored")
     prompts: str | None = Field(None, description="YAML or JSON file of must-pass prompts in promptfoo's test format")
 
+    @model_validator(mode="after")
+    def _each_task_once(self) -> EvaluateConfig:
+        names = [entry.task for entry in self.tasks]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"tasks names {', '.join(twice)} more than once, and its metrics would have one name")
+        return self
+
 
 class LoadtestConfig(Section):
     """A sweep of closed-loop load on the served model."""

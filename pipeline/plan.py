@@ -240,7 +240,14 @@ def inputs_of(step: Step, digests: Mapping[str, str], sources: Mapping[str, str]
 
 def _programs(config: Mapping[str, Any]) -> list[str]:
     asked = ["prompts"] if config["evaluate"]["prompts"] else []
-    return [*(program_of(step.stage) for step in steps(config)), "evaluate", *asked, *judges(config), "loadtest", "gate"]
+    return [
+        *(program_of(step.stage) for step in steps(config)),
+        "evaluate",
+        *asked,
+        *judges(config),
+        "loadtest",
+        "gate",
+    ]
 
 
 def memory(config: Mapping[str, Any], planned: list[PlannedStep]) -> dict[str, int]:

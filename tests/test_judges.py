@@ -131,6 +131,12 @@ def test_a_judge_of_what_is_not_measured_is_refused(tmp_path):
     assert (caught.value.problems[0].line, caught.value.problems[0].key) == (4, "evaluate.judges[0].against")
 
 
+def test_a_task_is_named_once(tmp_path):
+    """Its metrics are TASK/METRIC, whatever else is asked of it."""
+    with pytest.raises(ConfigError, match="tasks names arc_easy more than once"):
+        load(write_config(tmp_path, "tasks: [{task: arc_easy}, {task: arc_easy, num_fewshot: 5}]"))
+
+
 def test_the_plan_names_tasks_and_judges():
     """A line each, and none where there are none."""
     asked = {**config()["evaluate"], "tasks": [{"task": "arc_easy"}, {"task": "/tasks/mine.yaml"}]}

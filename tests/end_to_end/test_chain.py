@@ -304,7 +304,11 @@ def test_the_untrained_self_fails_the_same_gate(house: House) -> None:
     loadtests = {
         role: test.model_copy(update={"unit_digest": untrained.unit_digest}) for role, test in made.loadtests.items()
     }
-    reports = Reports(evaluations={"base": made.evaluations["base"], "candidate": untrained}, loadtests=loadtests)
+    reports = Reports(
+        evaluations={"base": made.evaluations["base"], "candidate": untrained},
+        loadtests=loadtests,
+        tasks=dict.fromkeys(made.tasks, made.tasks["base"]),
+    )
     verdict = gate.judge(reports, policy, untrained.unit_digest)
     assert verdict.outcome == "fail"
 
