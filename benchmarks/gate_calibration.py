@@ -55,9 +55,7 @@ class Kind:
     @property
     def recommended(self) -> int:
         """Items for an equal candidate to pass with sample_size.POWER."""
-        # where several metrics must pass, each may miss only its part
-        power = 1 - (1 - sample_size.POWER) / self.asked
-        return sample_size.items_for_margin(MARGIN, self.variance, CONFIDENCE, power)
+        return sample_size.items_for_margin(MARGIN, self.variance, CONFIDENCE, comparisons=self.asked)
 
 
 def binary(rng: np.random.Generator, items: int, gap: float, discordance: float = 0.1) -> tuple[np.ndarray, np.ndarray]:

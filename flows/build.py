@@ -18,7 +18,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows import curves, judges, progress, stages
-from flows.measure import Measured, measure
+from flows.measure import measure
 from flows.stages import OnEvent
 from pipeline import (
     gate,
@@ -95,8 +95,8 @@ def _steps(
     served = artifacts[cast("Stage", plan.served_stage(config))]
     settings = Config.model_validate(config)
     unit = serving.served_unit(served.payload, settings.serve, settings.name, stages.serve_environment(config))
-    measured = measure(config, planned.key, artifacts, unit, show, again=again)
-    verdict = judge(measured, settings, unit, show)
+    reports = measure(config, planned.key, artifacts, unit, show, again=again)
+    verdict = judge(reports, settings, unit, show)
     made = Build(
         name=planned.name,
         key=planned.key,
@@ -104,33 +104,22 @@ def _steps(
         artifacts=artifacts,
         unit=unit,
         model_path=served.payload,
-        evaluations=measured.evaluations,
-        loadtests=measured.loadtests,
-        prompts=measured.prompts,
-        tasks=measured.tasks,
-        judged=measured.judged,
         verdict=verdict,
+        **dict(reports),
     )
     return _conclude(made, run_id, settings, show)
 
 
-def judge(measured: Measured, settings: Config, unit: ServedUnit, show: OnEvent) -> Verdict:
+def judge(reports: Reports, settings: Config, unit: ServedUnit, show: OnEvent) -> Verdict:
     """Judge the measurements as a named task."""
-    verdict = _judge(measured, settings, unit.digest)
+    verdict = _judge(reports, settings, unit.digest)
     show({"event": "stage", "stage": "gate", "state": verdict.outcome})
     create_markdown_artifact(report.gate_table(verdict), key="gate", description=f"Verdict: {verdict.outcome}")
     return verdict
 
 
 @task(name="gate", cache_policy=NO_CACHE, persist_result=False)
-def _judge(measured: Measured, settings: Config, unit_digest: str) -> Verdict:
-    reports = Reports(
-        evaluations=measured.evaluations,
-        loadtests=measured.loadtests,
-        prompts=measured.prompts,
-        tasks=measured.tasks,
-        judged=measured.judged,
-    )
+def _judge(reports: Reports, settings: Config, unit_digest: str) -> Verdict:
     return gate.judge(reports, settings.gate, unit_digest)
 
 

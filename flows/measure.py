@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from pipeline import plan, program, registry, scoring_plugins, serving, store
 from pipeline.artifacts import (
     Artifact,
     Evaluation,
-    JudgeReport,
     LoadTest,
     PromptResult,
     Release,
+    Reports,
     ServedUnit,
     Stage,
     TaskResult,
@@ -38,17 +38,6 @@ from pipeline.errors import EnvironmentMissing, Problem, RegistryError, ServingE
 from pipeline.serving_server import Server
 
 JUDGED = ("candidate", "incumbent")  # also load-tested and asked the must-pass prompts
-
-
-@dataclass(frozen=True)
-class Measured:
-    """All that the gate is told."""
-
-    evaluations: dict[str, Evaluation]
-    loadtests: dict[str, LoadTest]
-    prompts: dict[str, tuple[PromptResult, ...]] = field(default_factory=dict)
-    tasks: dict[str, tuple[TaskResult, ...]] = field(default_factory=dict)
-    judged: tuple[JudgeReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +58,7 @@ def measure(
     show: OnEvent,
     *,
     again: bool = False,
-) -> Measured:
+) -> Reports:
     """Serve and measure every system that the config compares; what was measured before is read back unless `again`."""
     evaluations: dict[str, Evaluation] = {}
     loadtests: dict[str, LoadTest] = {}
@@ -88,12 +77,12 @@ def measure(
         if system.role in JUDGED:
             asked[system.role] = prompts.results(config, system.unit, attempt)
         tasks |= judges.task_results(config, system, attempt)
-    return Measured(
-        evaluations,
-        loadtests,
-        {role: results for role, results in asked.items() if results},
-        tasks,
-        judges.judged(config, evaluations, attempt, show),
+    return Reports(
+        evaluations=evaluations,
+        loadtests=loadtests,
+        prompts={role: results for role, results in asked.items() if results},
+        tasks=tasks,
+        judged=judges.judged(config, evaluations, attempt, show),
     )
 
 

@@ -265,9 +265,12 @@ class MetricCheck(Section):
     metric: str = Field(
         description="as evaluate reports it: exact_match, accuracy, f1_macro, json_valid, …; an lm-eval task's as TASK/METRIC"
     )
-    min: float | None = Field(None, description="the whole interval must reach this")
+    min: Fraction | None = Field(None, description="the whole interval must reach this")
     against: Literal["base", "incumbent"] | None = None
-    margin: float = Field(0.0, description="how much worse than `against` is allowed; negative: must be better by")
+    margin: Annotated[float, Field(gt=-1, lt=1)] = Field(
+        0.0,
+        description="how much worse than `against` is allowed, 0.03 being three points; negative: must be better by",
+    )
     required: bool = Field(True, description="false: shown in the table, but it doesn't decide")
 
     @model_validator(mode="after")
@@ -285,7 +288,7 @@ class SliceCheck(Section):
     )
     metric: str
     against: Literal["base", "incumbent"] = "incumbent"
-    margin: Annotated[float, Field(ge=0)] = 0.0
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
     min_items: PositiveInt = Field(20, description="smaller parts are judged together, as (other)")
 
 
@@ -297,7 +300,7 @@ class JudgeCheck(Section):
 
 
 class AllowedRegression(Section):
-    """A check that may fail or stay open for once, with the reason that the reviewer reads."""
+    """A check that may fail or stay open, with the reason that the reviewer reads beside it at every build until it is dropped."""
 
     check: str = Field(description="the check's name in the gate's table, such as 'accuracy vs incumbent'")
     reason: Annotated[str, Field(min_length=1)]

@@ -8,10 +8,12 @@ How it decides:
   below 0 without reaching -margin. A negative margin asks to be better by that much, and is judged as a floor is. Without
   an incumbent it doesn't apply and passes, saying so.
 - A slice fails when it is shown to be worse by more than its margin, and passes otherwise, saying what could go unseen.
-- Failed requests and must-pass prompts are judged as counted: over the limit fails. A failed request has also scored 0.
-- Items that share the value of gate.cluster_by count as one draw.
-- The verdict fails if any check fails, is inconclusive if any is, and passes only if all pass; pipeline.gate_decide
-  says what many questions at once do to that. A check that is advisory or an allowed regression doesn't count.
+- Failed requests and must-pass prompts are judged as counted: over the limit fails. A failed request has also scored 0; where
+  another system failed too often, nothing is compared with it: inconclusive.
+- Holdout items that share the value of gate.cluster_by count as one draw.
+- The verdict fails if any check fails, is inconclusive if any is, and passes only if all pass. Metrics and judges are one
+  family of questions and each slice check is one, see pipeline.gate_decide; load objectives stand alone. A check that is
+  advisory or an allowed regression, failed or open, doesn't count.
 - A policy of which no quality check applies is never passed.
 
 The intervals are computed here from the items, at the policy's confidence, never taken from a report. Greedy
@@ -32,7 +34,6 @@ from pipeline.artifacts import (
     LoadLevel,
     LoadTest,
     Outcome,
-    PromptResult,
     Reports,
     Verdict,
 )
@@ -45,6 +46,7 @@ from pipeline.load_statistics import Measured, measured
 ADVISORY = "advisory"
 NO_INCUMBENT = "no incumbent yet"
 MIN_CLUSTERS = 20
+MAX_UNJUDGED = 0.05  # share of items without a usable answer of an LLM judge
 
 
 def judge(reports: Reports, policy: GateConfig, unit_digest: str) -> Verdict:
@@ -57,19 +59,18 @@ def judge(reports: Reports, policy: GateConfig, unit_digest: str) -> Verdict:
     if problems := list(gate_policy.unfit(reports, policy, unit_digest)):
         raise GateFailed(problems)
     candidate = reports.evaluations["candidate"]
-    evidence = [
-        *_policy_checks(reports, policy),
+    quality = _waive(_quality_checks(reports, policy), policy)
+    checks = [
+        *_policy_checks(quality),
         _items_check(candidate.items, policy),
         *_clusters_checks(candidate.items, policy),
         _errors_check("evaluation", candidate.errors, len(candidate.items), policy),
+        *_others_errors(reports, policy),
         *_load_errors(reports.loadtests, policy),
+        *_waive(_prompt_checks(reports, policy), policy),
+        *quality,
+        *_waive(list(_load_checks(reports.loadtests, policy)), policy),
     ]
-    results = [
-        *_prompt_checks(reports.prompts, policy),
-        *_quality_checks(reports, policy),
-        *_load_checks(reports.loadtests, policy),
-    ]
-    checks = [*evidence, *_waive(results, policy)]
     return Verdict(
         outcome=worst([check.outcome for check in checks if not check.waived]),
         unit_digest=unit_digest,
@@ -84,14 +85,8 @@ def worst(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def _waive(checks: Sequence[Check], policy: GateConfig) -> list[Check]:
-    """Mark the regressions that the policy allows; raises GateFailed for one that names none of these checks.
-
-    What is waived is a result: too little evidence is never allowed.
-    """
+    """Mark the regressions that the policy allows. What is waived is a result: too little evidence is never allowed."""
     reasons = {allowed.check: allowed.reason for allowed in policy.allowed_regressions}
-    names = [check.name for check in checks]
-    if problems := list(gate_policy.unknown_checks(policy, names)):
-        raise GateFailed(problems)
     return [
         check.model_copy(update={"waived": f"allowed: {reasons[check.name]}"})
         if check.name in reasons and check.outcome != "pass"
@@ -100,20 +95,18 @@ def _waive(checks: Sequence[Check], policy: GateConfig) -> list[Check]:
     ]
 
 
-def _policy_checks(reports: Reports, policy: GateConfig) -> list[Check]:
-    """An inconclusive check where no quality check applies, so that nothing passes unexamined."""
-    deciding = [check for check in policy.metrics if check.required]
-    if any(check.min is not None or check.against in reports.evaluations for check in deciding):
+def _policy_checks(quality: Sequence[Check]) -> list[Check]:
+    """An inconclusive check where no check of quality applies and counts, so that nothing passes unexamined."""
+    if any(check.estimate is not None and not check.waived for check in quality):
         return []
-    why = "none of gate.metrics applies without an incumbent" if deciding else "gate.metrics decides nothing"
     return [
         Check(
             name="policy",
             outcome="inconclusive",
             estimate=None,
             threshold=1,
-            rule="quality checks that apply >= 1",
-            why=f"{why}: add one with min, or against: base",
+            rule="quality checks that apply and count >= 1",
+            why="none does, without an incumbent or at all: add one to gate.metrics with min, or against: base",
         )
     ]
 
@@ -160,17 +153,28 @@ def _errors_check(where: str, failed: int, sent: int, policy: GateConfig) -> Che
     )
 
 
-def _prompt_checks(prompts: Mapping[str, Sequence[PromptResult]], policy: GateConfig) -> list[Check]:
-    """Must-pass prompts as counted: all of them, or those that the incumbent passes."""
-    ours = prompts.get("candidate", ())
+def _others_errors(reports: Reports, policy: GateConfig) -> Iterator[Check]:
+    """That the systems which the candidate is held against answered: a request that failed lowers their scores."""
+    for name in sorted({against for _, _, against in gate_policy.compared(policy) if against in reports.evaluations}):
+        found = reports.evaluations[str(name)]
+        check = _errors_check(f"evaluation of {name}", found.errors, len(found.items), policy)
+        again = f"{check.why}: measure it again before anything is held against it (tunegate run CONFIG --again)"
+        yield check if check.outcome == "pass" else check.model_copy(update={"outcome": "inconclusive", "why": again})
+
+
+def _prompt_checks(reports: Reports, policy: GateConfig) -> list[Check]:
+    """Must-pass prompts as counted: all of them, or those that the incumbent doesn't break as well."""
+    ours = reports.prompts.get("candidate", ())
     if not ours:
         return []
     broken = {result.id for result in ours if result.broken}
-    passed_before = {result.id for result in prompts.get("incumbent", ()) if not result.broken}
-    new, old = broken & passed_before, broken - passed_before
+    old = broken & {result.id for result in reports.prompts.get("incumbent", ()) if result.broken}
+    new = broken - old
     counted = new if policy.prompts == "no_regression" else broken
-    which = "that the incumbent passes" if policy.prompts == "no_regression" else "of all"
-    told = f"{len(new)} broke since the incumbent, {len(old)} others are broken" if broken else "none is broken"
+    which = "that the incumbent doesn't break" if policy.prompts == "no_regression" else "of all"
+    told = (
+        f"{len(new)} broken that the incumbent doesn't break, {len(old)} that it does" if broken else "none is broken"
+    )
     return [
         Check(
             name="must-pass prompts",
@@ -184,14 +188,23 @@ def _prompt_checks(prompts: Mapping[str, Sequence[PromptResult]], policy: GateCo
 
 
 def _quality_checks(reports: Reports, policy: GateConfig) -> list[Check]:
-    """All that is judged by an interval over items, looked at together; what doesn't apply passes where it stands."""
-    asked: list[Question | Check] = [
-        *(entry for check in policy.metrics for entry in _metric_questions(check, reports, policy)),
-        *(entry for check in policy.slices for entry in _slice_questions(check, reports, policy)),
-        *_judge_questions(reports, policy),
-    ]
-    answers = iter(decide([entry for entry in asked if isinstance(entry, Question)], policy.confidence))
-    return [entry if isinstance(entry, Check) else next(answers) for entry in asked]
+    """All that is judged by an interval over items; what doesn't apply passes where it stands.
+
+    Metrics and judges are looked at together, and so are the parts of each slice check: another part more makes no other
+    question harder.
+    """
+    metrics = [entry for check in policy.metrics for entry in _metric_questions(check, reports, policy)]
+    families = [[*metrics, *_judge_questions(reports, policy)]]
+    families += [list(_slice_questions(check, reports, policy)) for check in policy.slices]
+    return [check for family in families for check in _decided(family, policy)]
+
+
+def _decided(family: Sequence[Question | Check], policy: GateConfig) -> Iterator[Check]:
+    asked = [entry for entry in family if isinstance(entry, Question)]
+    in_slices = all(question.reach is None for question in asked)  # they have a least number of items of their own
+    answers = iter(decide(asked, policy.confidence, 1 if in_slices else policy.min_items))
+    for entry in family:
+        yield entry if isinstance(entry, Check) else next(answers)
 
 
 def _metric_questions(check: MetricCheck, reports: Reports, policy: GateConfig) -> Iterator[Question | Check]:
@@ -210,16 +223,17 @@ def _metric_questions(check: MetricCheck, reports: Reports, policy: GateConfig) 
     if check.against is None:
         return
     name = f"{check.metric} vs {check.against}"
-    rule = f"{check.metric} - {check.against} >= {-check.margin:g}"
+    reach = 0.0 - check.margin
+    rule = f"{check.metric} - {check.against} >= {reach:g}"
     if check.against not in reports.evaluations:
-        yield _not_applicable(name, rule, -check.margin)
+        yield _not_applicable(name, rule, reach)
         return
     yield Question(
         name=name,
         rule=rule,
         estimate=partial(_gap, reports, check.against, check.metric, policy),
-        reach=-check.margin,
-        broken=max(0.0, -check.margin),
+        reach=reach,
+        broken=max(0.0, reach),
         items=_counted(reports, check.metric),
         waived=waived,
     )
@@ -249,52 +263,71 @@ def _counted(reports: Reports, metric: str) -> int:
     return len(task.values) if task else sum(metric in item.scores for item in items) or len(items)
 
 
-def _not_applicable(name: str, rule: str, threshold: float, why: str = NO_INCUMBENT) -> Check:
-    return Check(name=name, outcome="pass", estimate=None, threshold=threshold, rule=rule, why=why)
+def _not_applicable(name: str, rule: str, threshold: float) -> Check:
+    return Check(name=name, outcome="pass", estimate=None, threshold=threshold, rule=rule, why=NO_INCUMBENT)
 
 
 def _slice_questions(check: SliceCheck, reports: Reports, policy: GateConfig) -> Iterator[Question | Check]:
     """One question a part of the holdout: is it shown to be worse by more than the margin?"""
-    other = check.against
+    other, broken = check.against, 0.0 - check.margin
+    rule = f"{check.metric} - {other} not shown to be below {broken:g}"
+    whole = f"{check.metric} vs {other} by {check.by}"
     if other not in reports.evaluations:
-        rule = f"{check.metric} - {other} in each {check.by}, not shown to be below {-check.margin:g}"
-        yield _not_applicable(f"{check.metric} by {check.by}", rule, -check.margin)
+        yield _not_applicable(whole, rule, broken)
         return
-    ours, theirs = reports.evaluations["candidate"].items, reports.evaluations[other].items
-    rule = f"{check.metric} - {other} not shown to be below {-check.margin:g}"
-    for part, chosen in slices.split(ours, check.by, check.min_items).items():
-        name = f"{check.metric} vs {other} where {check.by}={part}"
-        if len(chosen) < check.min_items:
-            why = f"{len(chosen)} items of small parts are too few to be judged"
-            yield _not_applicable(name, rule, -check.margin, why)
+    named = check.metric if check.metric != scoring.F1_MACRO else "accuracy"
+    pairs = [
+        pair
+        for pair in zip(reports.evaluations["candidate"].items, reports.evaluations[other].items, strict=True)
+        if named in pair[0].scores
+    ]
+    parts = slices.split([ours for ours, _ in pairs], check.by, check.min_items)
+    small = 0
+    for part, chosen in parts.items():
+        mine, against = [pairs[index][0] for index in chosen], [pairs[index][1] for index in chosen]
+        draws = len(set(scoring.groups(mine, policy.cluster_by) or ()))
+        if len(chosen) < check.min_items or (policy.cluster_by and draws < MIN_CLUSTERS):
+            small += len(chosen)
             continue
-        mine, against = [ours[index] for index in chosen], [theirs[index] for index in chosen]
         yield Question(
-            name=name,
+            name=f"{check.metric} vs {other} where {check.by}={part}",
             rule=rule,
             estimate=partial(scoring.difference, mine, against, check.metric, cluster_by=policy.cluster_by),
             reach=None,
-            broken=-check.margin,
+            broken=broken,
             items=len(chosen),
         )
+    if small:
+        yield _too_small(whole, rule, broken, small, len(pairs))
+
+
+def _too_small(name: str, rule: str, threshold: float, small: int, items: int) -> Check:
+    """What is said of parts that aren't judged; where all of them are so small, the check is open."""
+    outcome: Outcome = "inconclusive" if small == items else "pass"
+    why = f"{small} of {items} items are in parts too small to be judged"
+    return Check(name=name, outcome=outcome, estimate=None, threshold=threshold, rule=rule, why=why)
 
 
 def _judge_questions(reports: Reports, policy: GateConfig) -> Iterator[Question | Check]:
-    """Floors for an LLM judge's win rate."""
+    """Floors for an LLM judge's win rate; too many items that it gave no usable answer to leave the floor open."""
     for check in policy.judges:
         name, rule = f"judge vs {check.against}", f"win rate over {check.against} >= {check.min:g}"
-        found = next((report for report in reports.judged if report.against == check.against), None)
-        if found is None:
+        if check.against not in reports.evaluations:
             yield _not_applicable(name, rule, check.min)
             continue
-        scores = [judgement.score for judgement in found.items]
+        found = next(report for report in reports.judged if report.against == check.against)
+        asked = len(found.items) + found.failed
+        if not found.items or found.failed > MAX_UNJUDGED * asked:
+            why = f"the judge gave no usable answer to {found.failed} of {asked} items"
+            yield Check(name=name, outcome="inconclusive", estimate=None, threshold=check.min, rule=rule, why=why)
+            continue
         yield Question(
             name=name,
             rule=rule,
-            estimate=partial(statistics.mean_interval, scores),
+            estimate=partial(statistics.mean_interval, [judgement.score for judgement in found.items]),
             reach=check.min,
             broken=check.min,
-            items=len(scores),
+            items=len(found.items),
         )
 
 
@@ -327,7 +360,7 @@ def _load_check(check: LoadCheck, level: LoadLevel, confidence: float) -> Check:
             estimate=None,
             threshold=threshold,
             rule=rule,
-            why="no request finished",
+            why="it was not measured" if level.completed else "no request finished",
         )
     outcome = _load_outcome(found, check)
     why = f"{found.interval.low:.4g} to {found.interval.high:.4g} by {found.how}"

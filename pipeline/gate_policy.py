@@ -12,24 +12,49 @@ from pipeline.errors import Problem
 from pipeline.load_statistics import ENOUGH_REPEATS, requests_needed
 
 
-def problems(policy: GateConfig, evaluate: EvaluateConfig, loadtest: LoadtestConfig) -> list[Problem]:
-    """What a policy asks for that evaluation and load test won't measure: known before anything runs."""
+def problems(
+    policy: GateConfig, evaluate: EvaluateConfig, loadtest: LoadtestConfig, columns: Sequence[str] | None = None
+) -> list[Problem]:
+    """What a policy asks for that evaluation and load test won't measure: known before anything runs.
+
+    `columns` are those that holdout rows keep; None where they aren't known.
+    """
+    return [
+        *_unmeasurable(policy, evaluate),
+        *_ambiguous(policy),
+        *unknown_checks(policy),
+        *_unkept_columns(policy, columns),
+        *_too_few_items(policy, evaluate),
+        *_load_problems(policy, loadtest.max_concurrency),
+        *_too_few_requests(policy, loadtest),
+        *_too_few_repeats(policy, loadtest),
+    ]
+
+
+def _unmeasurable(policy: GateConfig, evaluate: EvaluateConfig) -> Iterator[Problem]:
+    """Metrics, systems and judges that the config doesn't ask for."""
     names = scoring.names_measured(evaluate.scorers)
-    found = []
-    for key, metric, against in _compared(policy):
+    for key, metric, against in compared(policy):
         if not (scoring.is_measured(metric, evaluate.scorers) or _may_be_a_tasks(key, metric, evaluate)):
-            found.append(_absent(f"{key}.metric", metric, names, "evaluate.scorers"))
+            yield _absent(f"{key}.metric", metric, names, "evaluate.scorers")
         if against == "base" and "base" not in evaluate.compare:
-            found.append(_absent(f"{key}.against", "base", list(evaluate.compare), "evaluate.compare"))
+            yield _absent(f"{key}.against", "base", list(evaluate.compare), "evaluate.compare")
     for index, judge in enumerate(policy.judges):
         asked = [entry.against for entry in evaluate.judges]
         if judge.against not in asked:
-            found.append(_absent(f"gate.judges[{index}].against", judge.against, asked, "evaluate.judges"))
-    found += _too_few_items(policy, evaluate)
-    found += _load_problems(policy, loadtest.max_concurrency)
-    found += _too_few_requests(policy, loadtest)
-    found += _too_few_repeats(policy, loadtest)
-    return found
+            yield _absent(f"gate.judges[{index}].against", judge.against, asked, "evaluate.judges")
+
+
+def _ambiguous(policy: GateConfig) -> Iterator[Problem]:
+    """Two checks of one name: an allowed regression would mean both."""
+    names = [*_names(policy)]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Problem(
+            f"two checks are called {name!r}",
+            key="gate",
+            allowed="a floor, and a comparison with each system, once for each metric",
+            remedy="drop one of them",
+        )
 
 
 def unfit(reports: Reports, policy: GateConfig, unit_digest: str) -> Iterator[Problem]:
@@ -45,7 +70,9 @@ def unfit(reports: Reports, policy: GateConfig, unit_digest: str) -> Iterator[Pr
             what = f"the candidate's {type(report).__name__} is {found}"
             yield Problem(what, remedy="evaluate and load-test again what is to be registered")
     yield from _unmeasured(reports, policy)
-    for name in sorted({against for _, _, against in _compared(policy) if against}):
+    yield from _unjudged(reports, policy)
+    yield from unknown_checks(policy)
+    for name in sorted({against for _, _, against in compared(policy) if against}):
         if name in evaluations:
             yield from _other_items(candidate, evaluations[name])
     yield from _absent_columns(candidate.items, policy)
@@ -53,16 +80,33 @@ def unfit(reports: Reports, policy: GateConfig, unit_digest: str) -> Iterator[Pr
     yield from _load_problems(policy, sizes)
 
 
-def unknown_checks(policy: GateConfig, names: Sequence[str]) -> Iterator[Problem]:
-    """Allowed regressions that name no check of the table."""
+def unknown_checks(policy: GateConfig) -> Iterator[Problem]:
+    """Allowed regressions that name no check which this policy can come to."""
+    names = [*_names(policy), *(f"{name}…" for name in _slices(policy))]
     for index, allowed in enumerate(policy.allowed_regressions):
-        if allowed.check not in names:
+        if allowed.check not in names and not allowed.check.startswith(tuple(_slices(policy))):
             yield Problem(
                 f"{allowed.check!r} is no check of this policy",
                 key=f"gate.allowed_regressions[{index}].check",
                 allowed=", ".join(names),
                 remedy="name a check as the gate's table does, or drop the entry",
             )
+
+
+def _names(policy: GateConfig) -> Iterator[str]:
+    """The names of the checks that a policy asks for, but for the parts of slices."""
+    yield "must-pass prompts"
+    for check in policy.metrics:
+        yield from [check.metric] if check.min is not None else []
+        yield from [f"{check.metric} vs {check.against}"] if check.against else []
+    yield from (f"{part.metric} vs {part.against} by {part.by}" for part in policy.slices)
+    yield from (f"judge vs {judge.against}" for judge in policy.judges)
+    yield from (f"{load.metric} at {load.max_concurrency}" for load in policy.load)
+
+
+def _slices(policy: GateConfig) -> list[str]:
+    """What the names of slices' parts begin with."""
+    return [f"{part.metric} vs {part.against} where {part.by}=" for part in policy.slices]
 
 
 def task_result(results: Sequence[TaskResult], metric: str) -> TaskResult | None:
@@ -75,7 +119,7 @@ def _may_be_a_tasks(key: str, metric: str, evaluate: EvaluateConfig) -> bool:
     return key.startswith("gate.metrics") and bool(evaluate.tasks) and "/" in metric
 
 
-def _compared(policy: GateConfig) -> Iterator[tuple[str, str, str | None]]:
+def compared(policy: GateConfig) -> Iterator[tuple[str, str, str | None]]:
     """Key, metric and the other system of every check of a score."""
     for index, check in enumerate(policy.metrics):
         yield f"gate.metrics[{index}]", check.metric, check.against
@@ -92,8 +136,32 @@ def _absent(key: str, asked: str, there: Sequence[str], where: str) -> Problem:
     )
 
 
+def _unkept_columns(policy: GateConfig, columns: Sequence[str] | None) -> Iterator[Problem]:
+    """Columns that group or slice items and that no holdout row will have."""
+    wanted = [(f"gate.slices[{index}].by", check.by) for index, check in enumerate(policy.slices)]
+    wanted += [("gate.cluster_by", policy.cluster_by)] if policy.cluster_by else []
+    for key, name in wanted:
+        of_answer = key != "gate.cluster_by" and name.partition(".")[0] == slices.EXPECTED
+        if columns is not None and name not in columns and not of_answer:
+            yield Problem(
+                f"{name} isn't among the columns that holdout rows keep",
+                key=key,
+                allowed=", ".join(columns) or "no column is kept",
+                remedy=f"add {name} to data.columns",
+            )
+
+
 def _too_few_items(policy: GateConfig, evaluate: EvaluateConfig) -> Iterator[Problem]:
     """Fewer scored items than the policy wants, however large the holdout is."""
+    gated = [judge.against for judge in policy.judges]
+    for index, judge in enumerate(evaluate.judges):
+        if judge.against in gated and judge.max_items < policy.min_items:
+            yield Problem(
+                f"gate.min_items wants {policy.min_items} items and this judge sees {judge.max_items}: its check can't pass",
+                key=f"evaluate.judges[{index}].max_items",
+                allowed=f"{policy.min_items} or more",
+                remedy=f"set max_items: {policy.min_items}, or lower gate.min_items",
+            )
     if evaluate.max_items is not None and evaluate.max_items < policy.min_items:
         yield Problem(
             f"{policy.min_items} scored items are wanted and only {evaluate.max_items} are asked for: it can't pass",
@@ -110,7 +178,7 @@ def _unmeasured(reports: Reports, policy: GateConfig) -> Iterator[Problem]:
         *scoring.metric_names(reports.evaluations["candidate"].items),
         *(f"{result.task}/{result.metric}" for result in ours),
     ]
-    for key, metric, against in _compared(policy):
+    for key, metric, against in compared(policy):
         if metric not in names:
             yield _absent(f"{key}.metric", metric, names, "evaluate.scorers")
         if against == "base" and "base" not in reports.evaluations:
@@ -118,6 +186,16 @@ def _unmeasured(reports: Reports, policy: GateConfig) -> Iterator[Problem]:
         result = task_result(ours, metric)
         if result is not None:
             yield from _unfit_task(key, result, against, reports)
+
+
+def _unjudged(reports: Reports, policy: GateConfig) -> Iterator[Problem]:
+    """Systems that a judge was to compare with and didn't."""
+    there = [report.against for report in reports.judged]
+    for index, check in enumerate(policy.judges):
+        if check.against in reports.evaluations and check.against not in there:
+            yield _absent(
+                f"gate.judges[{index}].against", f"the candidate against {check.against}", there, "evaluate.judges"
+            )
 
 
 def _unfit_task(key: str, result: TaskResult, against: str | None, reports: Reports) -> Iterator[Problem]:

@@ -282,14 +282,14 @@ def sizes(config: Mapping[str, Any], planned: Sequence[PlannedStep]) -> Iterator
     gate, prepared = config["gate"], next(step.record for step in planned if step.step.stage == "prepare")
     held = prepared["detail"]["rows"]["holdout"] if prepared else None
     there = min(value for value in (held, config["evaluate"]["max_items"], math.inf) if value is not None)
-    for check in gate["metrics"]:
-        if check["against"] is None or check["margin"] <= 0:
-            continue
-        needed = items_for_margin(check["margin"], DIFFERING, gate["confidence"])
+    compared = [check for check in gate["metrics"] if check["against"] and check["margin"] > 0 and check["required"]]
+    for check in compared:
+        needed = items_for_margin(check["margin"], DIFFERING, gate["confidence"], comparisons=len(compared))
         few = f"; there are {there}" if there < needed else ""
+        grouped = f", more where items of one {gate['cluster_by']} are alike" if gate["cluster_by"] else ""
         yield (
             f"{check['metric']} vs {check['against']} within {check['margin']:g}: about {needed}"
-            f" if {DIFFERING:.0%} of the answers differ{few}"
+            f" if {DIFFERING:.0%} of the answers differ{grouped}{few}"
         )
 
 

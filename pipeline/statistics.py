@@ -42,7 +42,7 @@ def wilson(successes: float, n: float, confidence: float) -> Interval:
     of the same value, so the interval then errs on the wide side.
     """
     z2 = normal_quantile(confidence) ** 2
-    p = successes / n
+    p = min(1.0, successes / n)
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
     return Interval(

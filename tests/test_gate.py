@@ -386,8 +386,8 @@ def test_parts_too_small_to_judge_are_said_to_be():
         slices=(SliceCheck(by="language", metric="exact_match"),),
     )
     verdict = judge(versus([0.0] * 5 + [1.0] * 395, [1.0] * 400, language=language), {}, policy, UNIT)
-    check = next(check for check in verdict.checks if check.name.endswith("language=(other)"))
-    assert (check.outcome, check.why) == ("pass", "5 items of small parts are too few to be judged")
+    check = next(check for check in verdict.checks if check.name.endswith("by language"))
+    assert (check.outcome, check.why) == ("pass", "5 of 400 items are in parts too small to be judged")
 
 
 def test_a_slice_without_its_column_is_refused():
@@ -451,7 +451,7 @@ def test_an_advisory_check_does_not_decide():
     assert judge(GOOD, {}, GateConfig(metrics=(advisory,)), UNIT).outcome == "inconclusive"
 
 
-def prompts(broken: set[int], of: int = 5) -> tuple[PromptResult, ...]:
+def prompts(broken: set[int], of: int = 7) -> tuple[PromptResult, ...]:
     """Must-pass prompts of which some are broken."""
     return tuple(
         PromptResult(
@@ -468,12 +468,13 @@ def prompts(broken: set[int], of: int = 5) -> tuple[PromptResult, ...]:
         ({1}, {1}, "all", "fail"),
         ({1}, {1}, "no_regression", "pass"),
         ({1, 2}, {1}, "no_regression", "fail"),
-        ({1}, None, "no_regression", "pass"),
+        ({1}, None, "no_regression", "fail"),
+        ({6}, {1}, "no_regression", "fail"),
     ],
 )
 def test_must_pass_prompts_are_judged_as_counted(ours, theirs, rule, outcome):
-    """All of them, or those that the incumbent passes; the ones that broke are named."""
-    found = {"candidate": prompts(ours), **({"incumbent": prompts(theirs)} if theirs is not None else {})}
+    """All of them, or those that the incumbent doesn't break; one that it was never asked counts. The broken are named."""
+    found = {"candidate": prompts(ours), **({"incumbent": prompts(theirs, of=5)} if theirs is not None else {})}
     verdict = judge(GOOD, {}, FLOOR.model_copy(update={"prompts": rule}), UNIT, prompts=found)
     assert outcome_of(verdict, "must-pass prompts") == outcome == verdict.outcome
     if outcome == "fail":
@@ -527,8 +528,104 @@ def judged(wins: int, losses: int, ties: int) -> tuple[JudgeReport, ...]:
 
 
 def test_an_llm_judges_win_rate_has_a_floor():
-    """Parity over 300 items reaches 0.43, 90 of 300 won doesn't, and no judge yet doesn't apply."""
-    policy = FLOOR.model_copy(update={"judges": (JudgeCheck(min=0.43),)})
-    parity, worse = (judge(GOOD, {}, policy, UNIT, judged=judged(*n)) for n in ((130, 130, 40), (90, 210, 0)))
+    """Parity over 300 items reaches 0.43, 90 of 300 won doesn't; without an incumbent it doesn't apply."""
+    policy, both = FLOOR.model_copy(update={"judges": (JudgeCheck(min=0.43),)}), versus(hits(190, 200), hits(190, 200))
+    parity, worse = (judge(both, {}, policy, UNIT, judged=judged(*n)) for n in ((130, 130, 40), (90, 210, 0)))
     assert (outcome_of(parity, "judge vs incumbent"), outcome_of(worse, "judge vs incumbent")) == ("pass", "fail")
     assert outcome_of(judge(GOOD, {}, policy, UNIT), "judge vs incumbent") == "pass"
+
+
+def test_a_judge_that_judged_little_or_nothing_passes_nothing():
+    """No report is refused; few items, or many without a usable answer, are open."""
+    policy, both = FLOOR.model_copy(update={"judges": (JudgeCheck(min=0.3),)}), versus(hits(190, 200), hits(190, 200))
+    with pytest.raises(GateFailed, match="against incumbent is not measured"):
+        judge(both, {}, policy, UNIT)
+    few, mute = (judge(both, {}, policy, UNIT, judged=found) for found in (judged(40, 0, 0), judged(0, 0, 0)))
+    half = judge(both, {}, policy, UNIT, judged=(judged(200, 0, 0)[0].model_copy(update={"failed": 100}),))
+    assert {outcome_of(verdict, "judge vs incumbent") for verdict in (few, mute, half)} == {"inconclusive"}
+    assert "100 of 300" in half.checks[-1].why
+
+
+def test_a_system_that_failed_requests_is_nothing_to_be_held_against():
+    """An incumbent that answered too little would lower the bar: open, with the way out."""
+    reports = versus(hits(150, 200), hits(120, 200))
+    reports["incumbent"] = reports["incumbent"].model_copy(update={"errors": 60})
+    verdict = judge(reports, {}, NOT_WORSE, UNIT)
+    check = next(check for check in verdict.checks if check.name == "errors in evaluation of incumbent")
+    assert (check.outcome, verdict.outcome) == ("inconclusive", "inconclusive")
+    assert "--again" in check.why
+
+
+def test_a_metric_of_few_items_passes_nothing():
+    """Four items with a field decide nothing about it, whatever the size of the holdout."""
+    items = evaluation("candidate", hits(190, 200)).items
+    some = tuple(
+        item.model_copy(update={"scores": {**item.scores, **({"json_field_match/refund": 1.0} if n < 4 else {})}})
+        for n, item in enumerate(items)
+    )
+    policy = GateConfig(metrics=(MetricCheck(metric="json_field_match/refund", min=0.3),))
+    verdict = judge({"candidate": evaluation("candidate", [], items=some)}, {}, policy, UNIT)
+    assert outcome_of(verdict, "json_field_match/refund") == verdict.outcome == "inconclusive"
+
+
+def test_more_slices_make_no_other_question_harder():
+    """A part that is shown to be worse stays so, and a metric too, whatever else is looked at."""
+    language, channel = ["de"] * 40 + ["en"] * 360, [str(n % 8) for n in range(400)]
+    reports = versus(hits(33, 40) + hits(360, 360), [1.0] * 400, language=language, channel=channel)
+    one = SliceCheck(by="language", metric="exact_match")
+    floor = (MetricCheck(metric="exact_match", min=0.5),)
+    for more in ((), (SliceCheck(by="channel", metric="exact_match"),)):
+        verdict = judge(reports, {}, GateConfig(metrics=floor, slices=(one, *more)), UNIT)
+        assert outcome_of(verdict, "exact_match vs incumbent where language=de") == verdict.outcome == "fail"
+
+
+def test_slices_of_which_none_is_large_enough_are_open():
+    """A check that looked at nothing passes nothing."""
+    reports = versus([1.0] * 200, [1.0] * 200, customer=[str(n // 4) for n in range(200)])
+    floor, by = (MetricCheck(metric="exact_match", min=0.5),), SliceCheck(by="customer", metric="exact_match")
+    verdict = judge(reports, {}, GateConfig(metrics=floor, slices=(by.model_copy(update={"min_items": 300}),)), UNIT)
+    assert verdict.outcome == "inconclusive"
+    grouped = GateConfig(metrics=floor, slices=(by.model_copy(update={"min_items": 4}),), cluster_by="customer")
+    assert "200 of 200 items are in parts too small" in judge(reports, {}, grouped, UNIT).checks[-1].why
+
+
+def test_a_slice_in_which_nothing_has_the_metric_is_left_out():
+    """Only scored items make parts."""
+    language = ["de"] * 100 + ["en"] * 100
+    reports = {
+        system: found.model_copy(
+            update={
+                "items": tuple(
+                    item.model_copy(update={"scores": {**item.scores, **({"rougeL": 0.5} if n < 100 else {})}})
+                    for n, item in enumerate(found.items)
+                )
+            }
+        )
+        for system, found in versus([1.0] * 200, [1.0] * 200, language=language).items()
+    }
+    policy = GateConfig(
+        metrics=(MetricCheck(metric="exact_match", min=0.5),), slices=(SliceCheck(by="language", metric="rougeL"),)
+    )
+    names = [check.name for check in judge(reports, {}, policy, UNIT).checks]
+    assert [name for name in names if "where" in name] == ["rougeL vs incumbent where language=de"]
+
+
+def test_a_policy_whose_only_check_is_allowed_to_fail_passes_nothing():
+    """An allowed regression can't leave a build unexamined."""
+    allowed = (AllowedRegression(check="exact_match vs incumbent", reason="known"),)
+    policy = NOT_WORSE.model_copy(update={"allowed_regressions": allowed})
+    verdict = judge(versus(hits(0, 200), hits(190, 200)), {}, policy, UNIT)
+    assert (outcome_of(verdict, "policy"), verdict.outcome) == ("inconclusive", "inconclusive")
+
+
+def test_an_allowed_regression_that_does_not_apply_yet_is_no_mistake():
+    """The first build has no incumbent, and a part may be too small by now."""
+    allowed = (AllowedRegression(check="exact_match vs incumbent where language=de", reason="relabelled"),)
+    policy = GateConfig(
+        metrics=(MetricCheck(metric="exact_match", min=0.5),),
+        slices=(SliceCheck(by="language", metric="exact_match"),),
+        allowed_regressions=allowed,
+    )
+    first = evaluation("candidate", hits(190, 200)).items
+    items = tuple(item.model_copy(update={"columns": {"language": "en"}}) for item in first)
+    assert judge({"candidate": evaluation("candidate", [], items=items)}, {}, policy, UNIT).outcome == "pass"

@@ -8,6 +8,7 @@ import pytest
 
 from pipeline import config_file, gate_policy
 from pipeline.config import (
+    AllowedRegression,
     EvaluateConfig,
     GateConfig,
     JudgeCheck,
@@ -114,3 +115,34 @@ def test_objectives_on_single_runs_are_told_before_anything_runs():
     (problem,) = gate_policy.problems(LOAD, EvaluateConfig(), loadtest)
     assert (problem.key, problem.allowed) == ("loadtest.repeats", "3 or more")
     assert gate_policy.problems(FLOOR, EvaluateConfig(), loadtest) == []
+
+
+def test_columns_that_no_row_keeps_are_told_before_anything_runs():
+    """For slices and for groups; parts by the expected answer need none."""
+    by = tuple(SliceCheck(by=name, metric="exact_match") for name in ("language", "expected", "expected.category"))
+    policy = FLOOR.model_copy(update={"slices": by, "cluster_by": "customer"})
+    found = gate_policy.problems(policy, EvaluateConfig(), LoadtestConfig(), ("channel",))
+    assert [problem.key for problem in found] == ["gate.slices[0].by", "gate.cluster_by"]
+    assert gate_policy.problems(policy, EvaluateConfig(), LoadtestConfig(), ("language", "customer")) == []
+
+
+def test_names_that_no_check_or_two_checks_have_are_told_before_anything_runs():
+    """An allowed regression must mean one check."""
+    twice = (MetricCheck(metric="exact_match", min=0.5), MetricCheck(metric="exact_match", min=0.9))
+    allowed = tuple(AllowedRegression(check=name, reason="x") for name in ("exact_match", "accuracy"))
+    policy = GateConfig(metrics=twice, allowed_regressions=allowed)
+    found = gate_policy.problems(policy, EvaluateConfig(), LoadtestConfig())
+    assert [problem.key for problem in found] == ["gate", "gate.allowed_regressions[1].check"]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        {"against": "incumbent", "margin": 3}, {"against": "incumbent", "margin": -1}, {"min": 80},
+        {"against": "incumbent", "margin": float("inf")}, {"min": float("nan")},
+    ],
+)  # fmt: skip
+def test_scores_lie_between_0_and_1_and_so_do_thresholds(check):
+    """Three points are 0.03; a margin of 3 would let everything pass."""
+    with pytest.raises(ValueError, match=r"less than|greater than"):
+        MetricCheck(metric="exact_match", **check)

@@ -11,6 +11,7 @@ from released import ENVIRONMENT, FAKE_SITE, a_config, a_model, a_release
 
 from flows import measure, stages
 from pipeline import registry, serving, store
+from pipeline.artifacts import Evaluation
 from pipeline.environments import Environment
 from pipeline.errors import EnvironmentMissing
 
@@ -82,10 +83,13 @@ def test_settings_that_can_not_be_had_any_more_are_todays(
 def test_again_measures_anew(world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Load tests of the build are thrown away, and evaluations are asked for under another key."""
     attempts = []
+    report = Evaluation(
+        system="candidate", unit_digest="u", holdout_digest="h", metrics={}, items=(), errors=0, seconds=1.0
+    )
 
     def measured(_config, _key, _artifacts, system, attempt, _show):
         attempts.append((system.role, attempt))
-        return None, None
+        return report.model_copy(update={"system": system.role}), None
 
     monkeypatch.setattr(measure, "_measure", SimpleNamespace(with_options=lambda **_: measured))
     old = store.build_folder("0" * 32) / "loadtest-candidate"

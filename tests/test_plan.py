@@ -95,11 +95,11 @@ def test_served_weights_are_estimated_as_they_will_lie_in_memory(method, dtype, 
 def test_a_comparison_says_how_many_items_it_needs():
     """Against the holdout once it is known, and against what the config lets through."""
     checks = [
-        {"metric": "accuracy", "against": "incumbent", "margin": 0.05},
-        {"metric": "accuracy", "against": None, "margin": 0.0},
-        {"metric": "accuracy", "against": "base", "margin": -0.3},
+        {"metric": "accuracy", "against": "incumbent", "margin": 0.05, "required": True},
+        {"metric": "accuracy", "against": None, "margin": 0.0, "required": True},
+        {"metric": "accuracy", "against": "base", "margin": -0.3, "required": True},
     ]
-    config = {"gate": {"metrics": checks, "confidence": 0.95}, "evaluate": {"max_items": None}}
+    config = {"gate": {"metrics": checks, "confidence": 0.95, "cluster_by": None}, "evaluate": {"max_items": None}}
     step = plan.Step("prepare", "train", (), (), ())
 
     def said(record, **evaluate):

@@ -88,7 +88,7 @@ def test_the_page_says_verdict_scores_digest_and_next_step(build, page_text):
     score = build.evaluations["candidate"].metrics["json_field_match"]
     for part in (
         "gate: pass",
-        "Passes: all 8 checks hold.",
+        "Passes: all 9 checks hold.",
         f"{score.value:.3f} ({score.low:.3f} to {score.high:.3f})",
         "base (Q4_1 GGUF)",
         build.unit.digest,
