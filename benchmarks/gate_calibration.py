@@ -3,12 +3,13 @@
     python benchmarks/gate_calibration.py [--simulations 2000] [--workers 2]
 
 A candidate is compared with an incumbent whose true quality is known, with a margin of three points fixed first, at the size
-that `sample_size.items_for_margin` recommends and at a sixth of it. What is asked for, at the recommended size: an equal
+that `sample_size.items_for_margin` recommends and at an eighth of it. What is asked for, at the recommended size: an equal
 candidate passes at least 80 % of the time, one at the margin (three points worse) passes at most 5 % and fails, not merely
-inconclusive, at least 80 %; an equal one fails at most 5 %. At a sixth of it: most verdicts are inconclusive, and wrong ones
+inconclusive, at least 80 %; an equal one fails at most 5 %. At an eighth of it: most verdicts are inconclusive, and wrong ones
 stay as rare. Four kinds of holdout: right or wrong answers; scores in halves; right or wrong in groups of four that share a
-part of their fate; and three metrics with eight slices looked at together. Prints a table and exits with 1 where one of these
-does not hold.
+part of their fate; and three metrics with eight slices looked at together. Two more that must not go wrong: a few large
+groups, which look like many items, and one bad slice of eight, which the whole hides. Prints a table and exits with 1 where
+one of these does not hold.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -34,7 +35,7 @@ from pipeline.config import GateConfig, MetricCheck, SliceCheck
 MARGIN = 0.03
 CONFIDENCE = 0.95
 UNIT = "0" * 64
-GROUP = 4
+GROUP, LARGE = 4, 50
 SLICES = 8
 
 
@@ -71,14 +72,29 @@ def halves(rng: np.random.Generator, items: int, gap: float) -> tuple[np.ndarray
     return theirs + moved, theirs
 
 
-def grouped(rng: np.random.Generator, items: int, gap: float) -> tuple[np.ndarray, np.ndarray]:
-    """Right or wrong, in groups of GROUP items; half of the groups are all alike."""
-    groups = -(-items // GROUP)
-    ours, theirs = binary(rng, groups * GROUP, gap)
-    alike = np.repeat(rng.random(groups) < 0.5, GROUP)
-    first = np.repeat(np.arange(groups) * GROUP, GROUP)
+def grouped(
+    rng: np.random.Generator, items: int, gap: float, group: int = GROUP, discordance: float = 0.1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Right or wrong, in groups; half of the groups are all alike."""
+    groups = -(-items // group)
+    ours, theirs = binary(rng, groups * group, gap, discordance)
+    alike = np.repeat(rng.random(groups) < 0.5, group)
+    first = np.repeat(np.arange(groups) * group, group)
     ours[alike], theirs[alike] = ours[first[alike]], theirs[first[alike]]
     return ours[:items], theirs[:items]
+
+
+def few_groups(rng: np.random.Generator, items: int, gap: float) -> tuple[np.ndarray, np.ndarray]:
+    """Groups of LARGE items, and hardly an item that differs but for the gap."""
+    return grouped(rng, items, gap, LARGE, max(0.01, abs(gap)))
+
+
+def one_bad_slice(rng: np.random.Generator, items: int, gap: float) -> tuple[np.ndarray, np.ndarray]:
+    """An equal candidate, but that one part of SLICES is worse by `gap`."""
+    ours, theirs = binary(rng, items, 0.0)
+    part = np.arange(items) % SLICES == 0
+    ours[part], theirs[part] = binary(rng, int(part.sum()), gap, max(0.1, abs(gap)))
+    return ours, theirs
 
 
 def several(rng: np.random.Generator, items: int, gap: float) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +114,8 @@ KINDS = (
     Kind("right or wrong", 0.1, binary, policy()),
     Kind("scores in halves", 0.05, halves, policy()),
     Kind("groups of four", 0.25, grouped, policy(cluster_by="group")),
+    Kind("20 groups of 50", 0.0, few_groups, policy(cluster_by="large")),
+    Kind("one bad slice of 8", 0.1, one_bad_slice, policy(slices=(SliceCheck(by="slice", metric="m0"),))),
     Kind("3 metrics, 8 slices", 0.1, several, policy(3, slices=(SliceCheck(by="slice", metric="m0"),)), asked=3),
 )
 
@@ -105,7 +123,7 @@ KINDS = (
 @cache
 def items_of(scores: tuple[float, ...], number: int) -> Item:
     """An item with these scores; made once, as making it is most of a simulation."""
-    columns = {"group": str(number // GROUP), "slice": str(number % SLICES)}
+    columns = {"group": str(number // GROUP), "large": str(number // LARGE), "slice": str(number % SLICES)}
     named = {f"m{index}": score for index, score in enumerate(scores)}
     return Item(id=str(number), prompt="", expected="", answer="", finish_reason="stop", scores=named, columns=columns)
 
@@ -154,6 +172,21 @@ DEMANDS = {
     (False, 0.0): (Demand("inconclusive", at_least=0.5), Demand("fail", at_most=0.05)),
     (False, -MARGIN): (Demand("inconclusive", at_least=0.5), Demand("pass", at_most=0.05)),
 }
+# Lines of their own: kind, items, true gap, what is asked.
+MORE = (
+    ("20 groups of 50", 1000, -MARGIN, (Demand("pass", at_most=0.05),)),
+    ("one bad slice of 8", 1600, -0.15, (Demand("fail", at_least=0.8), Demand("pass", at_most=0.1))),
+    ("one bad slice of 8", 1600, 0.0, (Demand("pass", at_least=0.8), Demand("fail", at_most=0.05))),
+)
+
+
+def lines() -> Iterator[tuple[str, int, float, tuple[Demand, ...]]]:
+    """Every line of the table: kind, items, true gap and what is asked."""
+    alone = {name for name, *_ in MORE}
+    for kind in KINDS:
+        for (large, gap), demands in DEMANDS.items() if kind.name not in alone else ():
+            yield kind.name, kind.recommended if large else kind.recommended // 8, gap, demands
+    yield from MORE
 
 
 def main() -> int:
@@ -166,18 +199,16 @@ def main() -> int:
     print(f"margin {MARGIN:g}, confidence {CONFIDENCE:g}, {options.simulations} builds a line")
     print(f"{'holdout':<21}{'items':>6}{'true gap':>10}{'pass':>8}{'open':>8}{'fail':>8}  asked for")
     with ProcessPoolExecutor(options.workers) as pool:
-        for kind in KINDS:
-            for (large, gap), demands in DEMANDS.items():
-                size = kind.recommended if large else kind.recommended // 6
-                part = -(-options.simulations // options.workers)
-                runs = [pool.submit(simulate, kind.name, size, gap, part, seed) for seed in range(options.workers)]
-                found = sum((run.result() for run in runs), Counter[str]())
-                shares = {name: found[name] / found.total() for name in ("pass", "inconclusive", "fail")}
-                unmet = [demand for demand in demands if not demand.holds(shares[demand.outcome])]
-                missed += len(unmet)
-                verdict = ", ".join(map(str, demands)) + (f"  NOT MET: {', '.join(map(str, unmet))}" if unmet else "")
-                figures = "".join(f"{share:>8.1%}" for share in shares.values())
-                print(f"{kind.name:<21}{size:>6}{gap:>+10.2f}{figures}  {verdict}", flush=True)
+        for name, size, gap, demands in lines():
+            part = -(-options.simulations // options.workers)
+            runs = [pool.submit(simulate, name, size, gap, part, seed) for seed in range(options.workers)]
+            found = sum((run.result() for run in runs), Counter[str]())
+            shares = {outcome: found[outcome] / found.total() for outcome in ("pass", "inconclusive", "fail")}
+            unmet = [demand for demand in demands if not demand.holds(shares[demand.outcome])]
+            missed += len(unmet)
+            verdict = ", ".join(map(str, demands)) + (f"  NOT MET: {', '.join(map(str, unmet))}" if unmet else "")
+            figures = "".join(f"{share:>8.1%}" for share in shares.values())
+            print(f"{name:<21}{size:>6}{gap:>+10.2f}{figures}  {verdict}", flush=True)
     print(
         f"{'all demands are met' if not missed else f'{missed} demands are not met'}; {time.monotonic() - started:.0f} s"
     )

@@ -1,10 +1,10 @@
 """Questions with an interval into checks: how pass, fail and inconclusive are told apart, many questions at once.
 
-A question passes when its whole interval reaches what it must, fails when the whole interval lies below what it
-must not be, and is open otherwise. All questions of a policy must pass, so asking many makes no wrong pass more
-likely (an intersection-union test: R. L. Berger and J. C. Hsu, Statistical Science 11:283-319, 1996). One failure
-is enough for a fail, so there many would make a wrong one more likely: failures are found by Holm's step-down
-procedure (S. Holm, Scandinavian Journal of Statistics 6:65-70, 1979), with intervals instead of p-values.
+A question passes when its whole interval reaches what it must, fails when the whole interval lies below what it must not
+be, and is open otherwise. All questions must pass, so asking many makes no wrong pass more likely (an intersection-union
+test: R. L. Berger and J. C. Hsu, Statistical Science 11:283-319, 1996). One failure is enough for a fail, so there many would
+make a wrong one more likely: failures in a family of questions are found by Holm's step-down procedure (S. Holm,
+Scandinavian Journal of Statistics 6:65-70, 1979), with intervals instead of p-values.
 """
 
 from __future__ import annotations

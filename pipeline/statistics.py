@@ -53,7 +53,7 @@ def wilson(successes: float, n: float, confidence: float) -> Interval:
 
 
 def mean_interval(scores: Sequence[float] | Floats, confidence: float, groups: Sequence[str] | None = None) -> Interval:
-    """The mean of scores in 0 to 1: Wilson where all are 0 or 1 or alike, else bootstrap BCa (Efron 1987).
+    """The mean of scores: Wilson where all are 0 or 1, or in between and alike; else bootstrap BCa (Efron 1987).
 
     With `groups`, one a score, scores of one group count as one draw: Wilson's with the effective number of items,
     the bootstrap over groups.
@@ -63,7 +63,8 @@ def mean_interval(scores: Sequence[float] | Floats, confidence: float, groups: S
     values = np.asarray(scores, dtype=float)
     codes = _codes(groups)
     size = len(values) / design_effect(values, codes)
-    if is_binary(values) or np.ptp(values) == 0 or _units(values, codes) < 2:
+    of_shares = bool(((values >= 0) & (values <= 1)).all())
+    if of_shares and (is_binary(values) or np.ptp(values) == 0 or _units(values, codes) < 2):
         return wilson(float(values.mean()) * size, size, confidence)
     return _bootstrap_mean(values, codes, confidence)
 
