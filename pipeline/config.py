@@ -45,6 +45,17 @@ class DatasetSource(Section):
         return self
 
 
+class BenchmarkSource(Section):
+    """A public benchmark, of whose documents no row but a holdout's may hold a part."""
+
+    path: str = Field(
+        description="file (.jsonl .json .csv .parquet, or .txt with a document a line), folder of such files, or hub id"
+    )
+    columns: tuple[str, ...] = Field((), description="columns whose texts are compared; default: all texts of a row")
+    split: str = Field("test", description="split of a hub dataset")
+    revision: str | None = Field(None, description="commit of a hub dataset")
+
+
 class DataConfig(Section):
     """Rows, their format, their splits and what is done with defects."""
 
@@ -59,7 +70,21 @@ class DataConfig(Section):
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
     max_defect_rate: Fraction = Field(0.0, description="share of defective rows to drop before the run stops")
     near_duplicate_threshold: Fraction = Field(0.7, description="Jaccard similarity of word 3-grams")
-    max_near_duplicate_rate: Fraction = Field(0.05, description="holdout rows near a train row; above it the run stops")
+    max_near_duplicate_rate: Fraction = Field(
+        0.05, description="holdout rows near a train row or inside one; above it the run stops"
+    )
+    benchmarks: tuple[BenchmarkSource, ...] = Field(
+        (), description="public benchmarks that must not stand in train, val or calibration"
+    )
+    benchmark_ngram: Annotated[int, Field(ge=8, le=64)] = Field(
+        13, description="words in a row that a benchmark's document and a row must share to overlap"
+    )
+    max_benchmark_overlap_rate: Fraction = Field(
+        0.0, description="benchmark documents found in a train row; above it the run stops"
+    )
+    columns: tuple[str, ...] = Field(
+        (), description="further columns that a holdout row keeps, as text: what slices and groups are made from"
+    )
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> DataConfig:

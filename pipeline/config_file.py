@@ -317,6 +317,7 @@ def _resolve(config: Config, root: Path) -> Config:
         update={
             "datasets": tuple(_absolute(source, root) for source in config.data.datasets),
             "test_datasets": tuple(_absolute(source, root) for source in config.data.test_datasets),
+            "benchmarks": tuple(_absolute(source, root) for source in config.data.benchmarks),
         }
     )
     evaluate = config.evaluate

@@ -2,12 +2,13 @@
 
 Takes the base model's tokenizer and chat template, which decide how long a row is. The payload holds
 train.jsonl, val.jsonl, calibration.jsonl and holdout.jsonl; a row is {"id", "messages"}, the last message
-being the assistant's answer, or {"id", "text"} (never in the holdout). Rows longer than sequence_len are
+being the assistant's answer, or {"id", "text"} (never in the holdout); a holdout row has the "columns"
+that data.columns names, too. Rows longer than sequence_len are
 left out (excess_length_strategy: drop), kept whole for training to cut (truncate), or defects (raise).
 
 All rows pass through an SQLite file in the stage's folder, so that memory stays the same for any amount of
 data. What a person should see lies in extra/: report.md, report.json and plots, and as JSON Lines every
-defect, dropped row and near duplicate; they are written as they are found, so they are there when the stage
+defect, dropped row, near duplicate and overlap; they are written as they are found, so they are there when the stage
 stops because of them.
 """
 
@@ -15,56 +16,59 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import program
-from pipeline.data_sources import Source, is_hub_id, local_files, sources_digest
+from pipeline.data_sources import Named, is_hub_id, local_files, sources, sources_digest
 from pipeline.digests import digest_file
 from pipeline.errors import DataError, Problem
 
 if TYPE_CHECKING:
     import sqlite3
 
+    from pipeline.data_benchmarks import FileSummary as DocumentSummary
     from pipeline.data_defects import Ledger
-    from pipeline.data_duplicates import Pair
+    from pipeline.data_ngrams import Index
     from pipeline.data_reading import FileSummary
 
 __all__ = ["run", "sources_digest"]
 
 SPLITS = ("train", "val", "calibration", "holdout")
-SHOWN = 20
 
 
 def run(request: program.Request) -> dict[str, Any]:
     """Make the four sets.
 
     The returned detail: rows and tokens by split, rows dropped by reason, defects by kind, near duplicates,
-    prompts with conflicting answers, the digest of each set's file.
+    holdout rows inside longer ones, benchmark documents found in rows, prompts with conflicting answers, the
+    digest of each set's file.
 
     Raises DataError with every defect of every file (or the first of each kind and where all are listed),
-    when too many holdout rows are near a training row, or when a set that must have rows has none;
-    ModelError without a chat template.
+    when too many holdout rows are near another row or inside one, when too many benchmark documents stand in
+    one, or when a set that must have rows has none; ModelError without a chat template.
     """
-    from pipeline import data_duplicates, data_rows, data_splits
+    from pipeline import data_duplicates, data_leaks, data_ngrams, data_rows, data_splits
     from pipeline.data_defects import Ledger
 
     data, seed = request.config["data"], request.config["seed"]
     extra = request.folder / "extra"
     with Ledger(extra / "defects.jsonl") as ledger:
         db = data_rows.create(request.folder / "rows.sqlite")
+        index = data_ngrams.Index(db)
         files = _read(db, ledger, data, seed, Path(request.inputs["base"]["path"]) / "payload")
+        benchmarks = _read_benchmarks(index, ledger, data)
         ledger.judge(data["max_defect_rate"])
     program.message("looking for equal rows and drawing the splits")
     data_duplicates.drop_equal(db)
     sizes = {name: data[name] for name in ("holdout_size", "val_set_size", "calibration_set_size")}
     data_splits.assign(db, **sizes)
-    near = _near(db, data, extra / "near_duplicates.jsonl")
+    leaks = data_leaks.check(db, index, data, extra)
     _list_dropped(db, extra / "dropped.jsonl")
     _require_rows(db, data)
     digests = {split: _write(db, split, request.payload / f"{split}.jsonl") for split in SPLITS}
-    return _report(db, files, ledger, near, digests, extra)
+    return _report(db, files, benchmarks, ledger, leaks, digests, extra)
 
 
 def _read(db: sqlite3.Connection, ledger: Ledger, data: Mapping[str, Any], seed: int, base: Path) -> list[FileSummary]:
@@ -75,10 +79,10 @@ def _read(db: sqlite3.Connection, ledger: Ledger, data: Mapping[str, Any], seed:
 
     program.message(f"loading the tokenizer of {base}")
     found = [
-        (source, name, path, side)
-        for side, group in enumerate((data["datasets"], data["test_datasets"]))
-        for source in group
-        for name, path in _files(source, ledger)
+        (named.source, name, path, side)
+        for side, group in enumerate(("datasets", "test_datasets"))
+        for named in sources(data, group)
+        for name, path in _files(named, ledger)
     ]
     total = sum(data_files.about_how_many(path) for _, _, path, _ in found)
     read = 0
@@ -92,9 +96,22 @@ def _read(db: sqlite3.Connection, ledger: Ledger, data: Mapping[str, Any], seed:
     return [intake.read(source, name, path, side) for source, name, path, side in found]
 
 
-def _files(source: Source, ledger: Ledger) -> list[tuple[str, Path]]:
+def _read_benchmarks(index: Index, ledger: Ledger, data: Mapping[str, Any]) -> list[DocumentSummary]:
+    """Read every benchmark into the index of what must not be in training."""
+    from pipeline.data_benchmarks import Reader
+
+    reader = Reader(index, ledger, data["benchmark_ngram"])
+    return [
+        reader.read(named.source["columns"], name, path)
+        for named in sources(data, "benchmarks")
+        for name, path in _files(named, ledger)
+    ]
+
+
+def _files(named: Named, ledger: Ledger) -> list[tuple[str, Path]]:
     from pipeline.data_defects import Defect
 
+    source = named.source
     if is_hub_id(source["path"]):
         from pipeline.data_hub import fetch
 
@@ -103,63 +120,14 @@ def _files(source: Source, ledger: Ledger) -> list[tuple[str, Path]]:
             return fetch(source["path"], source["revision"], source["split"])
         except DataError as error:
             for problem in error.problems:
-                ledger.add_problem("not_fetched", problem)
+                key = (problem.key or "").replace("data.datasets", named.key)
+                ledger.add_problem("not_fetched", replace(problem, key=key))
             return []
-    found = local_files(Path(source["path"]))
+    found = local_files(Path(source["path"]), named.suffixes)
     if isinstance(found, Defect):
-        ledger.add(source["path"], found)
+        ledger.add_problem(found.kind, named.problem(found))
         return []
     return [(str(path), path) for path in found]
-
-
-def _near(db: sqlite3.Connection, data: Mapping[str, Any], listed: Path) -> dict[str, Any]:
-    """Find near duplicates, list them, and return their counts and the first of them.
-
-    Raises DataError when too large a part of the holdout is near a training row.
-    """
-    from pipeline import data_duplicates, data_rows
-
-    threshold, allowed = data["near_duplicate_threshold"], data["max_near_duplicate_rate"]
-    leaks: list[Pair] = []
-    counts = {True: 0, False: 0}
-
-    def report(done: int, total: int) -> None:
-        program.progress(done, total, "rows compared")
-
-    with listed.open("w", encoding="utf-8") as file:
-        for pair in data_duplicates.find_near(db, threshold, report):
-            file.write(json.dumps(asdict(pair), ensure_ascii=False) + "\n")
-            counts[pair.leak] += 1
-            if pair.leak and len(leaks) < SHOWN:
-                leaks.append(pair)
-    holdout = data_rows.count(db, "split = 'holdout'")
-    if counts[True] > allowed * holdout:
-        raise DataError([*map(_leak, leaks), _too_many(counts[True], holdout, allowed, threshold, listed)])
-    return {
-        "threshold": threshold,
-        "holdout_near_train": counts[True],
-        "within_train": counts[False],
-        "first": [asdict(pair) for pair in leaks],
-    }
-
-
-def _leak(pair: Pair) -> Problem:
-    return Problem(
-        f"this holdout row is {pair.similarity:.0%} like {pair.second.file}:{pair.second.line}",
-        file=pair.first.file,
-        line=pair.first.line,
-        remedy="remove one of the two",
-    )
-
-
-def _too_many(leaks: int, holdout: int, allowed: float, threshold: float, listed: Path) -> Problem:
-    return Problem(
-        f"{leaks} of {holdout} holdout rows ({leaks / holdout:.1%}) are {threshold:.0%} like a training row",
-        file=str(listed),
-        key="data.max_near_duplicate_rate",
-        allowed=f"at most {allowed:.1%}",
-        remedy="remove one row of each pair in that list, or raise data.max_near_duplicate_rate",
-    )
 
 
 def _list_dropped(db: sqlite3.Connection, listed: Path) -> None:
@@ -205,15 +173,16 @@ def _write(db: sqlite3.Connection, split: str, file: Path) -> str:
 def _report(
     db: sqlite3.Connection,
     files: list[FileSummary],
+    benchmarks: list[DocumentSummary],
     ledger: Ledger,
-    near: dict[str, Any],
+    leaks: dict[str, Any],
     digests: dict[str, str],
     extra: Path,
 ) -> dict[str, Any]:
     from pipeline import data_report
 
     program.message("writing the data report")
-    summary = data_report.summarise(db, files, ledger, near)
+    summary = data_report.summarise(db, files, benchmarks, ledger, leaks)
     data_report.write(summary, extra)
     return {**data_report.detail(summary), "digests": digests}
 

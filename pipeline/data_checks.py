@@ -62,6 +62,11 @@ def _characters(text: str, key: str, special: re.Pattern[str]) -> Iterator[Defec
         yield Defect("special_token", f"the text holds the special token {token[0]}", key=key)
     if control := CONTROL.search(text):
         yield Defect("control_character", f"the text holds the control character U+{ord(control[0]):04X}", key=key)
+    yield from half_characters(text, key)
+
+
+def half_characters(text: str, key: str) -> Iterator[Defect]:
+    """Half a surrogate pair: text that no file can hold."""
     if half := SURROGATE.search(text):
         yield Defect("lone_surrogate", f"the text holds half a character, U+{ord(half[0]):04X}", key=key)
 

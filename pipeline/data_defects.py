@@ -42,6 +42,8 @@ KINDS: dict[str, Kind] = {
     "no_header": Kind("add a first line that names the columns", stops=True),
     "duplicate_column": Kind("rename or remove one of the two columns", stops=True),
     "missing_column": Kind("add the column, or change type or template in the config", stops=True),
+    "missing_further_column": Kind("add the column, or take its name out of data.columns", stops=True),
+    "missing_benchmark_column": Kind("name columns that are there, or none to compare all texts", stops=True),
     "unknown_format": Kind("name the type in the config, or use type: columns with a template", stops=True),
     "not_parquet": Kind("export or download the file again", stops=True),
     "text_in_holdout": Kind("use rows with a question and an answer for the holdout", stops=True),
@@ -98,6 +100,7 @@ class Ledger:
         self.rows = 0
         self.defective_rows = 0
         self.counts: Counter[str] = Counter()
+        self._stops = False
         self._first: list[Problem] = []
         self._files: dict[str, int] = {}
         self._file = path.open("w", encoding="utf-8")
@@ -110,8 +113,9 @@ class Ledger:
     ) -> None:
         self._file.close()
 
-    def add(self, file: str, defect: Defect) -> None:
-        """Note one defect of `file`."""
+    def add(self, file: str, defect: Defect, *, stops: bool = False) -> None:
+        """Note one defect of `file`; `stops`: it stops the run though its kind doesn't."""
+        self._stops |= stops
         self.add_problem(defect.kind, defect.problem(file))
 
     def add_problem(self, kind: str, problem: Problem) -> None:
@@ -132,7 +136,7 @@ class Ledger:
     def judge(self, max_defect_rate: float) -> None:
         """Raise DataError when a defect stops the run or the share of defective rows is too high."""
         self._file.flush()
-        stopping = any(KINDS[kind].stops for kind in self.counts)
+        stopping = self._stops or any(KINDS[kind].stops for kind in self.counts)
         if not stopping and self.defective_rows <= max_defect_rate * self.rows:
             return
         more = [

@@ -8,7 +8,8 @@ of 99 %, a more similar one more surely; what is found is checked by its exact s
 many rows share, a holdout row is compared with the first CANDIDATES training rows of it, a training row
 with the first one.
 
-Not found: a holdout question inside a longer text or an earlier turn, translations, paraphrases.
+Not found here: a holdout question inside a longer text or an earlier turn (`data_leaks.py` looks for those),
+translations, paraphrases.
 """
 
 from __future__ import annotations
@@ -16,32 +17,30 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data_formats import Body
-from pipeline.data_rows import TEST, TRAIN, count, fold, prompt_text
+from pipeline.data_rows import TEST, TRAIN, count, prompt_text, words
 
 PERMUTATIONS = 128
 CANDIDATES = 8
 WORDS = 3
 SLICE = 4096
 KEPT = "dropped IS NULL"
-# Scripts written without spaces: one character stands for a word.
-UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Place:
-    """A row by file and line, with the beginning of its prompt."""
+    """A row by file and line, with the set that it is in and the beginning of its prompt."""
 
     file: str
     line: int
+    split: str
     text: str
 
 
@@ -93,9 +92,9 @@ def bands_for(threshold: float) -> tuple[int, int]:
 
 def shingles(text: str) -> frozenset[str]:
     """The folded text's word 3-grams; a shorter text is one shingle."""
-    words = UNSPACED.sub(r" \g<0> ", fold(text)).split()
-    size = min(WORDS, len(words))
-    return frozenset(" ".join(words[n : n + size]) for n in range(len(words) - size + 1)) if words else frozenset()
+    found = words(text)
+    size = min(WORDS, len(found))
+    return frozenset(" ".join(found[n : n + size]) for n in range(len(found) - size + 1)) if found else frozenset()
 
 
 def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
@@ -183,9 +182,9 @@ def body_of(db: sqlite3.Connection, n: int) -> Body:
 
 def place(db: sqlite3.Connection, n: int) -> Place:
     """Where a row stands."""
-    query = "SELECT files.name, line, body FROM rows JOIN files ON files.n = rows.file WHERE rows.n = ?"
-    name, line, body = db.execute(query, (n,)).fetchone()
-    return Place(name, line, prompt_text(json.loads(body), system=False)[:300])
+    query = "SELECT files.name, line, split, body FROM rows JOIN files ON files.n = rows.file WHERE rows.n = ?"
+    name, line, split, body = db.execute(query, (n,)).fetchone()
+    return Place(name, line, split, prompt_text(json.loads(body), system=False)[:300])
 
 
 def _system(body: Body) -> str:

@@ -1,4 +1,4 @@
-"""Data files as rows with line numbers: JSON Lines, a JSON list, CSV, Parquet; one row in memory at a time.
+"""Data files as rows with line numbers: JSON Lines, a JSON list, CSV, Parquet, lines of text; one row in memory at a time.
 
 Bytes that are no UTF-8 are carried through parsing as surrogates, so that the row they stand in can be named
 and reading goes on. Memory is bounded by MAX_ROW (JSON, CSV) or by BATCH rows and a page a column (Parquet).
@@ -61,7 +61,7 @@ def read(path: Path) -> Iterator[FileRow]:
         if start.startswith(codecs.BOM_UTF8):
             yield _whole("bom", "begins with a byte order mark", 1)
     found = False
-    for row in {".csv": _csv, ".json": _json, ".jsonl": _json_lines, ".parquet": _parquet}[path.suffix](path):
+    for row in READERS[path.suffix](path):
         found = True
         yield row
     if not found:
@@ -108,6 +108,18 @@ def _json_lines(path: Path) -> Iterator[FileRow]:
             return
         if text.strip():
             yield _parsed(text.rstrip(), line)
+
+
+def _text_lines(path: Path) -> Iterator[FileRow]:
+    """Each line that isn't empty, as the column `text`."""
+    for line, text in enumerate(_lines(path), 1):
+        if len(text) > MAX_ROW:
+            yield _whole("row_too_big", f"the line is longer than {MAX_ROW >> 20} MiB", line)
+            return
+        if lost := NOT_UTF8.search(text):
+            yield _bad("bad_utf8", f"byte 0x{ord(lost[0]) - 0xDC00:02X} is no UTF-8", line)
+        elif text.strip():
+            yield FileRow(line, {"text": text.strip()})
 
 
 def _json(path: Path) -> Iterator[FileRow]:
@@ -324,3 +336,6 @@ def _batch_rows(batch: Any, number: int) -> Iterator[FileRow]:
                 yield FileRow(line, batch.slice(line - number, 1).to_pylist()[0])
             except UnicodeDecodeError as error:
                 yield _bad("bad_utf8", f"byte 0x{error.object[error.start]:02X} is no UTF-8", line)
+
+
+READERS = {".csv": _csv, ".json": _json, ".jsonl": _json_lines, ".parquet": _parquet, ".txt": _text_lines}

@@ -2,11 +2,13 @@
 
 A conversation is a list of {"role", "content"}; rows of `text` stay text. Prompt and completion become a user
 and an assistant message, because the tuned model is served as a chat. Columns that a format doesn't know are
-ignored and named in the report. Whether a conversation makes sense is `data_checks.py`'s question.
+ignored and named in the report, unless data.columns names them. Whether a conversation makes sense is `data_checks.py`'s question.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +63,22 @@ def not_this_format(values: Values, wanted: Format) -> Defect:
     if other and other.name not in (wanted.name, "text"):
         return Defect("mixed_format", f"is in {other.name} format among rows in {wanted.name} format")
     return Defect("missing_field", "is missing", key=", ".join(missing), allowed=", ".join(wanted.needs))
+
+
+def further(values: Values, names: Sequence[str], found: Findings) -> dict[str, str]:
+    """Columns that go along with a row, as text: strings as they are, numbers and truth values as JSON."""
+    kept = {}
+    for name in names:
+        value = values.get(name)
+        if name not in values:
+            found.append(Defect("missing_field", "is missing", key=name, allowed=f"data.columns: {', '.join(names)}"))
+        elif value is None or isinstance(value, list | dict | bytes):
+            found.append(_not_text(name, value))
+        elif isinstance(value, float) and not math.isfinite(value):
+            found.append(Defect("not_text", f"is {value}, not text", key=name))
+        else:
+            kept[name] = json.dumps(value) if isinstance(value, bool | int | float) else str(value)
+    return kept
 
 
 def _messages(values: Values, found: Findings) -> Body:

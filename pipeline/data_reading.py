@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pipeline.data_defects import Defect, Ledger
 from pipeline.data_formats import Body, Format, Values
 
 TABLES = (".csv", ".parquet")
-Numbered = tuple[int, Body]
+Numbered = tuple[int, Body, dict[str, str]]
 BATCH_CHARACTERS = 2**20
 
 
@@ -45,8 +45,8 @@ class Intake:
         number = data_rows.add_file(self.db, name)
         batch: list[Numbered] = []
         size = 0
-        for line, body in self._bodies(source, path, summary):
-            batch.append((line, body))
+        for line, body, columns in self._bodies(source, path, summary):
+            batch.append((line, body, columns))
             size += len(body) if isinstance(body, str) else sum(len(message["content"]) for message in body)
             if len(batch) == data_files.BATCH or size > BATCH_CHARACTERS:
                 self._store(batch, summary, number)
@@ -55,8 +55,9 @@ class Intake:
         return summary
 
     def _bodies(self, source: Mapping[str, Any], path: Path, summary: FileSummary) -> Iterator[Numbered]:
-        """The sound conversations and texts of a file, with their lines."""
+        """The sound conversations and texts of a file, with their lines and further columns."""
         wanted: Format | None = None
+        kept: tuple[str, ...] = ()
         for row in data_files.read(path):
             summary.rows += row.is_row
             if row.defects:
@@ -64,16 +65,20 @@ class Intake:
                 continue
             if wanted is None:
                 chosen = choose_format(source, row.values, path, summary.side)
-                if isinstance(chosen, Defect):
-                    self.ledger.add(summary.name, chosen)
+                kept = self._kept(chosen, summary.side)
+                lacking = lacking_columns(kept, row.values, path)
+                for defect in (chosen, lacking):
+                    if isinstance(defect, Defect):
+                        self.ledger.add(summary.name, defect)
+                if isinstance(chosen, Defect) or lacking:
                     return
                 wanted, summary.format = chosen, chosen.name
-            summary.ignored_columns |= row.values.keys() - set(wanted.knows)
-            body, found = self._converted(wanted, row.values)
+            summary.ignored_columns |= row.values.keys() - {*wanted.knows, *kept}
+            body, columns, found = self._converted(wanted, row.values, kept)
             if found:
                 self.ledger.add_row(summary.name, [replace(defect, line=row.line) for defect in found])
             else:
-                yield row.line, body
+                yield row.line, body, columns
 
     def _note(self, name: str, row: data_files.FileRow) -> None:
         if row.is_row:
@@ -81,27 +86,39 @@ class Intake:
         else:
             self.ledger.add(name, row.defects[0])
 
-    def _converted(self, wanted: Format, values: Values) -> tuple[Body, list[Defect]]:
-        """A row as a conversation or text, with all that is wrong with it."""
-        if not set(wanted.needs) <= values.keys():
-            return "", [data_formats.not_this_format(values, wanted)]
+    def _kept(self, chosen: Format | Defect, side: int) -> tuple[str, ...]:
+        """The further columns that a file's rows need: those of data.columns, where a row may be held out."""
+        never_held = side == data_rows.TRAIN and (self.data["test_datasets"] or chosen == data_formats.FORMATS["text"])
+        return () if never_held else tuple(self.data["columns"])
+
+    def _converted(
+        self, wanted: Format, values: Values, kept: Sequence[str]
+    ) -> tuple[Body, dict[str, str], list[Defect]]:
+        """A row as a conversation or text, its further columns, and all that is wrong with it."""
         found: list[Defect] = []
-        body = wanted.convert(values, found)
-        return body, found or data_checks.check(body, self.counter.special)
+        columns = data_formats.further(values, kept, found)
+        found += [defect for name, text in columns.items() for defect in data_checks.half_characters(text, name)]
+        if not set(wanted.needs) <= values.keys():
+            return "", {}, [data_formats.not_this_format(values, wanted), *found]
+        unfit: list[Defect] = []
+        body = wanted.convert(values, unfit)
+        return body, columns, [*(unfit or data_checks.check(body, self.counter.special)), *found]
 
     def _store(self, batch: list[Numbered], summary: FileSummary, file: int) -> None:
         if not batch:
             return
         rows = []
-        lengths = self.counter.lengths([body for _, body in batch])
-        for (line, body), length in zip(batch, lengths, strict=True):
+        lengths = self.counter.lengths([body for _, body, _ in batch])
+        for (line, body, columns), length in zip(batch, lengths, strict=True):
             verdict = length if isinstance(length, Defect) else self._judge(length)
             if isinstance(verdict, Defect):
                 self.ledger.add_row(summary.name, [replace(verdict, line=line)])
             else:
                 self.ledger.add_row(summary.name, [])
                 reason = "too_long" if verdict.drop else None
-                rows.append(data_rows.Row(summary.side, file, line, body, verdict.tokens, verdict.answer, reason))
+                rows.append(
+                    data_rows.Row(summary.side, file, line, body, verdict.tokens, verdict.answer, reason, columns)
+                )
         data_rows.add(self.db, rows, self.seed)
         self.done(len(batch))
 
@@ -115,21 +132,31 @@ def choose_format(source: Mapping[str, Any], values: Values, path: Path, side: i
     if source["type"] == "auto":
         chosen = data_formats.detect(values)
         if chosen is None:
-            return Defect("unknown_format", f"has the columns {_names(values)}", allowed=_known_formats())
+            return Defect("unknown_format", f"has the columns {names(values)}", allowed=_known_formats())
     else:
         chosen = data_formats.named(source["type"], source["template"])
     missing = [name for name in chosen.needs if name not in values]
     if missing and path.suffix in TABLES:
         no_header = path.suffix == ".csv" and len(missing) == len(chosen.needs)
-        what = f"has no column {_names(missing)}; its columns are {_names(values)}"
+        what = f"has no column {names(missing)}; its columns are {names(values)}"
         return Defect("no_header" if no_header else "missing_column", what, 1 if no_header else None)
     if side == data_rows.TEST and chosen.name == "text":
         return Defect("text_in_holdout", "holds texts without an answer, which can't be scored")
     return chosen
 
 
-def _names(names: Any) -> str:
-    return ", ".join(str(name)[:40] for name in names) or "none"
+def lacking_columns(kept: Sequence[str], values: Values, path: Path) -> Defect | None:
+    """What a table lacks of data.columns; in other files each row is asked by itself."""
+    missing = [name for name in kept if name not in values]
+    if not missing or path.suffix not in TABLES:
+        return None
+    what = f"has no column {names(missing)}; its columns are {names(values)}"
+    return Defect("missing_further_column", what, 1 if path.suffix == ".csv" else None)
+
+
+def names(columns: Iterable[Any]) -> str:
+    """Columns' names as a message lists them."""
+    return ", ".join(str(name)[:40] for name in columns) or "none"
 
 
 def _known_formats() -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import data_duplicates, data_rows
+from pipeline.data_benchmarks import FileSummary as DocumentSummary
 from pipeline.data_defects import Ledger
 from pipeline.data_reading import FileSummary
 from pipeline.program import write_json
@@ -33,8 +34,14 @@ WHY = {
 Summary = dict[str, Any]
 
 
-def summarise(db: sqlite3.Connection, files: list[FileSummary], ledger: Ledger, near: Mapping[str, Any]) -> Summary:
-    """All figures of the report, as JSON."""
+def summarise(
+    db: sqlite3.Connection,
+    files: list[FileSummary],
+    benchmarks: list[DocumentSummary],
+    ledger: Ledger,
+    leaks: Mapping[str, Any],
+) -> Summary:
+    """All figures of the report, as JSON; `leaks` are `data_leaks.check`'s."""
     conflicts, shown = data_duplicates.conflicts(db, SHOWN)
     labels = _labels(db)
     return {
@@ -47,7 +54,12 @@ def summarise(db: sqlite3.Connection, files: list[FileSummary], ledger: Ledger, 
             **data_rows.dropped(db),
         },
         "defects": dict(sorted(ledger.counts.items())),
-        "near_duplicates": dict(near),
+        **leaks,
+        "benchmarks": {
+            **leaks["benchmarks"],
+            "too_short": sum(summary.too_short for summary in benchmarks),
+            "files": [vars(summary) for summary in benchmarks],
+        },
         "conflicting_prompts": conflicts,
         "conflicts": [[vars(place) for place in group] for group in shown],
         "labels": labels,
@@ -59,9 +71,12 @@ def summarise(db: sqlite3.Connection, files: list[FileSummary], ledger: Ledger, 
 
 def detail(summary: Summary) -> dict[str, Any]:
     """The part of the summary that stays with the artefact's record."""
-    near = {name: value for name, value in summary["near_duplicates"].items() if name != "first"}
     kept = ("rows_read", "rows", "tokens", "dropped", "defects", "conflicting_prompts")
-    return {**{name: summary[name] for name in kept}, "near_duplicates": near}
+    leaks = {
+        kind: {name: value for name, value in summary[kind].items() if name not in ("first", "files")}
+        for kind in ("near_duplicates", "inside", "benchmarks")
+    }
+    return {**{name: summary[name] for name in kept}, **leaks}
 
 
 def write(summary: Summary, folder: Path) -> None:
@@ -190,19 +205,27 @@ def markdown(summary: Summary, plots: list[str]) -> str:
         "## Rows that say the same",
         "",
         f"Near is at least {near['threshold']:.0%} of the word 3-grams in common.",
-        f"Holdout rows near a training row: {near['holdout_near_train']}.",
+        f"Holdout rows near a row of another set: {near['holdout_near_train']}.",
+        f"Holdout rows inside a longer row of another set: {summary['inside']['holdout_inside_train']}.",
         f"Training rows near an earlier one: {near['within_train']}.",
         f"Prompts with more than one answer: {summary['conflicting_prompts']}.",
         "",
     ]
     parts += _table(
-        ["alike", "holdout", "train"],
-        [[f"{pair['similarity']:.0%}", _where(pair["first"]), _where(pair["second"])] for pair in near["first"]],
+        ["alike", "holdout", "set", "row"],
+        [
+            [f"{pair['similarity']:.0%}", _where(pair["first"]), pair["second"]["split"], _where(pair["second"])]
+            for pair in near["first"]
+        ],
     )
+    parts += _table(["inside", "part", "holdout", *OVERLAP], [
+        [f"{overlap['share']:.0%}", overlap["part"], *_overlap(overlap)] for overlap in summary["inside"]["first"]
+    ])  # fmt: skip
     parts += _table(["prompt with more than one answer", "rows"], [
         [group[0]["text"][:80], ", ".join(f"{place['file']}:{place['line']}" for place in group)]
         for group in summary["conflicts"]
     ])  # fmt: skip
+    parts += _benchmarks(summary["benchmarks"])
     for key, unseen in summary["unseen_labels"].items():
         parts += [f"Values of {key} in the holdout that train doesn't have: {', '.join(unseen)}.", ""]
     for key, values in summary["labels"].items():
@@ -217,11 +240,33 @@ def markdown(summary: Summary, plots: list[str]) -> str:
     return "\n".join(parts)
 
 
+def _benchmarks(found: Mapping[str, Any]) -> list[str]:
+    if not found["files"]:
+        return []
+    return [
+        "## Benchmarks",
+        "",
+        f"Documents found in train, val or calibration: {found['overlapping']} of {found['documents']}.",
+        f"Too short to be looked for: {found['too_short']}.",
+        "",
+        *_table(
+            ["file", "documents", "too short"],
+            [[file["name"], file["documents"], file["too_short"]] for file in found["files"]],
+        ),
+        *_table(["document", *OVERLAP], [_overlap(overlap) for overlap in found["first"]]),
+    ]
+
+
+OVERLAP = ("set", "row", "shared")
 FIGURES = ("total", "answers", "p50", "p95", "p99", "max")
 
 
 def _where(place: Mapping[str, Any]) -> str:
     return f"{place['text'][:80]} ({Path(place['file']).name}:{place['line']})"
+
+
+def _overlap(found: Mapping[str, Any]) -> list[str]:
+    return [_where(found["first"]), found["second"]["split"], _where(found["second"]), found["shared"]]
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> list[str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sqlite3
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from pipeline.data_formats import Body
 
 TRAIN, TEST = 0, 1
 LABEL_LENGTH = 400
+# Scripts written without spaces: one character stands for a word.
+UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 SCHEMA = """
 CREATE TABLE files (n INTEGER PRIMARY KEY, name TEXT NOT NULL);
 CREATE TABLE rows (
@@ -35,6 +38,7 @@ CREATE TABLE rows (
     is_text INTEGER NOT NULL,
     label TEXT,                 -- the answer, where it is short
     body TEXT NOT NULL,         -- messages or text as JSON
+    columns TEXT,               -- further columns as a JSON object, where data.columns asks for them
     dropped TEXT,               -- why the row is in no split
     split TEXT                  -- train, val, calibration or holdout
 );
@@ -43,7 +47,7 @@ CREATE TABLE rows (
 
 @dataclass(frozen=True)
 class Row:
-    """A sound row: where it stands, what it says, its tokens, and why it is dropped already, if it is."""
+    """A sound row: where it stands, what it says, its tokens, why it is dropped already, its further columns."""
 
     side: int
     file: int
@@ -52,6 +56,7 @@ class Row:
     tokens: int
     answer_tokens: int
     dropped: str | None = None
+    columns: Mapping[str, str] | None = None
 
 
 def create(path: Path) -> sqlite3.Connection:
@@ -76,7 +81,7 @@ def add(db: sqlite3.Connection, rows: Iterable[Row], seed: int) -> None:
     db.execute("BEGIN")
     db.executemany(
         "INSERT INTO rows (side, file, line, id, prompt, answer, draw, draw_val, draw_calibration, tokens,"
-        " answer_tokens, is_text, label, body, dropped) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        " answer_tokens, is_text, label, body, columns, dropped) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (_record(row, seed) for row in rows),
     )
     db.execute("COMMIT")
@@ -89,7 +94,8 @@ def _record(row: Row, seed: int) -> tuple[Any, ...]:
         row.side, row.file, row.line, content_id(row.body),
         prompt, b"" if label is None else _digest(label), *_draws(prompt, seed), row.tokens,
         row.answer_tokens, label is None, label if label and len(label) <= LABEL_LENGTH else None,
-        json.dumps(row.body, ensure_ascii=False), row.dropped,
+        json.dumps(row.body, ensure_ascii=False),
+        json.dumps(row.columns, ensure_ascii=False) if row.columns else None, row.dropped,
     )  # fmt: skip
 
 
@@ -118,6 +124,11 @@ def fold(text: str) -> str:
     return folded or text.strip()
 
 
+def words(text: str) -> list[str]:
+    """The folded text's words; in scripts written without spaces each character is one."""
+    return UNSPACED.sub(r" \g<0> ", fold(text)).split()
+
+
 def _digest(text: str) -> bytes:
     return hashlib.blake2b(fold(text).encode(), digest_size=16).digest()
 
@@ -130,11 +141,12 @@ def _draws(prompt: bytes, seed: int) -> tuple[int, int, int]:
 
 
 def payload(db: sqlite3.Connection, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of a split as the payload has them, in an order drawn from their content."""
+    """The rows of a split as the payload has them, in an order drawn from their content; the holdout's with their columns."""
     order = "draw_calibration" if split == "calibration" else "draw"
-    query = f"SELECT id, is_text, body FROM rows WHERE split = ? ORDER BY {order}, id"  # noqa: S608 - two constants
-    for identifier, is_text, body in db.execute(query, (split,)):
-        yield {"id": identifier, "text" if is_text else "messages": json.loads(body)}
+    query = f"SELECT id, is_text, body, columns FROM rows WHERE split = ? ORDER BY {order}, id"  # noqa: S608 - constants
+    for identifier, is_text, body, columns in db.execute(query, (split,)):
+        row = {"id": identifier, "text" if is_text else "messages": json.loads(body)}
+        yield {**row, "columns": json.loads(columns)} if columns and split == "holdout" else row
 
 
 def count(db: sqlite3.Connection, where: str, *values: Any) -> int:

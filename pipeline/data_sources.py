@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from pipeline.errors import ConfigError, DataError, Problem
 from pipeline.file_digests import remembered
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+BENCHMARK_SUFFIXES = (*SUFFIXES, ".txt")
+GROUPS = {"datasets": SUFFIXES, "test_datasets": SUFFIXES, "benchmarks": BENCHMARK_SUFFIXES}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -30,12 +33,25 @@ def is_hub_id(path: str) -> bool:
     return not Path(path).exists() and not path.endswith((*SUFFIXES, *COMPRESSED)) and bool(HUB_ID.fullmatch(path))
 
 
-def sources(data: Mapping[str, Any]) -> list[Source]:
-    """All sources of a data config, train first."""
-    return [*data["datasets"], *data["test_datasets"]]
+@dataclass(frozen=True)
+class Named:
+    """A source with its key in the config, such as data.datasets.0, and the suffixes that its files may have."""
+
+    key: str
+    source: Source
+    suffixes: tuple[str, ...]
+
+    def problem(self, defect: Defect) -> Problem:
+        """What is wrong with its path."""
+        return replace(defect.problem(self.source["path"]), key=f"{self.key}.path")
 
 
-def local_files(path: Path) -> list[Path] | Defect:
+def sources(data: Mapping[str, Any], group: str) -> list[Named]:
+    """The sources of a data config's `datasets`, `test_datasets` or `benchmarks`."""
+    return [Named(f"data.{group}.{place}", source, GROUPS[group]) for place, source in enumerate(data[group])]
+
+
+def local_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path] | Defect:
     """The data files of a file or folder, sorted by name, or what is wrong with it."""
     if not path.exists():
         near = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
@@ -43,13 +59,13 @@ def local_files(path: Path) -> list[Path] | Defect:
     if not os.access(path, os.R_OK):
         return Defect("unreadable_file", "may not be read")
     if path.is_file():
-        return _wrong_suffix(path) or [path]
+        return _wrong_suffix(path, suffixes) or [path]
     inside = sorted(entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry, path))
     packed = [entry for entry in inside if _is_packed_data(entry)]
     if packed:
         return Defect("compressed_file", f"holds packed data: {packed[0].relative_to(path)}")
-    found = [entry for entry in inside if entry.suffix in SUFFIXES]
-    return found or Defect("no_data_files", "holds no data files", allowed=" ".join(SUFFIXES))
+    found = [entry for entry in inside if entry.suffix in suffixes]
+    return found or Defect("no_data_files", "holds no data files", allowed=" ".join(suffixes))
 
 
 def sources_digest(data: Mapping[str, Any]) -> str:
@@ -59,21 +75,23 @@ def sources_digest(data: Mapping[str, Any]) -> str:
     a commit.
     """
     problems: list[Problem] = []
-    parts = [_digest_parts(source, problems) for source in sources(data)]
-    unpinned = [_unpinned(source) for source in sources(data) if _moves(source)]
+    found = [named for group in GROUPS for named in sources(data, group)]
+    parts = [_digest_parts(named, problems) for named in found]
+    unpinned = [_unpinned(named) for named in found if _moves(named.source)]
     if problems:
         raise DataError([*problems, *unpinned])
     if unpinned:
         raise ConfigError(unpinned)
-    return digest_of([[len(data["datasets"])], *parts])
+    return digest_of([[len(data[group]) for group in GROUPS], *parts])
 
 
-def _digest_parts(source: Source, problems: list[Problem]) -> list[Any]:
+def _digest_parts(named: Named, problems: list[Problem]) -> list[Any]:
+    source = named.source
     if is_hub_id(source["path"]):
         return ["hub", source["path"], source["revision"], source["split"]]
-    found = local_files(Path(source["path"]))
+    found = local_files(Path(source["path"]), named.suffixes)
     if isinstance(found, Defect):
-        problems.append(found.problem(source["path"]))
+        problems.append(named.problem(found))
         return []
     return [[file.name, remembered(file)] for file in found]
 
@@ -82,20 +100,20 @@ def _moves(source: Source) -> bool:
     return is_hub_id(source["path"]) and not COMMIT.fullmatch(source["revision"] or "")
 
 
-def _unpinned(source: Source) -> Problem:
+def _unpinned(named: Named) -> Problem:
     return Problem(
-        f"the hub dataset {source['path']} has {source['revision'] or 'no revision'} for a commit",
-        key="data.datasets.revision",
+        f"the hub dataset {named.source['path']} has {named.source['revision'] or 'no revision'} for a commit",
+        key=f"{named.key}.revision",
         allowed="a commit, 40 hex digits",
         remedy="copy the commit from the dataset page's history, or name a file if this was meant to be one",
     )
 
 
-def _wrong_suffix(path: Path) -> Defect | None:
-    if path.suffix in SUFFIXES:
+def _wrong_suffix(path: Path, suffixes: tuple[str, ...]) -> Defect | None:
+    if path.suffix in suffixes:
         return None
     kind = "compressed_file" if path.suffix in COMPRESSED else "unsupported_file"
-    return Defect(kind, f"{path.suffix or 'no suffix'} is not supported", allowed=" ".join(SUFFIXES))
+    return Defect(kind, f"{path.suffix or 'no suffix'} is not supported", allowed=" ".join(suffixes))
 
 
 def _is_hidden(entry: Path, root: Path) -> bool:

@@ -36,11 +36,12 @@ FAILED = "error"
 
 @dataclass(frozen=True)
 class Row:
-    """A holdout row: the prompt's messages and the answer expected."""
+    """A holdout row: the prompt's messages, the answer expected, and the further columns that it keeps."""
 
     id: str
     prompt: tuple[Message, ...]
     expected: str
+    columns: dict[str, str] = field(default_factory=dict)
 
     @property
     def shown(self) -> str:
@@ -128,7 +129,7 @@ def read_holdout(file: Path) -> list[Row]:
                     line=number,
                     remedy="give conversations, not plain text, in test_datasets",
                 )
-            rows.append(Row(row["id"], tuple(messages[:-1]), messages[-1]["content"]))
+            rows.append(Row(row["id"], tuple(messages[:-1]), messages[-1]["content"], row.get("columns", {})))
     if len({row.id for row in rows}) < max(1, len(rows)):
         what = "two rows share an id" if rows else "the holdout is empty"
         raise DataError(what, file=str(file), remedy="raise data.holdout_size, then run the prepare stage again")
@@ -200,6 +201,7 @@ def _item(row: Row, answer: str | None, finish_reason: str, score: scoring.Score
         answer=answer or "",
         finish_reason=finish_reason,
         scores=scores,
+        columns=row.columns,
     )
 
 

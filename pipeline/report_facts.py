@@ -67,7 +67,8 @@ def data_facts(build: Build) -> list[tuple[str, str]]:
     prepared = build.artifacts.get("prepare")
     detail = prepared.detail if prepared else {}
     sources = [source.get("path") for source in build.config.get("data", {}).get("datasets", ())]
-    near = detail.get("near_duplicates", {})
+    near, inside, found = (detail.get(name, {}) for name in ("near_duplicates", "inside", "benchmarks"))
+    documents = found.get("documents")
     return facts(
         [
             ("files", [str(path).rpartition("/")[2] for path in sources]),
@@ -75,6 +76,8 @@ def data_facts(build: Build) -> list[tuple[str, str]]:
             ("tokens", {name: _total(tokens) for name, tokens in detail.get("tokens", {}).items()}),
             ("dropped", detail.get("dropped")),
             ("holdout rows near a training row", near.get("holdout_near_train")),
+            ("holdout rows inside a training row", inside.get("holdout_inside_train")),
+            ("benchmark documents in training", f"{found['overlapping']:,} of {documents:,}" if documents else None),
         ]
     )
 
