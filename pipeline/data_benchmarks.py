@@ -2,8 +2,9 @@
 
 A document is a row, in a .txt file a line; its passages are the texts in it, however deep, or those of the columns
 that the config names. It is known by its passages' n-grams; a passage of fewer words, but at least INSIDE, is an
-n-gram as a whole. A document that has no such passage is known by its longest one, which then has to be all of a
-message. What can't be read can't be looked for: a defect of a benchmark's file stops the run.
+n-gram as a whole, unless it mostly counts and enumerates (a 2 b 4 c 8 d 16). A document that has no such passage is
+known by its longest one, which has to be all of a message where it is shorter than INSIDE. What can't be read can't
+be looked for: a defect of a benchmark's file stops the run.
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pipeline import data_checks, data_files, data_rows
 from pipeline.data_defects import Defect, Ledger
 from pipeline.data_formats import Values
-from pipeline.data_ngrams import INSIDE, SHORTEST, Index, Keys, Needle, Words
+from pipeline.data_ngrams import INSIDE, Index, Needle, grams_of
 from pipeline.data_reading import TABLES, names
 
 KIND = "benchmark"
@@ -45,7 +44,7 @@ class Reader:
         """Read one file; `columns` are those that count, none for all. Its defects go by `name`."""
         summary = FileSummary(name)
         file = data_rows.add_file(self.index.db, name)
-        self.index.add(self._needles(columns, path, file, summary), range(SHORTEST, self.ngram + 1))
+        self.index.add(self._needles(columns, path, file, summary))
         return summary
 
     def _needles(self, columns: Sequence[str], path: Path, file: int, summary: FileSummary) -> Iterator[Needle]:
@@ -57,10 +56,10 @@ class Reader:
             if any(defect.kind == "missing_benchmark_column" for defect in defects):
                 return
             if not defects:
-                keys = document_keys([data_rows.words(text) for text in texts], self.ngram)
+                grams = grams_of(telling_passages([data_rows.words(text) for text in texts], self.ngram), self.ngram)
                 summary.documents += 1
-                summary.too_short += not len(keys)
-                yield Needle(KIND, file, row.line, " ".join(texts), keys)
+                summary.too_short += not grams
+                yield Needle(KIND, file, row.line, " ".join(texts), grams)
 
 
 def _defects(values: Values, texts: Sequence[str], columns: Sequence[str], path: Path) -> Iterator[Defect]:
@@ -81,9 +80,12 @@ def passages(value: Any) -> Iterator[str]:
             yield from passages(inner)
 
 
-def document_keys(texts: Sequence[Sequence[str]], ngram: int) -> Keys:
-    """What a document of these passages, as words, is known by; nothing where the longest is shorter than SHORTEST."""
-    longest = max(texts, key=len, default=())
-    known = [text for text in texts if len(text) >= INSIDE] or [text for text in (longest,) if len(text) >= SHORTEST]
-    keys = [Words.of([text]).keys([min(ngram, len(text))]) for text in known]
-    return np.unique(np.concatenate(keys)) if keys else np.empty(0, np.int64)
+def telling_passages(texts: Sequence[Sequence[str]], ngram: int) -> list[Sequence[str]]:
+    """The passages, as words, that a document is known by."""
+    known = [text for text in texts if len(text) >= ngram or (len(text) >= INSIDE and _tells(text))]
+    return known or [max(texts, key=len, default=())]
+
+
+def _tells(text: Sequence[str]) -> bool:
+    """Whether half of the words are more than a number, a letter or two."""
+    return 2 * sum(not word.isascii() or (len(word) > 2 and not word.isdigit()) for word in text) >= len(text)

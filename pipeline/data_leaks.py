@@ -4,10 +4,10 @@ Equal rows are dropped before the splits are drawn, and rows of one prompt drawn
 `data_splits.py`). Here train, val and calibration are held against the holdout and against public benchmarks:
 
 - a holdout row whose prompt is like a row's (Jaccard similarity of word 3-grams);
-- a holdout row inside a longer row: at least INSIDE_SHARE of what its prompt's 8-grams are, templates apart
-  (`data_ngrams.py`), stand in the row's messages or text, whichever they are. Its answer, of LONG_ANSWER words or
-  more, is looked for likewise, but not in what an assistant says: that rows share an answer is no leak;
-- a benchmark's document of which one n-gram stands in a row.
+- a holdout row inside a longer row: at least INSIDE_SHARE of its prompt's 8-grams, templates apart, stand in the
+  row's messages or text (`data_ngrams.py`). Its answer, of LONG_ANSWER words or more, is looked for likewise, but
+  not in what an assistant says: that rows share an answer is no leak;
+- a benchmark's document of which an n-gram stands in a row.
 
 Not found: translations, paraphrases, a holdout question of fewer than eight words inside a longer message.
 """
@@ -25,7 +25,7 @@ from typing import Any, TextIO
 from pipeline import data_duplicates, data_rows, program
 from pipeline.data_duplicates import Pair, Place
 from pipeline.data_formats import Body, Message
-from pipeline.data_ngrams import INSIDE, SHORTEST, Index, Needle, Text, Words
+from pipeline.data_ngrams import INSIDE, Index, Needle, Text, grams_of
 from pipeline.errors import DataError, Problem
 
 LISTS = {"near": "near_duplicates.jsonl", "inside": "inside.jsonl", "benchmark": "benchmark_overlap.jsonl"}
@@ -37,7 +37,7 @@ TRAINED_ON = "split IN ('train', 'val', 'calibration')"
 
 @dataclass(frozen=True)
 class Overlap:
-    """A text found in a row: the share of its n-grams that are there, and the longest in folded words.
+    """A text found in a row: the share of its n-grams that are there, and the longest of them in folded words.
 
     `part` is a holdout row's prompt or answer, or a benchmark's document.
     """
@@ -58,7 +58,7 @@ def check(db: sqlite3.Connection, index: Index, data: Mapping[str, Any], extra: 
     lists = {name: extra / file for name, file in LISTS.items()}
     near = _near(db, data["near_duplicate_threshold"], lists["near"])
     program.message("looking for rows and benchmarks inside longer rows")
-    index.add(_holdout(db), range(SHORTEST, INSIDE + 1))
+    index.add(_holdout(db))
     rows = data_rows.count(db, TRAINED_ON)
     index.search(_texts(db), rows, lambda done, total: program.progress(done, total, "rows searched"))
     inside = _inside(db, index, lists["inside"])
@@ -103,10 +103,8 @@ def _inside(db: sqlite3.Connection, index: Index, listed: Path) -> dict[str, Any
     """Holdout rows inside a longer row that are near none; each counts once, by its prompt or its answer."""
     first: list[Overlap] = []
     count = 0
-    prompts = _overlaps(db, index, "prompt", INSIDE_SHARE)
-    answers = _overlaps(db, index, "answer", INSIDE_SHARE, shown=True)
     with listed.open("w", encoding="utf-8") as file:
-        for overlap in itertools.chain(prompts, answers):
+        for overlap in itertools.chain(_held(db, index, "prompt"), _held(db, index, "answer")):
             if _is_new(db, overlap.first):
                 _list(overlap, file)
                 count += 1
@@ -114,56 +112,70 @@ def _inside(db: sqlite3.Connection, index: Index, listed: Path) -> dict[str, Any
     return {"holdout_inside_train": count, "first": first}
 
 
+def _held(db: sqlite3.Connection, index: Index, part: str) -> Iterator[Overlap]:
+    """The prompts, or the answers, of which at least INSIDE_SHARE stands in a row."""
+    by_answer = part == "answer"
+    for needle, rows in index.candidates(part, shown=by_answer):
+        (row,) = db.execute("SELECT row FROM needles WHERE n = ?", (needle,)).fetchone()
+        messages = [text.text for text in row_texts(db, row)]
+        texts = [data_rows.words(text) for text in (messages[-1:] if by_answer else messages[:-1])]
+        shares = {
+            other: index.share(part, texts, [text for text in row_texts(db, other) if text.shown or not by_answer])
+            for other in rows
+        }
+        best = max(rows, key=lambda other: (shares[other], -other))
+        if shares[best] >= INSIDE_SHARE:
+            yield _overlap(db, index, part, needle, best, shares[best])
+
+
 def _benchmarks(db: sqlite3.Connection, index: Index, listed: Path) -> dict[str, Any]:
     first: list[Overlap] = []
     count = 0
     with listed.open("w", encoding="utf-8") as file:
-        for overlap in _overlaps(db, index, "benchmark", 0.0):
+        for needle, rows in index.candidates("benchmark"):
+            overlap = _overlap(db, index, "document", needle, rows[0], index.part(needle, rows[0]))
             _list(overlap, file)
             count += 1
             first += [overlap] if len(first) < SHOWN else []
     return {"documents": index.count("benchmark"), "overlapping": count, "first": first}
 
 
-def _overlaps(
-    db: sqlite3.Connection, index: Index, part: str, least: float, *, shown: bool = False
-) -> Iterator[Overlap]:
-    """The texts of a kind of which at least that share stands in a row; `shown`: in what a model reads of it."""
+def _overlap(db: sqlite3.Connection, index: Index, part: str, needle: int, row: int, share: float) -> Overlap:
     query = "SELECT files.name, line, text FROM needles JOIN files ON files.n = needles.file WHERE needles.n = ?"
-    split = "benchmark" if part == "benchmark" else "holdout"
-    for needle, row, share in index.matches(part, shown=shown):
-        if share >= least:
-            name, line, text = db.execute(query, (needle,)).fetchone()
-            shared = index.shared(needle, row, row_texts(row, data_duplicates.body_of(db, row)))
-            found = Place(name, line, split, text)
-            yield Overlap(part, round(share, 4), shared, found, data_duplicates.place(db, row))
+    name, line, text = db.execute(query, (needle,)).fetchone()
+    found = Place(name, line, "benchmark" if part == "document" else "holdout", text)
+    shared = index.shared(needle, row, row_texts(db, row))
+    return Overlap(part, round(share, 4), shared, found, data_duplicates.place(db, row))
 
 
 def _holdout(db: sqlite3.Connection) -> Iterator[Needle]:
     """The prompts of the holdout, and the answers that are long enough to tell a row."""
     query = "SELECT n, file, line, body FROM rows WHERE split = 'holdout' ORDER BY n"
-    for _, file, line, text in db.execute(query):
+    for n, file, line, text in db.execute(query):
         body: list[Message] = json.loads(text)
+        *turns, answer = (data_rows.words(message["content"]) for message in body)
         shown = data_rows.prompt_text(body, system=False)
-        prompt = Words.of([data_rows.words(message["content"]) for message in body[:-1]])
-        yield Needle("prompt", file, line, shown, prompt.keys(range(SHORTEST, INSIDE + 1)))
-        answer = data_rows.words(body[-1]["content"])
+        yield Needle("prompt", file, line, shown, grams_of(turns, INSIDE), n)
         if len(answer) >= LONG_ANSWER:
-            yield Needle("answer", file, line, body[-1]["content"], Words.of([answer]).keys([INSIDE]))
+            yield Needle("answer", file, line, body[-1]["content"], grams_of([answer], INSIDE), n)
 
 
 def _texts(db: sqlite3.Connection) -> Iterator[Text]:
     """What is trained on, validated on and calibrated with, text by text."""
     reading = db.execute(f"SELECT n, body FROM rows WHERE {TRAINED_ON} ORDER BY n")  # noqa: S608 - a constant
-    for row, body in reading:
-        yield from row_texts(row, json.loads(body))
+    for n, body in reading:
+        yield from _split(n, json.loads(body))
 
 
-def row_texts(row: int, body: Body) -> list[Text]:
-    """A row's messages or its text."""
+def row_texts(db: sqlite3.Connection, n: int) -> list[Text]:
+    """A row's messages, or its text."""
+    return _split(n, data_duplicates.body_of(db, n))
+
+
+def _split(n: int, body: Body) -> list[Text]:
     if isinstance(body, str):
-        return [Text(row, body, shown=True)]
-    return [Text(row, message["content"], shown=message["role"] != "assistant") for message in body]
+        return [Text(n, body, shown=True)]
+    return [Text(n, message["content"], shown=message["role"] != "assistant") for message in body]
 
 
 def _list(found: Pair | Overlap, file: TextIO) -> None:
@@ -215,7 +227,7 @@ def _problem(found: Pair | Overlap, remove: str) -> Problem:
     row = f"the {found.second.split} row {found.second.file}:{found.second.line}"
     if isinstance(found, Pair):
         what = f"this holdout row is {found.similarity:.0%} like {row}"
-    elif found.part == "benchmark":
+    elif found.part == "document":
         what = f"a part of this benchmark document stands in {row}: “{found.shared}”"
     else:
         what = f"{found.share:.0%} of this holdout row's {found.part} stands in {row}: “{found.shared}”"

@@ -6,19 +6,21 @@ those through that may be there. So memory stays the same for any number of need
 about 60 bytes for each n-gram of a needle and 40 for each place where one is found. Two different n-grams have
 the same hash with a probability of 2**-58 at most.
 
-What many texts share is no finding. An n-gram doesn't count that a second needle of its kind has too and either
-most of them, more than COMMON of them or more than COMMON rows; nor one that most rows have. Those are system
-messages, templates and phrases of the trade (GPT-3 ignored what is in more than ten training documents,
-arXiv 2005.14165, appendix C). Texts of fewer than INSIDE words are too likely to stand in a longer one by
-chance: they are found only as the whole of a message, and those of fewer than SHORTEST words not at all.
+What many texts share is no finding. An n-gram counts for nothing that a second needle of its kind has too and
+either more than COMMON needles or more than COMMON rows: a phrase of the trade (GPT-3 ignored what is in more than
+ten training documents, arXiv 2005.14165, appendix C). One that most needles or most rows have, or more than COMMON
+needles that are a tenth of all, is a template's, such as a system message's: it is left out where the share of a
+needle that a row has is counted. A text of fewer than INSIDE words is too likely to stand in a longer one by chance:
+it is found only as the whole of a message, and one of fewer than SHORTEST words not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -27,6 +29,7 @@ from numpy.typing import NDArray
 
 from pipeline.data_rows import words
 
+CANDIDATES = 8
 COMMON = 10
 INSIDE = 8
 SHORTEST = 3
@@ -36,6 +39,7 @@ FILTER_BITS = 2**27
 
 Hashes = NDArray[np.uint64]
 Keys = NDArray[np.int64]
+Gram = tuple[int, int, int]
 Report = Callable[[int, int], None]
 
 SCHEMA = """
@@ -43,22 +47,26 @@ CREATE TABLE needles (
     n INTEGER PRIMARY KEY,
     kind TEXT NOT NULL,
     file INTEGER NOT NULL, line INTEGER NOT NULL,
+    row INTEGER,                -- of a holdout row, its number
     text TEXT NOT NULL          -- the beginning, to be shown
 );
 CREATE TABLE grams (key INTEGER NOT NULL, kind TEXT NOT NULL, needle INTEGER NOT NULL);
 CREATE TABLE hits (key INTEGER NOT NULL, row INTEGER NOT NULL, shown INTEGER NOT NULL);
+CREATE TABLE shared (key INTEGER NOT NULL, kind TEXT NOT NULL, template INTEGER NOT NULL);
+CREATE TABLE templates (key INTEGER NOT NULL, kind TEXT NOT NULL);
 """
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A text to be looked for: where it stands, how it begins, and its n-grams."""
+    """A text to be looked for: where it stands, how it begins, its n-grams, and the number of a holdout row."""
 
     kind: str
     file: int
     line: int
     text: str
-    keys: Keys
+    grams: list[Gram]
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,10 +117,17 @@ class Words:
                 places = np.flatnonzero(fits)
                 yield size, places, sums[places].view(np.int64)
 
-    def keys(self, sizes: Iterable[int]) -> Keys:
-        """The keys of all n-grams of these sizes, each once."""
-        found = [keys for _, _, keys in self.ngrams(sizes)]
-        return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
+
+def grams_of(texts: Sequence[Sequence[str]], size: int) -> list[Gram]:
+    """The (key, place, size) of all n-grams in texts of words, in order; a shorter text is one as a whole."""
+    found: list[Gram] = []
+    start = 0
+    for text in texts:
+        wanted = min(size, len(text))
+        for _, places, keys in Words.of([text]).ngrams([wanted] if wanted >= SHORTEST else []):
+            found += [(key, start + n, wanted) for key, n in zip(keys.tolist(), places.tolist(), strict=True)]
+        start += len(text)
+    return found
 
 
 @dataclass
@@ -145,15 +160,16 @@ class Index:
         self.sizes: set[int] = set()
         db.executescript(SCHEMA)
 
-    def add(self, needles: Iterable[Needle], sizes: Iterable[int]) -> None:
-        """Take needles in; `sizes` are those of their n-grams."""
-        self.sizes.update(sizes)
+    def add(self, needles: Iterable[Needle]) -> None:
+        """Take needles in."""
         self.db.execute("BEGIN")
         for needle in needles:
-            where = (needle.kind, needle.file, needle.line, needle.text[:300])
-            added = self.db.execute("INSERT INTO needles (kind, file, line, text) VALUES (?, ?, ?, ?)", where)
-            grams = ((key, needle.kind, added.lastrowid) for key in needle.keys.tolist())
+            where = (needle.kind, needle.file, needle.line, needle.row, needle.text[:300])
+            query = "INSERT INTO needles (kind, file, line, row, text) VALUES (?, ?, ?, ?, ?)"
+            number = self.db.execute(query, where).lastrowid
+            grams = ((key, needle.kind, number) for key in dict.fromkeys(key for key, _, _ in needle.grams))
             self.db.executemany("INSERT INTO grams VALUES (?, ?, ?)", grams)
+            self.sizes.update(size for _, _, size in needle.grams)
         self.db.execute("COMMIT")
 
     def search(self, texts: Iterable[Text], rows: int, report: Report) -> None:
@@ -162,7 +178,7 @@ class Index:
         `texts` come row by row; `report` is told how many of the `rows` have been searched.
         """
         self.db.execute("CREATE INDEX grams_key ON grams (key, kind, needle)")
-        self._forget_templates_of_needles()
+        self._forget_what_needles_share()
         known = self._filter()
         searched = 0
         for batch in _batches(texts):
@@ -170,11 +186,12 @@ class Index:
             searched += len({text.row for text in batch})
             report(min(searched, rows), rows)
         self.db.execute("CREATE INDEX hits_key ON hits (key, row, shown)")
-        self._forget_templates_of_rows(rows)
+        self._forget_what_rows_share(rows)
         self.db.execute("CREATE INDEX grams_needle ON grams (needle)")
+        self.db.execute("CREATE INDEX templates_key ON templates (key, kind)")
 
-    def matches(self, kind: str, *, shown: bool = False) -> Iterator[tuple[int, int, float]]:
-        """(needle, row, share) for each needle of a kind with an n-gram in a row: the row that has most of them.
+    def candidates(self, kind: str, *, shown: bool = False) -> Iterator[tuple[int, list[int]]]:
+        """Each needle of a kind of which a row has an n-gram, and up to CANDIDATES such rows, those with most first.
 
         `shown`: what the assistant says in a row doesn't count.
         """
@@ -182,11 +199,27 @@ class Index:
             "SELECT needle, row, count(DISTINCT key) FROM hits CROSS JOIN grams USING (key)"
             " WHERE kind = ? AND shown >= ? GROUP BY needle, row ORDER BY needle, row"
         )
-        total = "SELECT count(*) FROM grams WHERE needle = ?"
         found = self.db.execute(query, (kind, shown))
         for needle, group in itertools.groupby(found, key=lambda match: match[0]):
-            shared, row = max((shared, -row) for _, row, shared in group)
-            yield needle, -row, shared / self.db.execute(total, (needle,)).fetchone()[0]
+            most = heapq.nsmallest(CANDIDATES, ((-shared, row) for _, row, shared in group))
+            yield needle, [row for _, row in most]
+
+    def share(self, kind: str, texts: Sequence[Sequence[str]], row: Iterable[Text]) -> float:
+        """The share of a needle's n-grams that a row's texts have, of those that touch no template; 0 where all do."""
+        grams = grams_of(texts, INSIDE)
+        template = np.zeros(sum(map(len, texts)), dtype=np.bool_)
+        for key, place, size in grams:
+            template[place : place + size] |= self._is_template(kind, key)
+        own = [key for key, place, size in grams if not template[place : place + size].any()]
+        hashed = Words.of([words(text.text) for text in row])
+        theirs = {key for _, _, keys in hashed.ngrams(range(SHORTEST, INSIDE + 1)) for key in keys.tolist()}
+        return sum(key in theirs for key in own) / len(own) if own else 0.0
+
+    def part(self, needle: int, row: int) -> float:
+        """The share of a needle's n-grams that count which a row has."""
+        (total,) = self.db.execute("SELECT count(*) FROM grams WHERE needle = ?", (needle,)).fetchone()
+        query = "SELECT count(DISTINCT key) FROM grams JOIN hits USING (key) WHERE needle = ? AND row = ?"
+        return float(self.db.execute(query, (needle, row)).fetchone()[0] / total)
 
     def shared(self, needle: int, row: int, texts: Iterable[Text]) -> str:
         """The longest n-gram that counts of a needle in a row's texts, the first of them, in folded words."""
@@ -222,24 +255,31 @@ class Index:
             )
             self.db.execute("COMMIT")
 
-    def _forget_templates_of_needles(self) -> None:
-        for kind, needles in self.db.execute("SELECT kind, count(*) FROM needles GROUP BY kind").fetchall():
-            self.db.execute(
-                "DELETE FROM grams WHERE (key, kind) IN (SELECT key, kind FROM grams WHERE kind = ?1"
-                " GROUP BY key HAVING count(*) > 1 AND (count(*) > ?2 OR 2 * count(*) > ?3))",
-                (kind, COMMON, needles),
+    def _is_template(self, kind: str, key: int) -> bool:
+        return bool(self.db.execute("SELECT 1 FROM templates WHERE key = ? AND kind = ?", (key, kind)).fetchone())
+
+    def _forget_what_needles_share(self) -> None:
+        for kind, total in self.db.execute("SELECT kind, count(*) FROM needles GROUP BY kind").fetchall():
+            self._forget(
+                "SELECT key, kind, 10 * count(*) > :total FROM grams WHERE kind = :kind GROUP BY key"
+                " HAVING count(*) > 1 AND (count(*) > :common OR 2 * count(*) > :total)",
+                {"kind": kind, "common": COMMON, "total": total},
             )
 
-    def _forget_templates_of_rows(self, rows: int) -> None:
-        self.db.execute(
-            "CREATE TABLE frequent AS SELECT key, count(DISTINCT row) AS rows FROM hits GROUP BY key HAVING rows > ?",
-            (COMMON,),
+    def _forget_what_rows_share(self, total: int) -> None:
+        self._forget(
+            "SELECT key, kind, 2 * max(rows) > :total FROM"
+            " (SELECT key, count(DISTINCT row) AS rows FROM hits GROUP BY key HAVING rows > :common)"
+            " JOIN grams USING (key) GROUP BY key, kind HAVING count(*) > 1 OR 2 * max(rows) > :total",
+            {"common": COMMON, "total": total},
         )
-        self.db.execute(
-            "DELETE FROM grams WHERE (key, kind) IN (SELECT key, kind FROM frequent JOIN grams USING (key)"
-            " GROUP BY key, kind HAVING count(*) > 1 OR 2 * max(rows) > ?)",
-            (rows,),
-        )
+
+    def _forget(self, shared: str, values: Mapping[str, str | int]) -> None:
+        """Forget the n-grams that `shared` selects, with their kind and whether they are a template's."""
+        self.db.execute("DELETE FROM shared")
+        self.db.execute(f"INSERT INTO shared {shared}", values)
+        self.db.execute("INSERT INTO templates SELECT key, kind FROM shared WHERE template")
+        self.db.execute("DELETE FROM grams WHERE (key, kind) IN (SELECT key, kind FROM shared)")
 
 
 def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
