@@ -36,6 +36,7 @@ SHORTEST = 3
 LONGEST = 64
 BATCH_CHARACTERS = 2**18
 FILTER_BITS = 2**27
+SLICE = 4096
 
 Hashes = NDArray[np.uint64]
 Keys = NDArray[np.int64]
@@ -78,7 +79,7 @@ class Text:
     shown: bool
 
 
-@lru_cache(maxsize=2**15)
+@lru_cache(maxsize=2**13)
 def _hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
@@ -237,7 +238,7 @@ class Index:
     def _filter(self) -> Filter:
         known = Filter()
         reading = self.db.execute("SELECT DISTINCT key FROM grams")
-        while some := reading.fetchmany(2**16):
+        while some := reading.fetchmany(SLICE):
             known.add(np.array(some, dtype=np.int64).ravel())
         return known
 

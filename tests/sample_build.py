@@ -248,6 +248,9 @@ def sample_build(folder: Path, count: int = 200) -> Build:
             "rows": {"train": 1200, "val": 24, "calibration": 24, "holdout": count},
             "tokens": {"train": {"total": 171000, "max": 116}, "holdout": {"total": 28000}},
             "dropped": {"in_holdout": 3},
+            "near_duplicates": {"threshold": 0.7, "holdout_near_train": 5, "within_train": 8},
+            "inside": {"holdout_inside_train": 0},
+            "benchmarks": {"documents": 14042, "overlapping": 0, "too_short": 0},
             "digests": {"train": "7e" * 32, "holdout": "4f" * 32},
         },
         "finetune": {

@@ -144,6 +144,18 @@ def test_paths_start_beside_the_file_or_in_the_data_folder(tmp_path: Path) -> No
     assert load(file, data_dir=tmp_path / "d").data.datasets[0].path == str(tmp_path / "d/a/b.jsonl")
 
 
+def test_benchmarks_are_found_where_the_data_is(tmp_path: Path) -> None:
+    """A benchmark's path starts where a dataset's does, flat or in the section; a wrong key in it has its line."""
+    file = tmp_path / "use.yaml"
+    file.write_text(GOOD + "benchmarks:\n  - path: mmlu.txt\n  - path: org/benchmark\n", encoding="utf-8")
+    assert [source.path for source in load(file, data_dir=tmp_path / "d").data.benchmarks] == [
+        str(tmp_path / "d/mmlu.txt"),
+        "org/benchmark",
+    ]
+    (problem,) = broken(tmp_path, GOOD + "benchmarks:\n  - path: mmlu.txt\n    column: question\n")
+    assert (problem.line, problem.key, problem.allowed) == (5, "data.benchmarks.0.column", "did you mean columns?")
+
+
 def test_the_name_defaults_to_the_file_and_python_tags_are_refused(tmp_path: Path) -> None:
     """A config needs no name, and YAML can't construct objects."""
     file = tmp_path / "my use.yaml"

@@ -209,6 +209,20 @@ def prepared(base: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
         "as prompts": settings(write(folder / "prompts.jsonl", [as_prompt(row) for row in few])),
         "as folder": settings(split_up),
     }
+    told = [{**row, "channel": f"c{n % 3}", "stars": n % 5, "sent": n % 2 > 0} for n, row in enumerate(few)]
+    columns = {"columns": ("channel", "stars", "sent")}
+    asked = [{**as_alpaca(row), **{name: row[name] for name in columns["columns"]}} for row in told]
+    unfit = {**few[2], "channel": None, "stars": [1], "sent": {}}
+    amiss = write(folder / "amiss.jsonl", [*told[:2], unfit, few[3], {**told[5], "channel": "HALF"}])
+    amiss.write_text(amiss.read_text().replace("HALF", "\\ud83d"))
+    configs |= {
+        "columns": settings(write(folder / "told.jsonl", told), **columns),
+        "columns of parquet": settings(as_parquet(folder / "told.parquet", told), **columns),
+        "columns of alpaca": settings(write(folder / "asked.jsonl", asked), **columns),
+        "columns of csv": settings(folder / "few.csv", kind="columns", template=template, columns=("number", "label")),
+        "columns of the holdout alone": settings(texts, test=(folder / "told.jsonl",), **columns),
+        "columns amiss": settings(amiss, folder / "few.csv", kind="auto", **columns),
+    }  # fmt: skip
     requests = [(folder / name, config, base) for name, config in configs.items()]
     details = stages.run_many("pipeline.data", requests, folder)
     return {name: (folder / name, detail) for name, detail in zip(configs, details, strict=True)}
@@ -333,6 +347,57 @@ def test_the_demo_tickets_pass_and_their_report_shows_their_labels(prepared: dic
     assert sum(splits.get("holdout", 0) for splits in labels["category"].values()) == 30
     assert (folder / "extra" / "answers.png").read_bytes().startswith(b"\x89PNG")
     assert "## Values of category" in (folder / "extra" / "report.md").read_text()
+
+
+def test_a_holdout_row_keeps_its_columns_as_text(prepared: dict) -> None:
+    """Strings as they are, numbers and truth values as JSON; rows, ids and sets are those without columns."""
+    sets, plain = payload(prepared["columns"][0]), payload(prepared["as messages"][0])
+    numbers = {json.dumps(conversation(n)["messages"], sort_keys=True): n for n in range(60)}
+    assert sets["holdout"]
+    for row in sets["holdout"]:
+        number = numbers[json.dumps(row["messages"], sort_keys=True)]
+        sent = "true" if number % 2 else "false"
+        assert row.pop("columns") == {"channel": f"c{number % 3}", "stars": str(number % 5), "sent": sent}
+    assert sets == plain
+
+
+@pytest.mark.parametrize("form", ["parquet", "alpaca"])
+def test_every_format_keeps_columns(prepared: dict, form: str) -> None:
+    """The same rows with the same columns in another format are the same bytes."""
+    assert prepared[f"columns of {form}"][1]["digests"] == prepared["columns"][1]["digests"]
+
+
+def test_columns_of_a_table_may_be_part_of_the_conversation(prepared: dict) -> None:
+    """A CSV's columns are text already; the answer's own can be kept, too, and none is called ignored."""
+    folder, detail = prepared["columns of csv"]
+    assert detail["digests"]["train"] == prepared["as columns"][1]["digests"]["train"]
+    for row in payload(folder)["holdout"]:
+        assert row["columns"].keys() == {"number", "label"}
+        assert row["columns"]["label"] == row["messages"][-1]["content"]
+    (file,) = json.loads((folder / "extra" / "report.json").read_text())["files"]
+    assert file["ignored_columns"] == []
+
+
+def test_only_what_may_be_held_out_needs_the_columns(prepared: dict) -> None:
+    """Training rows beside test_datasets lack them without harm."""
+    sets = payload(prepared["columns of the holdout alone"][0])
+    assert all(row["columns"]["channel"] for row in sets["holdout"])
+    assert not any("columns" in row for row in (*sets["train"], *sets["val"], *sets["calibration"]))
+
+
+def test_a_column_that_is_missing_or_no_text_is_a_defect(prepared: dict) -> None:
+    """Rows are named with line and column; a table that lacks columns is named once."""
+    _, error = prepared["columns amiss"]
+    assert isinstance(error, DataError)
+    assert [(Path(problem.file).name, problem.line, problem.key, problem.what) for problem in error.problems] == [
+        ("amiss.jsonl", 3, "channel", "is null, not text"),
+        ("amiss.jsonl", 3, "stars", "is a list, not text"),
+        ("amiss.jsonl", 3, "sent", "is an object, not text"),
+        *(("amiss.jsonl", 4, name, "is missing") for name in ("channel", "stars", "sent")),
+        ("amiss.jsonl", 5, "channel", "the text holds half a character, U+D83D"),
+        ("few.csv", None, None, "has the columns number, question, label"),
+        ("few.csv", 1, None, "has no column channel, stars, sent; its columns are number, question, label"),
+    ]
 
 
 MEASURE = """

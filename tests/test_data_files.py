@@ -29,6 +29,15 @@ def test_a_json_list_is_read_at_any_chunk_size(tmp_path: Path, monkeypatch, inde
     assert [line for line, _ in found] == ([1] * 9 if indent is None else [2 + n * starts for n in range(9)])
 
 
+def test_a_text_file_is_read_line_by_line(tmp_path: Path) -> None:
+    """Each line that isn't empty is a row at its line; bytes that are no UTF-8 are a defect of theirs."""
+    assert read(tmp_path, "rows.txt", b" one \n\ntw\xe9\nthree") == [
+        (1, {"text": "one"}),
+        (3, "bad_utf8"),
+        (4, {"text": "three"}),
+    ]
+
+
 def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
     """A .json file that begins with a one-line object is read as JSON Lines; empty lines are skipped."""
     assert read(tmp_path, "rows.json", '{"a": 1}\n\n{"a": 2}\n') == [(1, {"a": 1}), (3, {"a": 2})]

@@ -68,6 +68,25 @@ def test_every_missing_file_is_named_with_its_neighbours(tmp_path: Path) -> None
     assert third.allowed is None
 
 
+def test_a_benchmark_counts_and_a_missing_one_is_named_by_its_key(tmp_path: Path) -> None:
+    """Its bytes are part of the digest, .txt files among them; a wrong path is told with key and remedy, like others."""
+    train, lines = make(tmp_path / "train.jsonl"), make(tmp_path / "benchmark" / "lines.txt", "one document\n")
+    plain = config(train)
+    with_benchmark = {**plain, "benchmarks": [{"path": str(lines.parent), "split": "test", "revision": None}]}
+    digest = data.sources_digest(with_benchmark)
+    assert digest != data.sources_digest(plain)
+    make(lines, "another document\n")
+    os.utime(lines, ns=(1, 1))
+    assert data.sources_digest(with_benchmark) != digest
+    wrong = {**config(tmp_path / "trian.jsonl"), "benchmarks": [{"path": str(tmp_path / "mmlu.jsonl")}]}
+    with pytest.raises(DataError) as raised:
+        data.sources_digest(wrong)
+    first, second = raised.value.problems
+    assert (first.key, second.key) == ("data.datasets.0.path", "data.benchmarks.0.path")
+    assert second.allowed == "benchmark, home, train.jsonl"
+    assert "correct the path" in second.remedy
+
+
 def test_packed_data_in_a_folder_is_not_passed_over(tmp_path: Path) -> None:
     """A packed file among unpacked ones is a mistake, not a file to be ignored."""
     make(tmp_path / "one.jsonl")

@@ -86,6 +86,18 @@ def test_every_holdout_row_is_scored_in_its_order(tmp_path):
     assert (found.errors, found.system, found.unit_digest) == (0, "candidate", "u")
 
 
+def test_a_rows_further_columns_go_into_its_item(tmp_path):
+    """What slices and groups are made from comes along, also after a killed run; a row without any has none."""
+    holdout = [{**row, "columns": {"channel": "mail", "stars": "4"}} for row in rows(3)]
+    write_holdout(tmp_path, [*holdout[:2], rows(3)[2]])
+    with fake_vllm(NAME) as url:
+        made = request(tmp_path, url)
+        evaluate.run(made)
+        assert [item.columns for item in report(made).items] == [{"channel": "mail", "stars": "4"}] * 2 + [{}]
+        evaluate.run(made)
+    assert [item.columns for item in report(made).items] == [{"channel": "mail", "stars": "4"}] * 2 + [{}]
+
+
 def test_max_items_takes_the_first_rows(tmp_path):
     """A limit on the holdout is a prefix of it, so that two systems meet on the same items."""
     write_holdout(tmp_path, rows(30))

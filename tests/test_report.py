@@ -96,6 +96,9 @@ def test_the_page_says_verdict_scores_digest_and_next_step(build, page_text):
         "4f" * 32,
         "tunegate promote tickets",
         "train 171,000, holdout 28,000",
+        "holdout rows near a training row 5",
+        "holdout rows inside a training row 0",
+        "benchmark documents in training 0 of 14,042",
         "no incumbent yet",
     ):
         assert part in text, part
