@@ -6,11 +6,14 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.artifacts import Artifact
 from pipeline.digests import digest_file, digest_of
 from pipeline.program import write_json
 from pipeline.store import home
+
+if TYPE_CHECKING:
+    from pipeline.artifacts import Artifact
 
 # A file changed again within its clock's tick would look the same: one so fresh is not remembered.
 FRESH_NS = 2_000_000_000

@@ -56,7 +56,7 @@ def judge(config: Config) -> Iterator[Problem]:
     yield from judges_problems(config.evaluate)
     yield from argument_problems(config.serve.extra_args)
     yield from env_problems(config.serve.env)
-    yield from gate_policy.problems(config.gate, config.evaluate, config.loadtest)
+    yield from gate_policy.problems(config.gate, config.evaluate, config.loadtest, config.data.columns)
 
 
 def judges_problems(evaluate: EvaluateConfig) -> Iterator[Problem]:
