@@ -29,6 +29,7 @@ PERMUTATIONS = 128
 CANDIDATES = 8
 WORDS = 3
 SLICE = 4096
+BATCH = 512
 KEPT = "dropped IS NULL"
 
 Report = Callable[[int, int], None]
@@ -137,8 +138,8 @@ def _fill_bands(db: sqlite3.Connection, threshold: float, report: Report) -> Non
     total = count(db, KEPT)
     db.execute("CREATE TABLE bands (key INTEGER NOT NULL, holdout INTEGER NOT NULL, n INTEGER NOT NULL)")
     reading = db.execute(f"SELECT n, split = 'holdout', body FROM rows WHERE {KEPT} ORDER BY n")  # noqa: S608
-    for done in itertools.count(step=SLICE):
-        some = reading.fetchmany(SLICE)
+    for done in itertools.count(step=BATCH):
+        some = reading.fetchmany(BATCH)
         report(min(done, total), total)
         if not some:
             return
