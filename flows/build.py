@@ -1,4 +1,4 @@
-"""The build: base → prepare → finetune → merge → quantize → evaluate → loadtest → gate → register, read top to bottom.
+"""The build: base → prepare → finetune → merge → quantize → evaluate → loadtest → gate → ledger → register, top to bottom.
 
 `build` is the Prefect flow. What it makes is cached by digest, so running it again does only what is missing; what it
 measured and decided lies in mlruns/work/build/KEY/ and in the build's MLflow run.
@@ -18,6 +18,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from flows import curves, judges, progress, stages
+from flows.ledger import ledger_of
 from flows.measure import measure
 from flows.stages import OnEvent
 from pipeline import (
@@ -104,6 +105,7 @@ def _steps(
         artifacts=artifacts,
         unit=unit,
         model_path=served.payload,
+        ledger=ledger_of(config, artifacts, reports.evaluations["candidate"], sources, show),
         verdict=verdict,
         **dict(reports),
     )

@@ -25,6 +25,7 @@ Stage = Literal[
     "judge",
     "loadtest",
     "gate",
+    "ledger",
     "register",
 ]
 Outcome = Literal["pass", "fail", "inconclusive"]
@@ -104,8 +105,9 @@ LedgerStep = Literal["base", "adapter", "merged_original", "merged_dequantized",
 class LedgerEntry(Record):
     """One step of a model's making, scored on the first items of the holdout: the loss ledger's line.
 
-    base: before training; adapter: on the NF4 base, as trained; merged_*: both ways to merge; quantized: AWQ in the engine
-    that made it; served: the candidate as vLLM serves it. `items` come in holdout order, the same for every step.
+    base: before training; adapter: on the NF4 base, as trained; merged_*: both ways to merge, the one that was taken last;
+    quantized: AWQ's weights in transformers; served: the candidate as vLLM serves it. `items` come in holdout order, the
+    same for every step.
     """
 
     step: LedgerStep

@@ -133,8 +133,8 @@ class FinetuneConfig(Section):
 class MergeConfig(Section):
     """Adapter into base."""
 
-    merge_base: Literal["original", "dequantized"] = Field(
-        "original", description="the base's own weights, or what NF4 training saw"
+    merge_base: Literal["auto", "original", "dequantized"] = Field(
+        "auto", description="the base's own weights, what NF4 training saw, or whichever has the lower validation loss"
     )
 
 
@@ -258,6 +258,9 @@ class EvaluateConfig(Section):
     max_items: PositiveInt | None = Field(None, description="holdout rows used; default: all")
     max_tokens: PositiveInt = 256
     concurrency: PositiveInt = 16
+    ledger_items: Annotated[int, Field(ge=0)] = Field(
+        100, description="first holdout rows that every step of the model's making answers too; 0: no ledger"
+    )
     compare: tuple[Literal["base", "merged"], ...] = Field(("base", "merged"), description="also served and scored")
     prompts: str | None = Field(None, description="YAML or JSON file of must-pass prompts in promptfoo's test format")
 

@@ -17,25 +17,32 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import finetune_checkpoints, finetune_curve, finetune_model, finetune_rows, packing, program
+from pipeline import (
+    finetune_checkpoints,
+    finetune_curve,
+    finetune_loss,
+    finetune_model,
+    finetune_rows,
+    packing,
+    program,
+)
 from pipeline.artifacts import Artifact
 from pipeline.config import FinetuneConfig
-from pipeline.errors import ResourceError, StageFailed
+from pipeline.errors import StageFailed
 from pipeline.finetune_checkpoints import Best, State
-from pipeline.packing import IGNORED, Row
+from pipeline.packing import Row
 
 if TYPE_CHECKING:
     import torch
 
 HARDWARE = "hardware.json"
 STEP_SEED = 1_000_003
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's and the CPU's words
 
 
 def run(request: program.Request) -> dict[str, Any]:
@@ -174,7 +181,7 @@ class Training:
         trained = sum(row.trained for row in rows)
         loss = torch.zeros((), device=self.hardware.device)
         for some in self._passes(rows):
-            part = summed_loss(self.model, some, self.hardware) / trained
+            part = finetune_loss.summed_loss(self.model, some, self.hardware) / trained
             part.backward()
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.settings.max_grad_norm)
@@ -189,10 +196,8 @@ class Training:
         self.optimizer.zero_grad()
 
     def _passes(self, rows: Sequence[Row]) -> list[list[Row]]:
-        lengths = [len(row.input_ids) for row in rows]
         most = None if self.settings.sample_packing else self.settings.micro_batch_size
-        cut = packing.passes(range(len(rows)), lengths, tokens=self.hardware.tokens_a_pass, most=most)
-        return [[rows[number] for number in some] for some in cut]
+        return finetune_loss.passes(rows, self.hardware, most)
 
     def _must_be_finite(self, state: State, entry: dict[str, float]) -> None:
         if math.isfinite(entry["train_loss"]) and math.isfinite(entry["grad_norm"]):
@@ -217,44 +222,12 @@ class Training:
     def _evaluate(self, state: State) -> None:
         """Validation loss; the adapter is kept when it is the best so far."""
         rows = self.rows.validation
-        with finetune_model.without_dropout(self.model):
-            total = sum(float(summed_loss(self.model, some, self.hardware)) for some in self._passes(rows))
-        loss = total / sum(row.trained for row in rows)
+        loss = finetune_loss.mean_loss(self.model, self._passes(rows), self.hardware)
         state.history.append({"step": state.step, "eval_loss": loss})
         program.metric("eval_loss", loss, state.step)
         if self.settings.load_best_model_at_end and (state.best is None or loss < state.best.loss):
             state.best = Best(state.step, loss)
             finetune_checkpoints.save_best(self.checkpoints, state.step, self.weights)
-
-
-def summed_loss(model: Any, rows: Sequence[Row], hardware: finetune_model.Hardware) -> torch.Tensor:
-    """Cross entropy summed over the rows' trained tokens, in nats; logits are made at those tokens alone.
-
-    On a CPU the tokens that all rows begin with, such as a system prompt, go through the model once, and
-    every row attends to them: the same loss and gradient for fewer tokens. Dropout draws for them once, too.
-    """
-    import torch
-
-    prefix = packing.shared_prefix(rows) if hardware.shares_prefixes else 0
-    segments = [range(prefix), *(range(prefix, len(row.input_ids)) for row in rows)][0 if prefix else 1 :]
-    lengths = torch.tensor([len(segment) for segment in segments], dtype=torch.int32)
-    ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    positions = torch.tensor([at for segment in segments for at in segment])
-    ids = torch.tensor([*rows[0].input_ids[:prefix], *(it for row in rows for it in row.input_ids[prefix:])])
-    labels = [IGNORED] * prefix + [it for row in rows for it in (*row.labels[prefix + 1 :], IGNORED)]
-    targets = torch.tensor(labels)
-    at = (targets != IGNORED).nonzero().flatten()
-    ends, ids, positions, targets, at = (
-        it.to(hardware.device, non_blocking=True) for it in (ends, ids, positions, targets, at)
-    )
-    dtype, longest = getattr(torch, hardware.dtype), int(lengths.max())
-    only_ours = {"shared_prefix": True} if prefix else {}
-    with torch.autocast(hardware.device, dtype, enabled=dtype != torch.float32):
-        logits = model(
-            input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=at,
-            cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest, **only_ours,
-        ).logits[0]  # fmt: skip
-    return torch.nn.functional.cross_entropy(logits.float(), targets[at], reduction="sum")
 
 
 def make_optimizer(weights: list[torch.Tensor], settings: FinetuneConfig) -> torch.optim.Optimizer:
@@ -291,19 +264,8 @@ def keep_freed_memory() -> None:
             mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-@contextmanager
-def _out_of_memory_named(settings: FinetuneConfig) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and not any(words in text for words in OUT_OF_MEMORY):
-            raise
-        raise ResourceError(
-            f"training ran out of memory: {text.splitlines()[0] if text else 'no more to be had'}",
-            key="finetune.micro_batch_size",
-            remedy=_smaller(settings),
-        ) from error
+def _out_of_memory_named(settings: FinetuneConfig) -> AbstractContextManager[None]:
+    return finetune_model.out_of_memory_named("training", "finetune.micro_batch_size", _smaller(settings))
 
 
 def _smaller(settings: FinetuneConfig) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import finetune_attention, finetune_lora, hardware
 from pipeline.config import FinetuneConfig
-from pipeline.errors import ConfigError, ModelError
+from pipeline.errors import ConfigError, ModelError, ResourceError
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ CPU_TOKENS_A_PASS = 1024
 GPU_TOKENS_A_PASS = range(1024, 16384 + 1)  # fewer leave a GPU idle and unpack NF4 too often; more gain nothing
 UNPACKED_BYTES = 2
 UNPACK_UP_TO = {"cpu": 0.5, "cuda": 0.05}  # of free memory; a big model hides the unpacking behind its products
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's and the CPU's words
 USED_BY_ACTIVATIONS = 0.8  # of free memory
 UNPACKED = ", unpacked once"
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -69,7 +70,7 @@ def load(
             allowed="adamw_torch or adamw_torch_fused",
             remedy="set finetune.optimizer: adamw_torch",
         )
-    dtype = _dtype(device)
+    dtype = compute_dtype(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, quantization_config=four_bit(settings, dtype), local_files_only=True,
@@ -88,7 +89,7 @@ def load(
         most = UNPACK_UP_TO[device] * _free_memory(device)
         if before is not None:
             most = math.inf if before.frozen_weights.endswith(UNPACKED) else 0.0
-        unpacked = _unpack(model, dtype, most)
+        unpacked = unpack(model, dtype, most)
         weights = settings.bnb_4bit_quant_type + (UNPACKED if unpacked else "")
     finetune_attention.register()
     attention = finetune_attention.choose(model.config, device, sequence_len)
@@ -118,7 +119,7 @@ def load(
     return model, hardware
 
 
-def _dtype(device: str) -> torch.dtype:
+def compute_dtype(device: str) -> torch.dtype:
     """bf16 where the hardware multiplies it; elsewhere float32, which is then faster."""
     import torch
 
@@ -145,7 +146,7 @@ def four_bit(settings: FinetuneConfig, dtype: torch.dtype) -> Any:
     )
 
 
-def _unpack(model: Any, dtype: torch.dtype, most: float) -> bool:
+def unpack(model: Any, dtype: torch.dtype, most: float = math.inf) -> bool:
     """Replace each 4-bit layer by a plain one of its dequantized values; False if that takes over `most` bytes."""
     import bitsandbytes
     import torch
@@ -315,6 +316,20 @@ def without_dropout(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.train()
+
+
+@contextmanager
+def out_of_memory_named(what: str, key: str, remedy: str) -> Iterator[None]:
+    """Turn torch's words for too little memory into a ResourceError: what needed it, and which `key` to change how."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not any(words in text for words in OUT_OF_MEMORY):
+            raise
+        raise ResourceError(
+            f"{what} ran out of memory: {text.splitlines()[0] if text else 'no more to be had'}", key=key, remedy=remedy
+        ) from error
 
 
 def save_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:

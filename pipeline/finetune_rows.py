@@ -6,7 +6,7 @@ Runs in the train environment (the base model's tokenizer).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,16 +37,8 @@ def read(base: Path, prepared: Path, extra: Path, settings: FinetuneConfig, sequ
 
     Raises DataError when no row is left that carries loss.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    ends = end_tokens(base, tokenizer)
-
-    def encoded(name: str) -> list[Row]:
-        lines, inputs = _lines(prepared / name), settings.train_on_inputs
-        return list(encode(lines, tokenizer, end_tokens=ends, sequence_len=sequence_len, train_on_inputs=inputs))
-
-    train, validation = encoded("train.jsonl"), encoded("val.jsonl")
+    encoded = encoder(base, settings, sequence_len)
+    train, validation = encoded(prepared / "train.jsonl"), encoded(prepared / "val.jsonl")
     write_lines(extra / "seen_tokens.jsonl", _seen(_lines(prepared / "train.jsonl"), train))
     kept = [row for row in train if row.trained]
     if not kept:
@@ -62,6 +54,20 @@ def read(base: Path, prepared: Path, extra: Path, settings: FinetuneConfig, sequ
         truncated=sum(row.truncated for row in train),
         without_answer=len(train) - len(kept),
     )
+
+
+def encoder(base: Path, settings: FinetuneConfig, sequence_len: int) -> Callable[[Path], list[Row]]:
+    """A function from a file of prepared rows to token rows, by the base model's chat template and tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    ends = end_tokens(base, tokenizer)
+
+    def encoded(file: Path) -> list[Row]:
+        lines, inputs = _lines(file), settings.train_on_inputs
+        return list(encode(lines, tokenizer, end_tokens=ends, sequence_len=sequence_len, train_on_inputs=inputs))
+
+    return encoded
 
 
 def _seen(lines: Iterator[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -75,7 +75,10 @@ def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
             "finetune", "train", ("base", "prepare"), ("finetune", "data.sequence_len", "seed"),
             (*torch, "peft", "bitsandbytes"), retries=1, timeout_hours=168,
         ),
-        Step("merge", "train", ("base", "finetune"), ("merge", "finetune"), (*torch, "bitsandbytes"), retries=1),
+        Step(
+            "merge", "train", ("base", "prepare", "finetune"), ("merge", "finetune", "data.sequence_len"),
+            (*torch, "bitsandbytes"), retries=1,
+        ),
     ]  # fmt: skip
     method = config["quantize"]["method"]
     if method != "none":
@@ -85,6 +88,22 @@ def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
             Step("quantize", environment, ("merge", "prepare"), ("quantize", "seed"), (*torch, *packages), retries=1)
         )
     return tuple(found)
+
+
+def ledger_step(config: Mapping[str, Any]) -> Step | None:
+    """The stage that asks every step of the model's making, once the candidate is evaluated; None where it is off."""
+    if not config["evaluate"]["ledger_items"]:
+        return None
+    made = tuple(step.stage for step in steps(config))
+    sections = ("finetune", "evaluate.ledger_items", "evaluate.max_items", "evaluate.max_tokens")
+    packages = ("torch", "transformers", "safetensors", "peft", "bitsandbytes")
+    return Step("ledger", "train", made, sections, packages, retries=1)
+
+
+def all_steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
+    """Every stage with a place in the store, in order."""
+    ledger = ledger_step(config)
+    return (*steps(config), ledger) if ledger else steps(config)
 
 
 def served_stage(config: Mapping[str, Any]) -> str:
@@ -100,7 +119,7 @@ def section(config: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
-PROGRAMS = {"base": "model", "prepare": "data"}
+PROGRAMS = {"base": "model", "prepare": "data", "ledger": "ledger_answers"}
 JUDGES_PACKAGES = ("lm-eval", "transformers")
 
 
@@ -164,7 +183,7 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
     planned: list[PlannedStep] = []
     digests: dict[str, str] = {}
     made_by: dict[str, dict[str, str]] = {}
-    for step in steps(config):
+    for step in all_steps(config):
         made_by[step.stage] = versions(step, config)
         if all(name in digests for name in step.inputs):
             key = key_of(step, config, inputs_of(step, digests, sources, device), made_by[step.stage])
@@ -233,7 +252,7 @@ def inputs_of(step: Step, digests: Mapping[str, str], sources: Mapping[str, str]
     inputs = {name: digests[name] for name in step.inputs}
     if step.stage in sources:
         inputs["source"] = sources[step.stage]
-    if step.stage in ("finetune", "quantize"):
+    if step.stage in ("finetune", "quantize", "ledger"):
         inputs["device"] = digest_of(device)
     return inputs
 
@@ -241,12 +260,13 @@ def inputs_of(step: Step, digests: Mapping[str, str], sources: Mapping[str, str]
 def _programs(config: Mapping[str, Any]) -> list[str]:
     asked = ["prompts"] if config["evaluate"]["prompts"] else []
     return [
-        *(program_of(step.stage) for step in steps(config)),
+        *(program_of(step.stage) for step in all_steps(config)),
         "evaluate",
         *asked,
         *judges(config),
         "loadtest",
         "gate",
+        "ledger",
     ]
 
 
@@ -320,23 +340,30 @@ def render(plan: Plan, path: Path, write: Callable[[str], None]) -> None:
     state = f"done: {plan.finished['outcome']}" if plan.finished else "to do"
     write(f"{plan.name}  build {plan.key[:12]}  {state}  ({path})")
     write(f"  {'stage':<10}{'environment':<15}{'state':<22}key")
-    for planned in plan.steps:
-        first = next((other.step.stage for other in plan.steps if other.record is None), "")
+    first = next((planned.step.stage for planned in plan.steps if planned.record is None), "")
+
+    def show(planned: PlannedStep) -> None:
         what = "cached" if planned.record else "to do" if planned.key else f"to do, after {first}"
         write(f"  {planned.step.stage:<10}{planned.step.environment:<15}{what:<22}{(planned.key or '-')[:12]}")
+
     done = "recorded" if plan.finished else "to do"
+    made = [planned for planned in plan.steps if planned.step.stage != "ledger"]
+    for planned in made:
+        show(planned)
     for stage, environment in (
         ("evaluate", "control+serve"),
         ("tasks", "judges+serve"),
         ("judge", "control"),
         ("loadtest", "control+serve"),
         ("gate", "control"),
-        ("register", "control"),
     ):
         if stage not in ("tasks", "judge"):
             write(f"  {stage:<10}{environment:<15}{done}")
         elif stage in plan.judges:
             write(f"  {stage:<10}{environment:<15}{done:<22}{', '.join(plan.judges[stage])}")
+    for planned in plan.steps[len(made) :]:
+        show(planned)
+    write(f"  {'register':<10}{'control':<15}{done}")
     for what, size in plan.memory.items():
         write(f"  memory  {what}: about {size / 2**30:.1f} GiB")
     for line in plan.sizes:

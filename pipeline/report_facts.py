@@ -89,7 +89,7 @@ def training_facts(build: Build) -> list[tuple[str, str]]:
     quantized = build.artifacts.get("quantize")
     made = quantized.detail if quantized else {}
     batch = settings.get("micro_batch_size", 0) * settings.get("gradient_accumulation_steps", 1)
-    merge = build.config.get("merge", {}).get("merge_base") if "merge" in build.artifacts else None
+    merged = build.artifacts["merge"].detail if "merge" in build.artifacts else {}
     return facts(
         [
             *((name, settings.get(name)) for name in TRAINED),
@@ -98,13 +98,20 @@ def training_facts(build: Build) -> list[tuple[str, str]]:
             ("seed", build.config.get("seed")),
             *((name, detail.get(name)) for name in ("steps", "best_step", "tokens", "train_loss", "eval_loss")),
             ("tokens a second", detail.get("tokens_per_second")),
-            ("merged into", f"the {merge} base" if merge else None),
+            ("merged into", _merged_into(merged)),
             ("quantized by", made.get("method")),
             ("calibration samples", made.get("samples")),
             ("perplexity before AWQ", made.get("perplexity_before")),
             ("perplexity after AWQ", made.get("perplexity_after")),
         ]
     )
+
+
+def _merged_into(detail: Mapping[str, Any]) -> str | None:
+    """The base that the adapter went into, and the validation losses that it was chosen by."""
+    losses = {name.partition("/")[2]: loss for name, loss in detail.items() if name.startswith("val_loss/")}
+    into = f"the {detail['merge_base']} base" if "merge_base" in detail else None
+    return f"{into} (validation loss: {_text(losses)})" if losses else into
 
 
 def serving_facts(build: Build) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import finetune, finetune_model, finetune_rows, packing
+from pipeline import finetune, finetune_loss, finetune_model, finetune_rows, packing
 from pipeline.config import FinetuneConfig
 from pipeline.packing import IGNORED, Row
 
@@ -38,8 +38,8 @@ def fallback(model: Any, hardware: finetune_model.Hardware, rows: list[Row]) -> 
     model.set_attn_implementation("sdpa")
     own, hardware = hardware.attention, replace(hardware, shares_prefixes=False)
     with finetune_model.without_dropout(model):
-        alone = [float(finetune.summed_loss(model, [row], hardware)) for row in rows]
-        packed = float(finetune.summed_loss(model, rows, hardware))
+        alone = [float(finetune_loss.summed_loss(model, [row], hardware)) for row in rows]
+        packed = float(finetune_loss.summed_loss(model, rows, hardware))
     model.set_attn_implementation(own)
     return {"alone": alone, "packed": packed}
 
@@ -47,11 +47,11 @@ def fallback(model: Any, hardware: finetune_model.Hardware, rows: list[Row]) -> 
 def packed_and_alone(model: Any, hardware: finetune_model.Hardware, rows: list[Row]) -> dict[str, Any]:
     """Each row's loss alone, the pack's, and a row's loss when its neighbour in the pack is another."""
     with finetune_model.without_dropout(model):
-        alone = [float(finetune.summed_loss(model, [row], hardware)) for row in rows]
-        packed = float(finetune.summed_loss(model, rows, hardware))
+        alone = [float(finetune_loss.summed_loss(model, [row], hardware)) for row in rows]
+        packed = float(finetune_loss.summed_loss(model, rows, hardware))
         quiet = replace(rows[0], labels=array("i", [IGNORED]) * len(rows[0].labels))
         beside = [
-            float(finetune.summed_loss(model, [first, rows[1]], hardware))
+            float(finetune_loss.summed_loss(model, [first, rows[1]], hardware))
             for first in (quiet, replace(quiet, input_ids=quiet.input_ids[::-1]))
         ]
     return {"alone": alone, "packed": packed, "beside": beside}
@@ -108,7 +108,7 @@ def unpacking(base: Path) -> dict[str, float]:
     layer.train()
     x = torch.randn(40, layer.in_features, dtype=torch.bfloat16)
     by_library = layer(x)
-    assert finetune_model._unpack(packed, torch.bfloat16, float("inf"))
+    assert finetune_model.unpack(packed, torch.bfloat16)
     stand_in = packed.model.layers[0].self_attn.q_proj
     before = original.model.layers[0].self_attn.q_proj
     return {

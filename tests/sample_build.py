@@ -261,7 +261,13 @@ def sample_build(folder: Path, count: int = 200) -> Build:
             "best_step": 140,
             "tokens_per_second": 231.0,
         },
-        "merge": {"max_abs_delta": 0.01},
+        "merge": {
+            "merge_base": "dequantized",
+            "val_rows": 24,
+            "val_loss/original": 0.0566,
+            "val_loss/dequantized": 0.0272,
+            "max_abs_delta": 0.01,
+        },
         "quantize": {
             "method": "llmcompressor",
             "group_size": 64,

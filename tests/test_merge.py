@@ -7,7 +7,7 @@ import model_folder
 import pytest
 import stages
 
-from pipeline import merge
+from pipeline import merge_weights
 from pipeline.digests import digest_folder
 from pipeline.errors import ConfigError, ModelError
 
@@ -125,7 +125,7 @@ def adapter(tmp_path):
 
 def test_pairs_are_matched_by_name_and_shape(adapter):
     """A and B belong to the base tensor of their module."""
-    found = merge.read_adapter(*adapter)
+    found = merge_weights.read_adapter(*adapter)
     assert list(found.pairs) == ["model.layers.0.self_attn.q_proj.weight"]
     assert found.scaling == 2.0
 
@@ -136,7 +136,7 @@ def test_all_that_keeps_an_adapter_from_merging_is_told_at_once(adapter):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "all", "modules_to_save": ["lm_head"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError) as error:
-        merge.read_adapter(folder, {"model.layers.0.self_attn.q_proj.weight": (8, 8)})
+        merge_weights.read_adapter(folder, {"model.layers.0.self_attn.q_proj.weight": (8, 8)})
     assert [problem.key for problem in error.value.problems] == [
         "bias", "modules_to_save", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
@@ -154,7 +154,7 @@ def test_a_tied_head_cannot_be_adapted(adapter):
         },
     )
     with pytest.raises(ModelError, match="fits no layer"):
-        merge.read_adapter(folder, shapes)
+        merge_weights.read_adapter(folder, shapes)
 
 
 def test_an_adapter_cut_short_is_refused(adapter):
@@ -163,4 +163,4 @@ def test_an_adapter_cut_short_is_refused(adapter):
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(ModelError, match="the file holds"):
-        merge.read_adapter(folder, shapes)
+        merge_weights.read_adapter(folder, shapes)
