@@ -62,7 +62,7 @@ def load(step: LedgerStep, artifacts: Mapping[str, Artifact], settings: Finetune
     model = _plain(merge.payload, merge.payload, dtype)
     if step != MERGED[merge.detail["merge_base"]]:
         shapes = {name: tensor.shape for name, tensor in weights.tensors(base.payload).items()}
-        nf4 = merge_weights.Nf4(base.payload, settings.model_dump()) if step == "merged_dequantized" else None
+        nf4 = merge_weights.Nf4(base.payload, settings) if step == "merged_dequantized" else None
         merge_weights.fill(model, base.payload, merge_weights.read_adapter(finetune.payload, shapes), nf4)
     return _ready(model, merge.payload)
 

@@ -65,8 +65,9 @@ def run(request: program.Request) -> dict[str, Any]:
     _check_parent(base, finetune)
     shapes = {name: tensor.shape for name, tensor in weights.tensors(base.payload).items()}
     adapter = merge_weights.read_adapter(finetune.payload, shapes)
-    way, measured = _choose(request, base.payload, adapter)
-    nf4 = Nf4(base.payload, request.config["finetune"]) if way == "dequantized" else None
+    settings = FinetuneConfig(**request.config["finetune"])
+    way, measured = _choose(request, base.payload, adapter, settings)
+    nf4 = Nf4(base.payload, settings) if way == "dequantized" else None
     shutil.rmtree(request.folder / "payload", ignore_errors=True)  # what a killed run left
     folder = request.payload
     for path in sorted(base.payload.rglob("*")):
@@ -101,12 +102,13 @@ def run(request: program.Request) -> dict[str, Any]:
     }
 
 
-def _choose(request: program.Request, base: Path, adapter: Adapter) -> tuple[Way, dict[str, float]]:
+def _choose(
+    request: program.Request, base: Path, adapter: Adapter, settings: FinetuneConfig
+) -> tuple[Way, dict[str, float]]:
     """The way to merge, and what it was chosen by: nothing where there is no choice."""
     wanted = request.config["merge"]["merge_base"]
     if wanted != "auto":
         return wanted, {}
-    settings = FinetuneConfig(**request.config["finetune"])
     if not settings.load_in_4bit:
         program.message("merged into the original base: training in 16 bits saw no other")
         return "original", {}
@@ -138,7 +140,7 @@ def _losses(
         cut = finetune_loss.passes(rows, hardware)
         losses: dict[Way, float] = {}
         for done, way in enumerate(get_args(Way), start=1):
-            nf4 = Nf4(base, settings.model_dump()) if way == "dequantized" else None
+            nf4 = Nf4(base, settings) if way == "dequantized" else None
             merge_weights.fill(model, base, adapter, nf4)
             losses[way] = finetune_loss.mean_loss(model, cut, hardware)
             program.progress(done, len(get_args(Way)), "ways to merge", loss=losses[way])

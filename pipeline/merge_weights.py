@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import checkpoint, model_checks, weights
+from pipeline.config import FinetuneConfig
 from pipeline.errors import ConfigError, ModelError, Problem
 
 if TYPE_CHECKING:
@@ -148,17 +149,17 @@ class Nf4:
     On a GPU where there is one: both sides of the arithmetic then run where training ran.
     """
 
-    def __init__(self, base: Path, finetune: dict[str, Any]) -> None:
+    def __init__(self, base: Path, settings: FinetuneConfig) -> None:
         import torch
 
-        if not finetune["load_in_4bit"]:
+        if not settings.load_in_4bit:
             raise ConfigError(
                 "dequantized merges into what 4-bit training saw, and load_in_4bit is false",
                 key="merge.merge_base",
                 allowed="original",
                 remedy="set merge_base: original, or train with adapter: qlora",
             )
-        self._kind, self._nested = finetune["bnb_4bit_quant_type"], finetune["bnb_4bit_use_double_quant"]
+        self._kind, self._nested = settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant
         self._names = _linear_layers(base)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
 

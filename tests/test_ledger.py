@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
 
-from pipeline import ledger
-from pipeline.artifacts import Item, LedgerEntry
+import pytest
+import stages
+
+from pipeline import environments, evaluate, ledger, scoring
+from pipeline.artifacts import Evaluation, Item, LedgerEntry
+from pipeline.config import Scorer
+from pipeline.digests import digest_folder
+
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "ivory", "jade")
+SCORE = scoring.item_scorer([Scorer(metric="exact_match")])
 
 
 def entry(step: str, right: int, count: int = 40, first: int = 0) -> LedgerEntry:
@@ -67,3 +80,114 @@ def test_other_items_are_no_pairs():
     """A ledger over different items is a mistake of the caller's."""
     with pytest.raises(ValueError, match="quantized and adapter were not scored on the same items"):
         ledger.changes([entry("adapter", 30), entry("quantized", 30, first=1)], "exact_match", 0.95)
+
+
+def row(verb: str, item: int) -> dict[str, Any]:
+    """One conversation that can be learned by heart."""
+    messages = [
+        {"role": "user", "content": f"{verb} code of item {item}"},
+        {"role": "assistant", "content": WORDS[item]},
+    ]
+    return {"id": f"{verb} {item}", "messages": messages}
+
+
+@pytest.fixture(scope="module")
+def proofs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """What ledger_proofs.py made, in which folder: the holdout is what was learned, so that a sound step knows it all."""
+    folder = tmp_path_factory.mktemp("ledger")
+    payload = folder / "prepare" / "payload"
+    payload.mkdir(parents=True)
+    rows = [row(verb, item) for verb in ("Tell me the", "What is the") for item in range(10)]
+    for name, some in (("train", rows), ("holdout", rows), ("val", rows[:4]), ("calibration", rows[:8])):
+        (payload / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in some))
+    return folder, json.loads(stages.python(stages.TESTS / "ledger_proofs.py", folder).splitlines()[-1])
+
+
+def made(folder: Path, name: str) -> tuple[LedgerEntry, ...]:
+    """The ledger of a chain. In vLLM's place stands what the folder that would be served said in the last step."""
+    steps = json.loads((folder / name / "detail.json").read_text())["steps"]
+    answers = folder / name / "ledger" / "payload"
+    said = json.loads((answers / f"{steps[-1]}.json").read_text())
+    items = tuple(
+        Item(id=one.id, prompt=one.shown, expected=one.expected, answer=last["answer"],
+             finish_reason=last["finish_reason"], scores=SCORE(one.expected, last["answer"]))
+        for one, last in zip(evaluate.read_holdout(folder / "prepare/payload/holdout.jsonl"), said, strict=True)
+    )  # fmt: skip
+    candidate = Evaluation(
+        system="candidate", unit_digest="0", holdout_digest="0", metrics={}, items=items, errors=0, seconds=0.0
+    )
+    return ledger.entries(answers, steps, candidate, SCORE)
+
+
+@pytest.mark.slow
+def test_a_sound_chain_has_no_culprit(proofs):
+    """The base knows nothing and no step after training loses measurably; the base's sampling default plays no part."""
+    folder, _ = proofs
+    entries = made(folder, "clean")
+    means = {one.step: scoring.metric(one.items, "exact_match", 0.95).value for one in entries}
+    assert list(means)[:2] == ["base", "adapter"]
+    assert list(means)[-2:] == ["quantized", "served"]
+    assert means["base"] == 0
+    assert means["adapter"] > 0.9
+    assert {item.finish_reason for item in entries[1].items} == {"stop"}
+    assert ledger.culprit(entries, "exact_match", 0.95) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "step"),
+    [("adapter_not_applied", "merged"), ("wrong_rope_theta", "quantized"), ("scaled_groups", "quantized")],
+)
+def test_a_planted_fault_is_named_at_its_step(proofs, fault, step):
+    """Whatever the files say wrongly, the step whose folder it is has lost."""
+    folder, _ = proofs
+    found = ledger.culprit(made(folder, fault), "exact_match", 0.95)
+    assert found
+    assert found.step.startswith(step)
+    assert found.change.value < -0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "step", "said"),
+    [("nan_scale", "quantized", "weight_scale: 1 of"), ("nan_weight", "merged_", "down_proj.weight: holds NaN")],
+)
+def test_a_broken_weight_is_refused_at_its_step(proofs, fault, step, said):
+    """NaN would be scored as nonsense; the error names the step, the file and the tensor."""
+    _, seen = proofs
+    assert f"the ledger stops at the step {step}" in seen["errors"][fault]
+    assert said in seen["errors"][fault]
+
+
+@pytest.mark.slow
+def test_prompts_are_what_training_saw(proofs):
+    """Id by id, as the trainer recorded them; padding changes no answer."""
+    folder, seen = proofs
+    lines = (folder / "finetune" / "extra" / "seen_tokens.jsonl").read_text().splitlines()
+    trained = [json.loads(line) for line in lines]
+    assert seen["prompts"][: len(trained)] == [one["input_ids"][: one["prompt_length"]] for one in trained]
+    assert len({len(prompt) for prompt in seen["prompts"]}) > 1
+    together = json.loads((folder / "clean" / "ledger" / "payload" / "adapter.json").read_text())
+    assert [one["answer"] for one in together] == [one["answer"] for one in seen["alone"]]
+
+
+@pytest.mark.slow
+def test_a_killed_ledger_goes_on_to_the_same_bytes(proofs, tmp_path):
+    """What was answered before kill -9 isn't asked again."""
+    folder, _ = proofs
+    records = json.loads((folder / "records.json").read_text())
+    request = {
+        "inputs": records, "folder": str(tmp_path),
+        "config": {"finetune": {}, "max_items": None, "ledger_items": 20, "max_tokens": 12},
+    }  # fmt: skip
+    (tmp_path / "asked.json").write_text(json.dumps(request))
+    command = [*environments.command(environments.find("train"), "pipeline.ledger_answers"), tmp_path / "asked.json"]
+    with subprocess.Popen(command, env=stages.environ(), stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout
+        assert json.loads(child.stdout.readline())["done"] == 20
+        os.kill(child.pid, signal.SIGKILL)
+    base = tmp_path / "payload" / "base.json"
+    kept = (base.stat().st_mtime_ns, sorted(path.name for path in base.parent.iterdir()))
+    stages.run("pipeline.ledger_answers", tmp_path, request["config"], records)
+    assert base.stat().st_mtime_ns == kept[0]
+    assert digest_folder(tmp_path / "payload") == digest_folder(folder / "clean" / "ledger" / "payload")

@@ -12,7 +12,45 @@ from pipeline.digests import digest_folder
 from pipeline.errors import ConfigError, ModelError
 
 FINETUNE = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+PLAIN = {"adapter": "lora", "load_in_4bit": False}
+# The loss of both ways on the answers of a file's rows, one row at a time.
+LOSS = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+def loss(folder):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(folder)
+    total = count = 0
+    for line in open(sys.argv[2]):
+        chat = json.loads(line)["messages"]
+        prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+        start = len(tokenizer(prompt)["input_ids"])
+        ids = tokenizer(prompt + chat[1]["content"] + "<|im_end|>", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, start - 1 : -1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum"))
+        count += len(ids[0]) - start
+    return total / count
+print(json.dumps([loss(f"{sys.argv[1]}/{name}/payload") for name in ("sound", "dequantized")]))
+"""
 ADAPTERS = ("sound", "rslora", "dora", "nan", "untrained", "foreign", "wide", "empty")
+
+
+def conversation(number):
+    """One whose answer a random model finds unlikely, by more or less."""
+    question = {"role": "user", "content": f"Is order {number} paid?"}
+    return {"id": f"{number:x}", "messages": [question, {"role": "assistant", "content": f"no, {number * 7}"}]}
+
+
+# On the first the original base is better by 0.9 nats a token, on the second the dequantized one by 0.5.
+SPLITS = {"few": range(94, 100), "others": range(20, 26), "none": ()}
+
+
+def validation(folder, numbers):
+    """What prepare leaves, as far as merging reads it."""
+    (folder / "payload").mkdir(parents=True)
+    lines = [json.dumps(conversation(number)) + "\n" for number in numbers]
+    (folder / "payload" / "val.jsonl").write_text("".join(lines))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +60,21 @@ def merged(tmp_path_factory):
     stages.tiny(root / "base" / "payload")
     stages.python(stages.TESTS / "make_adapters.py", root / "base" / "payload", root)
     base = stages.artifact(root / "base", "base", {"eos_token": "<|im_end|>", "licence": "apache-2.0"})
+    prepared = {name: stages.artifact(validation(root / name, rows), "prepare", {}) for name, rows in SPLITS.items()}
 
-    def ask(name, adapter, merge_base="original", finetune=FINETUNE, parent=base["digest"]):
+    def ask(name, adapter, merge_base="original", finetune=FINETUNE, parent=base["digest"], split="few"):
         record = stages.artifact(root / adapter, "finetune", {}, {"base": parent})
-        config = {"merge": {"merge_base": merge_base}, "finetune": finetune}
-        return root / "out" / name, config, {"base": base, "finetune": record}
+        config = {"merge": {"merge_base": merge_base}, "finetune": finetune, "sequence_len": 128}
+        return root / "out" / name, config, {"base": base, "finetune": record, "prepare": prepared[split]}
 
     asked = {name: ask(name, name) for name in ADAPTERS}
     asked["dequantized"] = ask("dequantized", "sound", "dequantized")
-    asked["not-4bit"] = ask("not-4bit", "sound", "dequantized", {**FINETUNE, "load_in_4bit": False})
+    asked["not-4bit"] = ask("not-4bit", "sound", "dequantized", PLAIN)
+    asked["auto"] = ask("auto", "sound", "auto")
+    asked["auto-other"] = ask("auto-other", "sound", "auto", split="others")
+    asked["auto-without"] = ask("auto-without", "sound", "auto", split="none")
+    asked["auto-not-4bit"] = ask("auto-not-4bit", "sound", "auto", PLAIN)
+    asked["auto-nan"] = ask("auto-nan", "nan", "auto")
     asked["other-base"] = ask("other-base", "sound", parent="0" * 64)
     answers = stages.run_many("pipeline.merge", list(asked.values()), root)
     return root, asked, dict(zip(asked, answers, strict=True))
@@ -99,6 +143,38 @@ def test_an_adapter_that_would_not_be_applied_rightly_is_refused(merged, name, s
     assert isinstance(error, ModelError)
     assert said in str(error)
     assert all(problem.remedy for problem in error.problems)
+
+
+@pytest.mark.slow
+def test_auto_writes_the_way_of_the_lower_validation_loss(merged):
+    """On some rows the one way, on others the other; both losses are recorded, and they are transformers' own."""
+    root, _, answers = merged
+    ways = {"original": ("auto", "sound"), "dequantized": ("auto-other", "dequantized")}
+    for way, (name, same) in ways.items():
+        detail = answers[name]
+        losses = {way: detail[f"val_loss/{way}"] for way in ways}
+        assert detail["merge_base"] == way == min(losses, key=losses.get)
+        assert detail["val_rows"] == 6
+        assert digest_folder(root / "out" / name / "payload") == digest_folder(root / "out" / same / "payload")
+    expected = json.loads(stages.python(LOSS, root / "out", root / "few" / "payload" / "val.jsonl"))
+    assert [answers["auto"][f"val_loss/{way}"] for way in ways] == pytest.approx(expected, rel=5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["auto-without", "auto-not-4bit"])
+def test_auto_is_the_original_where_there_is_no_choice(merged, name):
+    """Without validation rows, or after training in 16 bits; nothing was measured, and nothing is said to be."""
+    root, _, answers = merged
+    assert answers[name]["merge_base"] == "original"
+    assert not [key for key in answers[name] if key.startswith("val_")]
+    assert tensors_of(root, name) == tensors_of(root, "sound")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_chooses_nothing(merged):
+    """An adapter with NaN is refused by its tensor, as without a choice."""
+    assert isinstance(merged[2]["auto-nan"], ModelError)
+    assert "up_proj.weight: holds NaN" in str(merged[2]["auto-nan"])
 
 
 @pytest.mark.slow

@@ -112,3 +112,35 @@ def test_a_comparison_says_how_many_items_it_needs():
     record = {"detail": {"rows": {"holdout": 500}}}
     assert said(record) == [unknown]
     assert said(record, max_items=300) == [f"{unknown}; there are 300"]
+
+
+def config(method="llmcompressor", items=100):
+    """As much of a resolved config as decides what is made."""
+    return {"quantize": {"method": method}, "evaluate": {"ledger_items": items}}
+
+
+def test_the_ledger_takes_all_that_was_made_and_is_asked_last():
+    """It isn't among the stages that the candidate is made by; 0 items turn it off."""
+    assert "ledger" not in [step.stage for step in plan.steps(config())]
+    ledger = plan.all_steps(config())[-1]
+    assert ledger.inputs == ("base", "prepare", "finetune", "merge", "quantize")
+    assert plan.program_of(ledger.stage) == "ledger_answers"
+    assert plan.all_steps(config("none"))[-1].inputs == ("base", "prepare", "finetune", "merge")
+    assert plan.all_steps(config(items=0)) == plan.steps(config(items=0))
+
+
+def test_the_merge_depends_on_the_rows_that_it_is_chosen_by():
+    """Other validation rows, or longer ones, may choose the other way."""
+    merge = next(step for step in plan.steps(config()) if step.stage == "merge")
+    assert "prepare" in merge.inputs
+    assert "data.sequence_len" in merge.sections
+
+
+def test_the_plan_lists_the_ledger_after_the_gate():
+    """In the order in which a build does it."""
+    steps = [plan.PlannedStep(step, None, None) for step in plan.all_steps(config())]
+    lines = []
+    plan.render(plan.Plan("tiny", "0" * 32, tuple(steps), None), Path("tiny.yaml"), lines.append)
+    stages = [line.split()[0] for line in lines[2:-1]]
+    assert stages[-5:] == ["evaluate", "loadtest", "gate", "ledger", "register"]
+    assert stages[:5] == ["base", "prepare", "finetune", "merge", "quantize"]
