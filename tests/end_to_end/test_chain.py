@@ -237,6 +237,18 @@ def test_the_bases_own_sampling_defaults_do_not_colour_what_is_judged(house: Hou
     assert {item.finish_reason for item in made.evaluations["candidate"].items} == {"stop"}
 
 
+def test_the_ledger_follows_the_candidate_from_its_base_to_its_server(house: House) -> None:
+    """Every step on the holdout's rows, the merge that was taken last; what vLLM said isn't asked again."""
+    made = build_of(house)
+    taken = f"merged_{made.artifacts['merge'].detail['merge_base']}"
+    steps = [entry.step for entry in made.ledger]
+    assert (steps[:2], steps[3:]) == (["base", "adapter"], [taken, "quantized", "served"])
+    assert made.ledger[-1].items == made.evaluations["candidate"].items
+    right = {entry.step: sum(item.scores["exact_match"] for item in entry.items) for entry in made.ledger}
+    assert right["base"] == 0
+    assert min(right["adapter"], right[taken]) >= 4
+
+
 def test_every_measurement_is_told_the_configs_seed(house: House) -> None:
     """Evaluations and load tests are as repeatable as the training."""
     work = house.folder / "mlruns" / "work"
