@@ -136,7 +136,8 @@ def main() -> None:
     rows = ledger_answers.read_rows(folder / "prepare" / "payload" / "holdout.jsonl", CONFIG)
     prompts = [ledger_answers.prompt_ids(speaker, row["messages"][:-1]) for row in rows]
     alone = [ledger_answers.generate(speaker, [prompt], CONFIG["max_tokens"])[0] for prompt in prompts]
-    print(json.dumps({"errors": errors, "prompts": prompts, "alone": alone, "merge": records["merge"]["detail"]}))
+    padded = ledger_answers.generate(speaker, [*prompts, prompts[0] * 4], CONFIG["max_tokens"])[:-1]
+    print(json.dumps({"errors": errors, "prompts": prompts, "alone": alone, "padded": padded}))
 
 
 if __name__ == "__main__":
