@@ -80,12 +80,12 @@ BENCHMARKED = {
 }
 
 
-def calibration_row(rows: list[dict[str, Any]], folder: Path) -> str:
-    """The question of one that the splits of `settings` take for calibration."""
+def question_of(split: str, folder: Path) -> str:
+    """The question of a training row that `settings` puts into that split."""
     db = data_rows.create(folder / "splits.sqlite")
-    data_rows.add(db, [data_rows.Row(0, 1, n, one["messages"], 9, 1) for n, one in enumerate(rows, 1)], seed=7)
+    data_rows.add(db, [data_rows.Row(0, 1, n, one["messages"], 9, 1) for n, one in enumerate(TRAIN, 1)], seed=7)
     data_splits.assign(db, holdout_size=1e-9, val_set_size=0.05, calibration_set_size=128)
-    (body,) = db.execute("SELECT body FROM rows WHERE split = 'calibration'").fetchone()
+    (body,) = db.execute("SELECT body FROM rows WHERE split = ?", (split,)).fetchone()
     return str(json.loads(body)[1]["content"])
 
 
@@ -102,7 +102,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, A
         configs[name] = settings(train, write(folder / f"{name}.jsonl", rows), **strict)
     configs["allowed"] = settings(train, folder / "near.jsonl", folder / "inside a text.jsonl",
                                   test=(exam,), max_near_duplicate_rate=0.2)  # fmt: skip
-    taken = " ".join([*calibration_row(TRAIN, folder).split()[:-1], "otherwise"])
+    taken = " ".join([*question_of("calibration", folder).split()[:-1], "otherwise"])
     near = write(folder / "near exam.jsonl", [*EXAM, row(taken)])
     configs["calibration"] = settings(train, test=(near,), max_near_duplicate_rate=0.0)
     benchmark = {"benchmarks": ({"path": str(write(folder / "benchmark.jsonl", DOCUMENTS))},)}
@@ -110,6 +110,10 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, A
     for name, one in BENCHMARKED.items():
         planted = write(folder / f"b {name}.jsonl", [one])
         configs[f"benchmark: {name}"] = settings(train, planted, test=(exam,), **benchmark)
+    for split in ("train", "val", "calibration"):
+        lines = folder / f"in {split}.txt"
+        lines.write_text(f"{sentence('line')}\n{question_of(split, folder)}\n", encoding="utf-8")
+        configs[f"benchmark: in {split}"] = settings(train, test=(exam,), benchmarks=({"path": str(lines)},))
     leaky = write(folder / "b all.jsonl", list(BENCHMARKED.values()))
     configs["benchmark: smaller n-grams"] = settings(train, leaky, test=(exam,), benchmark_ngram=8, **benchmark)
     configs["benchmark: allowed"] = settings(train, leaky, test=(exam,), max_benchmark_overlap_rate=0.05, **benchmark)
@@ -227,6 +231,14 @@ def test_a_benchmark_document_in_training_stops_the_run(checked: dict, name: str
     assert "1 of 20 benchmark documents (5.0%)" in rate.what
     (overlap,) = listed(folder, "benchmark_overlap")
     assert (overlap["part"], overlap["first"]["line"], overlap["second"]["line"]) == ("document", 20, 1)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "calibration"])
+def test_a_benchmark_document_is_found_in_every_set_but_the_holdout(checked: dict, split: str) -> None:
+    """The second line of the file is the question of a row of that set, and the error says of which."""
+    leak, _ = checked[f"benchmark: in {split}"][1].problems
+    assert (Path(leak.file).name, leak.line) == (f"in {split}.txt", 2)
+    assert f"stands in the {split} row" in leak.what
 
 
 def test_smaller_ngrams_find_smaller_parts(checked: dict) -> None:
