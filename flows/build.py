@@ -105,7 +105,7 @@ def _steps(
         artifacts=artifacts,
         unit=unit,
         model_path=served.payload,
-        ledger=ledger_of(config, artifacts, reports.evaluations["candidate"], sources, show),
+        ledger=ledger_of(config, planned.key, artifacts, reports.evaluations["candidate"], sources, show),
         verdict=verdict,
         **dict(reports),
     )

@@ -7,13 +7,13 @@ from typing import Any, cast
 
 from flows import stages
 from flows.stages import OnEvent
-from pipeline import ledger, plan, scoring
+from pipeline import ledger, ledger_scores, plan, program, scoring_plugins, store
 from pipeline.artifacts import Artifact, Evaluation, LedgerEntry, Stage
-from pipeline.config import EvaluateConfig
 
 
 def ledger_of(
     config: Mapping[str, Any],
+    build_key: str,
     artifacts: Mapping[Stage, Artifact],
     candidate: Evaluation,
     sources: Mapping[str, str],
@@ -25,5 +25,9 @@ def ledger_of(
         return ()
     inputs = {name: artifacts[cast("Stage", name)] for name in step.inputs}
     answered = stages.run(step, config, inputs, sources, show)
-    score = scoring.item_scorer(EvaluateConfig(**config["evaluate"]).scorers)
-    return ledger.entries(answered.payload, answered.detail["steps"], candidate, score)
+    records = stages.inputs_json({**artifacts, "ledger": answered}, ("prepare", "ledger"))
+    request = program.Request({"evaluate": config["evaluate"]}, records, store.build_folder(build_key) / "ledger")
+    places = scoring_plugins.places([scorer["metric"] for scorer in config["evaluate"]["scorers"]])
+    stages.run_program("ledger_scores", "control", config, request, show, pythonpath=places)
+    entries = ledger_scores.ENTRIES.validate_json((request.payload / "ledger.json").read_bytes())
+    return (*entries, ledger.served(candidate, entries[-1]))

@@ -159,11 +159,11 @@ async def _answer(
                 try:
                     said = await complete(http, model, row.prompt, max_tokens=config.max_tokens, seed=seed)
                 except RequestFailed as error:
-                    answers.fail(_item(row, None, FAILED, score), str(error))
+                    answers.fail(answered(row, None, FAILED, score), str(error))
                 else:
                     choice = said["choices"][0]
                     text, reason = choice["message"]["content"] or "", choice["finish_reason"] or ""
-                    answers.keep(_item(row, text, reason, score))
+                    answers.keep(answered(row, text, reason, score))
 
         await asyncio.gather(*(work() for _ in range(min(config.concurrency, len(rows)))))
     return answers
@@ -183,7 +183,7 @@ async def preflight(http: httpx.AsyncClient, model: str, request: program.Reques
     program.message(f"token parity: {len(seen)} trained conversations have the same ids as served, and an answer ends")
 
 
-def _item(row: Row, answer: str | None, finish_reason: str, score: scoring.Score) -> Item:
+def answered(row: Row, answer: str | None, finish_reason: str, score: scoring.Score) -> Item:
     """The answered row; raises ConfigError naming it where a user's own scorer fails."""
     try:
         scores = score(row.expected, answer, row.prompt)

@@ -1,18 +1,15 @@
 """The loss ledger: which step of a model's making lost quality, by paired differences on the same items.
 
-No torch, no server: what each step answered is `ledger_answers.py`'s work.
+No torch, no server: `ledger_answers.py` asks each step, `ledger_scores.py` scores what it said.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
 
 from pipeline import scoring
-from pipeline.artifacts import Evaluation, Interval, Item, LedgerEntry, LedgerStep
+from pipeline.artifacts import Evaluation, Interval, LedgerEntry, LedgerStep
 
 MERGES: tuple[LedgerStep, ...] = ("merged_original", "merged_dequantized")
 
@@ -26,27 +23,10 @@ class Change:
     change: Interval
 
 
-def entries(
-    folder: Path, steps: Sequence[str], candidate: Evaluation, score: Callable[[str, str | None], dict[str, float]]
-) -> tuple[LedgerEntry, ...]:
-    """The ledger: the answers of the steps in `folder` (STEP.json), scored, then the candidate as it was served.
-
-    The items are the candidate's own, in its order, as many of them as were asked here; what it answered isn't asked again.
-    """
-    found, served = [], {item.id: item for item in candidate.items}
-    for step in steps:
-        said = json.loads((folder / f"{step}.json").read_text(encoding="utf-8"))
-        items = tuple(_answered(served[one["id"]], one["answer"], one["finish_reason"], score) for one in said)
-        found.append(LedgerEntry(step=cast("LedgerStep", step), engine="transformers", items=items))
-    asked = tuple(served[item.id] for item in found[-1].items)
-    return (*found, LedgerEntry(step="served", engine="vllm", items=asked))
-
-
-def _answered(
-    item: Item, answer: str, finish_reason: str, score: Callable[[str, str | None], dict[str, float]]
-) -> Item:
-    scores = score(item.expected, answer)
-    return item.model_copy(update={"answer": answer, "finish_reason": finish_reason, "scores": scores})
+def served(candidate: Evaluation, before: LedgerEntry) -> LedgerEntry:
+    """The last step: what the candidate answered in its evaluation to the items of the step `before` it."""
+    answered = {item.id: item for item in candidate.items}
+    return LedgerEntry(step="served", engine="vllm", items=tuple(answered[item.id] for item in before.items))
 
 
 def changes(entries: Sequence[LedgerEntry], metric: str, confidence: float) -> list[Change]:

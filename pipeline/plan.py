@@ -266,7 +266,7 @@ def _programs(config: Mapping[str, Any]) -> list[str]:
         *judges(config),
         "loadtest",
         "gate",
-        "ledger",
+        "ledger_scores",
     ]
 
 

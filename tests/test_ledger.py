@@ -12,13 +12,11 @@ from typing import Any
 import pytest
 import stages
 
-from pipeline import environments, evaluate, ledger, scoring
+from pipeline import environments, ledger, ledger_scores, program, scoring
 from pipeline.artifacts import Evaluation, Item, LedgerEntry
-from pipeline.config import Scorer
 from pipeline.digests import digest_folder
 
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "ivory", "jade")
-SCORE = scoring.item_scorer([Scorer(metric="exact_match")])
 
 
 def entry(step: str, right: int, count: int = 40, first: int = 0) -> LedgerEntry:
@@ -76,6 +74,18 @@ def test_a_step_that_was_not_measured_is_passed_over():
     assert (found.step, found.before) == ("served", "merged_dequantized")
 
 
+def test_the_served_step_is_what_the_evaluation_found():
+    """The same items in the order of the step before, taken from the candidate's, of which there may be more."""
+    items = entry("served", 25).items
+    candidate = Evaluation(
+        system="candidate", unit_digest="0", holdout_digest="0", metrics={}, items=items[::-1], errors=0, seconds=0.0
+    )
+    before = entry("quantized", 20, count=30)
+    last = ledger.served(candidate, before)
+    assert last.items == items[:30]
+    assert (last.step, last.engine) == ("served", "vllm")
+
+
 def test_other_items_are_no_pairs():
     """A ledger over different items is a mistake of the caller's."""
     with pytest.raises(ValueError, match="quantized and adapter were not scored on the same items"):
@@ -105,18 +115,25 @@ def proofs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 def made(folder: Path, name: str) -> tuple[LedgerEntry, ...]:
     """The ledger of a chain. In vLLM's place stands what the folder that would be served said in the last step."""
-    steps = json.loads((folder / name / "detail.json").read_text())["steps"]
-    answers = folder / name / "ledger" / "payload"
-    said = json.loads((answers / f"{steps[-1]}.json").read_text())
-    items = tuple(
-        Item(id=one.id, prompt=one.shown, expected=one.expected, answer=last["answer"],
-             finish_reason=last["finish_reason"], scores=SCORE(one.expected, last["answer"]))
-        for one, last in zip(evaluate.read_holdout(folder / "prepare/payload/holdout.jsonl"), said, strict=True)
-    )  # fmt: skip
+    detail = json.loads((folder / name / "detail.json").read_text())
+    records = {
+        "ledger": stages.artifact(folder / name / "ledger", "ledger", detail),
+        "prepare": stages.artifact(folder / "prepare", "prepare", {}),
+    }
+    config = {"evaluate": {"scorers": [{"metric": "exact_match"}]}}
+    request = program.Request(config, records, folder / name / "scored")
+    ledger_scores.run(request)
+    entries = ledger_scores.ENTRIES.validate_json((request.payload / "ledger.json").read_bytes())
     candidate = Evaluation(
-        system="candidate", unit_digest="0", holdout_digest="0", metrics={}, items=items, errors=0, seconds=0.0
+        system="candidate",
+        unit_digest="0",
+        holdout_digest="0",
+        metrics={},
+        items=entries[-1].items,
+        errors=0,
+        seconds=0.0,
     )
-    return ledger.entries(answers, steps, candidate, SCORE)
+    return (*entries, ledger.served(candidate, entries[-1]))
 
 
 @pytest.mark.slow
