@@ -28,7 +28,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     # a file
-    "missing_file": Kind("correct the path, or name the folder it is relative to with --data", stops=True),
+    "missing_file": Kind("correct the path, or name the folder it is relative to with --data-dir", stops=True),
     "unreadable_file": Kind("give yourself read access: chmod u+r {file}", stops=True),
     "no_data_files": Kind("put .jsonl, .json, .csv or .parquet files there, or name a file", stops=True),
     "unsupported_file": Kind("convert it to .jsonl, .json, .csv or .parquet", stops=True),
