@@ -6,7 +6,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import yaml
+
 from flows.cli import parser
+from pipeline import gate_policy
+from pipeline.config import GateConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -57,3 +61,10 @@ def test_every_command_in_readme_exists() -> None:
         <= commands
     )
     assert set(re.findall(r"`make ([a-z-]+)`|^make ([a-z-]+)", README, re.MULTILINE)[0]) - {""} <= targets
+
+
+def test_the_policy_in_readme_is_one() -> None:
+    """Every key is known, and the allowed regression names a check of it."""
+    (text,) = re.findall(r"```yaml\n(gate:.*?)```", README, re.DOTALL)
+    policy = GateConfig.model_validate(yaml.safe_load(text)["gate"])
+    assert list(gate_policy.unknown_checks(policy)) == []
