@@ -52,7 +52,7 @@ evaluate:
   compare: [base]
   prompts: prompts.yaml
   tasks: [{{task: ./words.yaml}}]
-  judges: [{{against: base, base_url: "{judge}", model: a-judge, max_items: 6}}]
+  judges: [{{against: base, base_url: "{judge}", model: a-judge, max_items: 10}}]
 loadtest: {{max_concurrency: [2], num_prompts: 8, max_tokens: 8}}
 gate:
   min_items: 10
@@ -288,7 +288,7 @@ def test_a_judge_compared_candidate_and_base_in_both_orders(house: House) -> Non
     """Over the wire: the tuned model knows words that its base doesn't, and the judge agrees with itself."""
     made = build_of(house)
     (report,) = made.judged
-    assert (report.against, report.model, len(report.items), report.failed) == ("base", "a-judge", 6, 0)
+    assert (report.against, report.model, len(report.items), report.failed) == ("base", "a-judge", 10, 0)
     right = [item.answer in WORDS for item in made.evaluations["candidate"].items[:6]]
     assert [item.score for item in report.items] == [1.0 if known else 0.5 for known in right]
     assert report.agreement.value == 1.0
@@ -320,6 +320,7 @@ def test_the_untrained_self_fails_the_same_gate(house: House) -> None:
         evaluations={"base": made.evaluations["base"], "candidate": untrained},
         loadtests=loadtests,
         tasks=dict.fromkeys(made.tasks, made.tasks["base"]),
+        judged=made.judged,
     )
     verdict = gate.judge(reports, policy, untrained.unit_digest)
     assert verdict.outcome == "fail"
