@@ -143,7 +143,7 @@ def test_a_load_test_runs_in_the_image(world):
     row = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "x"}]}
     (data / "payload" / "holdout.jsonl").write_text(json.dumps(row) + "\n")
     config = {
-        "loadtest": {"max_concurrency": [2], "num_prompts": 4, "max_tokens": 4}, "system": "candidate",
+        "loadtest": {"max_concurrency": [2], "num_prompts": 4, "max_tokens": 4, "repeats": 1}, "system": "candidate",
         "url": world.server.url, "model": NAME, "unit_digest": world.unit.digest, "model_path": str(world.model),
         "image": world.unit.runtime_digest, "container": world.serve.container.model_dump(),
     }  # fmt: skip

@@ -22,6 +22,15 @@ from pipeline.digests import digest_folder
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
+NOBODY = "http://127.0.0.1:9/v1"
+# What the chain asks beside its scorers, and is tested there.
+OTHERS = """\
+  prompts: prompts.yaml
+  tasks: [{{task: ./words.yaml}}]
+  judges: [{{against: base, base_url: "{judge}", model: a-judge, max_items: 10}}]
+    - {{metric: words/acc, min: 0.2}}
+  judges: [{{against: base, min: 0.2}}]
+"""
 NO_SERVE = "environments: {serve: {interpreter: /nonexistent/python}}\n"
 
 
@@ -41,11 +50,12 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[House, str
     with engine(folder) as host, pytest.MonkeyPatch.context() as patch:
         patch.setenv("DOCKER_HOST", host)
         container = f"runtime: docker, image: '{pinned(host)}', container: {json.dumps(PLAIN)}, "
-        config = CONFIG.format(folder=folder, port=made.port)
+        config = CONFIG.format(folder=folder, port=made.port, judge=NOBODY)
         for old, new in (
             ("serve: {", f"serve: {{{container}"),
-            ("compare: [base]", "compare: []"),
+            ("compare: [base]", "compare: []\n  ledger_items: 0"),
             ("    - {metric: exact_match, against: base, margin: -0.3}\n", ""),
+            *((line, "") for line in OTHERS.format(judge=NOBODY).splitlines(keepends=True)),
         ):
             assert old in config
             config = config.replace(old, new)
@@ -92,7 +102,7 @@ def test_what_was_judged_in_a_container_serves_in_one(house: tuple[House, str]) 
     assert shown["Config"]["User"] == "65532:65532"
     assert shown["HostConfig"]["ReadonlyRootfs"]
     load = build.loadtests["candidate"]
-    assert [level.completed for level in load.levels] == [8]
+    assert [level.completed for level in load.levels] == [8 * 3]
     assert "vLLM" in made.tunegate("logs", "tiny")
 
 
