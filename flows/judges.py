@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 RESULTS = TypeAdapter(tuple[TaskResult, ...])
 # Parts of `evaluate` that don't decide how the holdout is answered and scored.
-BESIDE_SCORERS = ("prompts", "tasks", "judges", "ledger_items")
+BESIDE_SCORERS = ("compare", "prompts", "tasks", "judges", "ledger_items")
 
 
 def need_keys(config: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from flows import stages
 from flows.stages import OnEvent
 from pipeline import ledger, ledger_scores, plan, program, scoring_plugins, store
 from pipeline.artifacts import Artifact, Evaluation, LedgerEntry, Stage
+from pipeline.errors import ConfigError, ResourceError
 
 
 def ledger_of(
@@ -19,10 +20,30 @@ def ledger_of(
     sources: Mapping[str, str],
     show: OnEvent,
 ) -> tuple[LedgerEntry, ...]:
-    """What each step answered, from the store or asked now, scored as the candidate was; empty where the config wants none."""
+    """What each step answered, from the store or asked now, scored as the candidate was.
+
+    Empty where the config wants none, and where there isn't the memory or a user's scorer fails on a step's answers: the
+    verdict is reached, and isn't lost for want of its explanation. A broken model stops the build all the same.
+    """
     step = plan.ledger_step(config)
     if step is None:
         return ()
+    try:
+        return _asked(step, config, build_key, artifacts, candidate, sources, show)
+    except (ResourceError, ConfigError) as error:
+        show({"event": "message", "text": f"no loss ledger: {error.problems[0].what}"})
+        return ()
+
+
+def _asked(
+    step: plan.Step,
+    config: Mapping[str, Any],
+    build_key: str,
+    artifacts: Mapping[Stage, Artifact],
+    candidate: Evaluation,
+    sources: Mapping[str, str],
+    show: OnEvent,
+) -> tuple[LedgerEntry, ...]:
     inputs = {name: artifacts[cast("Stage", name)] for name in step.inputs}
     answered = stages.run(step, config, inputs, sources, show)
     records = stages.inputs_json({**artifacts, "ledger": answered}, ("prepare", "ledger"))

@@ -12,6 +12,7 @@ from flows.stages import OnEvent
 from pipeline import plan, program, store
 from pipeline.artifacts import PromptResult, ServedUnit
 from pipeline.digests import digest_of
+from pipeline.errors import ConfigError
 from pipeline.file_digests import remembered
 
 
@@ -34,9 +35,12 @@ def ask(
 
 def results(config: Mapping[str, Any], unit: ServedUnit, attempt: str) -> tuple[PromptResult, ...]:
     """What was kept of a system that was asked, in the file's order; nothing where the config names no prompts."""
-    found = store.find("prompts", _key(config, unit, attempt)[0]) if config["evaluate"]["prompts"] else None
-    if found is None:
+    file = config["evaluate"]["prompts"]
+    if not file:
         return ()
+    found = store.find("prompts", _key(config, unit, attempt)[0])
+    if found is None:  # a check on nothing would be a pass
+        raise ConfigError("changed while the build ran", file=file, remedy="run the same command again")
     return tuple(map(PromptResult.model_validate, json.loads((found.payload / "prompts.json").read_text("utf-8"))))
 
 

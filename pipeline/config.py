@@ -271,6 +271,13 @@ class EvaluateConfig(Section):
             raise ValueError(f"tasks names {', '.join(twice)} more than once, and its metrics would have one name")
         return self
 
+    @model_validator(mode="after")
+    def _one_judge_a_system(self) -> EvaluateConfig:
+        against = [entry.against for entry in self.judges]
+        if twice := sorted({name for name in against if against.count(name) > 1}):
+            raise ValueError(f"judges has more than one against {', '.join(twice)}, and gate.judges would mean either")
+        return self
+
 
 class LoadtestConfig(Section):
     """A sweep of closed-loop load on the served model."""

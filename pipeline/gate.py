@@ -155,8 +155,10 @@ def _errors_check(where: str, failed: int, sent: int, policy: GateConfig) -> Che
 
 def _others_errors(reports: Reports, policy: GateConfig) -> Iterator[Check]:
     """That the systems which the candidate is held against answered: a request that failed lowers their scores."""
-    for name in sorted({against for _, _, against in gate_policy.compared(policy) if against in reports.evaluations}):
-        found = reports.evaluations[str(name)]
+    for name in gate_policy.others(policy):
+        if name not in reports.evaluations:
+            continue
+        found = reports.evaluations[name]
         check = _errors_check(f"evaluation of {name}", found.errors, len(found.items), policy)
         again = f"{check.why}: measure it again before anything is held against it (tunegate run CONFIG --again)"
         yield check if check.outcome == "pass" else check.model_copy(update={"outcome": "inconclusive", "why": again})
@@ -321,13 +323,16 @@ def _judge_questions(reports: Reports, policy: GateConfig) -> Iterator[Question 
             why = f"the judge gave no usable answer to {found.failed} of {asked} items"
             yield Check(name=name, outcome="inconclusive", estimate=None, threshold=check.min, rule=rule, why=why)
             continue
+        judged = {judgement.id: judgement.score for judgement in found.items}
+        items = [item for item in reports.evaluations["candidate"].items if item.id in judged]
+        scores, groups = [judged[item.id] for item in items], scoring.groups(items, policy.cluster_by)
         yield Question(
             name=name,
             rule=rule,
-            estimate=partial(statistics.mean_interval, [judgement.score for judgement in found.items]),
+            estimate=partial(statistics.mean_interval, scores, groups=groups),
             reach=check.min,
             broken=check.min,
-            items=len(found.items),
+            items=len(scores),
         )
 
 

@@ -72,7 +72,7 @@ def unfit(reports: Reports, policy: GateConfig, unit_digest: str) -> Iterator[Pr
     yield from _unmeasured(reports, policy)
     yield from _unjudged(reports, policy)
     yield from unknown_checks(policy)
-    for name in sorted({against for _, _, against in compared(policy) if against}):
+    for name in others(policy):
         if name in evaluations:
             yield from _other_items(candidate, evaluations[name])
     yield from _absent_columns(candidate.items, policy)
@@ -125,6 +125,12 @@ def compared(policy: GateConfig) -> Iterator[tuple[str, str, str | None]]:
         yield f"gate.metrics[{index}]", check.metric, check.against
     for index, part in enumerate(policy.slices):
         yield f"gate.slices[{index}]", part.metric, part.against
+
+
+def others(policy: GateConfig) -> list[str]:
+    """The systems that the candidate is held against, by scores or by a judge."""
+    by_scores = {against for _, _, against in compared(policy) if against}
+    return sorted(by_scores | {judge.against for judge in policy.judges})
 
 
 def _absent(key: str, asked: str, there: Sequence[str], where: str) -> Problem:

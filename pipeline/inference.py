@@ -54,14 +54,24 @@ async def post(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict
                 raise _gone(http, error) from None
         else:
             if response.is_success:
-                answer: dict[str, Any] = response.json()
-                return answer
+                return _answer(response)
             if response.status_code in REFUSED:
                 raise _refused(http, path, response)
             if response.status_code not in PASSING or attempt == ATTEMPTS:
                 raise RequestFailed(f"HTTP {response.status_code}: {_reason(response)}")
         await asyncio.sleep(BACKOFF_S * 2 ** (attempt - 1))
     raise AssertionError("unreachable")
+
+
+def _answer(response: httpx.Response) -> dict[str, Any]:
+    """The answer's JSON object; raises RequestFailed for anything else, such as a page that a proxy puts in its place."""
+    try:
+        found = response.json()
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise RequestFailed(f"HTTP {response.status_code} without a JSON object: {response.text.strip()[:100]!r}")
+    return found
 
 
 async def complete(http: httpx.AsyncClient, model: str, messages: Sequence[Message], **options: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def run(request: program.Request) -> dict[str, Any]:
 
 
 def api_key(variable: str | None, environ: Mapping[str, str]) -> str | None:
-    """The endpoint's key, or None where the config names no variable; raises ConfigError when the variable isn't set."""
+    """The endpoint's key, or None where the config names no variable; raises ConfigError when the variable isn't set or can't be a key."""
     if variable is None:
         return None
     if not environ.get(variable):
@@ -105,6 +105,13 @@ def api_key(variable: str | None, environ: Mapping[str, str]) -> str | None:
             f"{variable} is not set, and the judge's endpoint needs its key",
             key="evaluate.judges.api_key_env",
             remedy=f"export {variable}=…, or drop api_key_env where the endpoint needs no key",
+        )
+    if not environ[variable].isprintable() or " " in environ[variable]:
+        raise ConfigError(
+            f"{variable} holds a blank, a line end or another character that no key has",
+            key="evaluate.judges.api_key_env",
+            allowed="printable characters without blanks",
+            remedy=f"export {variable} anew; a file with Windows' line ends leaves one behind",
         )
     return environ[variable]
 

@@ -66,7 +66,7 @@ def run(request: program.Request) -> dict[str, Any]:
 
 def read_rows(holdout: Path, config: dict[str, Any]) -> list[dict[str, Any]]:
     """The first rows of those that the evaluation uses."""
-    lines = holdout.read_text(encoding="utf-8").splitlines()
+    lines = holdout.read_text(encoding="utf-8").rstrip("\n").split("\n")
     return [json.loads(line) for line in lines[: config["max_items"]][: config["ledger_items"]]]
 
 

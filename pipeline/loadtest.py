@@ -122,7 +122,7 @@ def run(request: program.Request) -> dict[str, Any]:
 
 def read_prompts(holdout: Path) -> list[list[dict[str, str]]]:
     """The messages before each holdout row's answer. Raises DataError when there are none."""
-    rows = [json.loads(line) for line in holdout.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in holdout.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     prompts = [row["messages"][:-1] for row in rows if len(row.get("messages") or []) > 1]
     if not prompts:
         raise DataError("the holdout has no conversation", file=str(holdout), remedy="raise data.holdout_size")

@@ -56,6 +56,13 @@ def judge(config: Config) -> Iterator[Problem]:
     yield from judges_problems(config.evaluate)
     yield from argument_problems(config.serve.extra_args)
     yield from env_problems(config.serve.env)
+    if config.merge.merge_base == "dequantized" and not config.finetune.load_in_4bit:
+        yield Problem(
+            "there is no dequantized base where training is in 16 bits",
+            key="merge.merge_base",
+            allowed="auto or original",
+            remedy="set merge.merge_base: auto, or finetune.adapter: qlora",
+        )
     yield from gate_policy.problems(config.gate, config.evaluate, config.loadtest, config.data.columns)
 
 

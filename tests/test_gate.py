@@ -518,7 +518,7 @@ def test_a_task_that_cannot_be_judged_is_refused(theirs, ours, words):
 
 def judged(wins: int, losses: int, ties: int) -> tuple[JudgeReport, ...]:
     said = ["candidate"] * wins + ["other"] * losses + ["tie"] * ties
-    items = [Judgement(id=str(n), candidate_first=word, candidate_second=word) for n, word in enumerate(said)]
+    items = [Judgement(id=f"{n:04x}", candidate_first=word, candidate_second=word) for n, word in enumerate(said)]
     nothing = Interval(value=0.0, low=0.0, high=0.0)  # the gate makes its own
     return (
         JudgeReport(
@@ -529,10 +529,19 @@ def judged(wins: int, losses: int, ties: int) -> tuple[JudgeReport, ...]:
 
 def test_an_llm_judges_win_rate_has_a_floor():
     """Parity over 300 items reaches 0.43, 90 of 300 won doesn't; without an incumbent it doesn't apply."""
-    policy, both = FLOOR.model_copy(update={"judges": (JudgeCheck(min=0.43),)}), versus(hits(190, 200), hits(190, 200))
+    policy, both = FLOOR.model_copy(update={"judges": (JudgeCheck(min=0.43),)}), versus(hits(290, 300), hits(290, 300))
     parity, worse = (judge(both, {}, policy, UNIT, judged=judged(*n)) for n in ((130, 130, 40), (90, 210, 0)))
     assert (outcome_of(parity, "judge vs incumbent"), outcome_of(worse, "judge vs incumbent")) == ("pass", "fail")
     assert outcome_of(judge(GOOD, {}, policy, UNIT), "judge vs incumbent") == "pass"
+    customers = [str(n // 10) for n in range(300)]
+    grouped = judge(
+        versus(hits(290, 300), hits(290, 300), customer=customers), {},
+        policy.model_copy(update={"cluster_by": "customer"}), UNIT, judged=judged(130, 130, 40),
+    )  # fmt: skip
+    one, other = (
+        next(c.estimate for c in found.checks if c.name == "judge vs incumbent") for found in (parity, grouped)
+    )
+    assert other.high - other.low > 2 * (one.high - one.low)
 
 
 def test_a_judge_that_judged_little_or_nothing_passes_nothing():
@@ -554,6 +563,17 @@ def test_a_system_that_failed_requests_is_nothing_to_be_held_against():
     check = next(check for check in verdict.checks if check.name == "errors in evaluation of incumbent")
     assert (check.outcome, verdict.outcome) == ("inconclusive", "inconclusive")
     assert "--again" in check.why
+
+
+def test_a_judge_is_not_asked_to_beat_a_system_that_failed_requests():
+    """Nor an incumbent that only a judge compares with."""
+    policy, reports = (
+        FLOOR.model_copy(update={"judges": (JudgeCheck(min=0.3),)}),
+        versus(hits(190, 200), hits(190, 200)),
+    )
+    reports["incumbent"] = reports["incumbent"].model_copy(update={"errors": 60})
+    verdict = judge(reports, {}, policy, UNIT, judged=judged(200, 0, 0))
+    assert outcome_of(verdict, "errors in evaluation of incumbent") == verdict.outcome == "inconclusive"
 
 
 def test_a_metric_of_few_items_passes_nothing():

@@ -35,7 +35,8 @@ class Scripted(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.server.seen.append(self.headers.get("Authorization"))
         status = self.server.script.pop(0)
-        body = b'{"choices": []}' if status == 200 else b'{"error": {"message": "in words"}}'
+        status, page = (200, True) if status == "page" else (status, False)
+        body = b"<html>" if page else b'{"choices": []}' if status == 200 else b'{"error": {"message": "in words"}}'
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -83,6 +84,13 @@ def test_a_fault_that_stays_is_the_requests_failure(scripted):
     with pytest.raises(RequestFailed, match="HTTP 500: in words"):
         ask(url_of(scripted))
     assert scripted.script == []
+
+
+def test_a_page_in_an_answers_place_is_the_requests_failure(scripted):
+    """As a proxy sends it; the beginning is told."""
+    scripted.script = ["page"]
+    with pytest.raises(RequestFailed, match="without a JSON object: '<html>'"):
+        ask(url_of(scripted))
 
 
 def test_a_bad_request_is_not_repeated(scripted):

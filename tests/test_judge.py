@@ -188,6 +188,14 @@ def test_a_key_that_is_not_there_is_named_before_anything_is_sent(tmp_path, monk
     assert there.asked == []
 
 
+@pytest.mark.parametrize("key", ["sk-abc\r", "sk abc", "sk-\x00"])
+def test_what_can_be_no_key_is_refused_without_being_told(key):
+    """A line end that Windows left would come back in an error of the HTTP client, key and all."""
+    with pytest.raises(ConfigError, match="JUDGE_KEY holds a blank") as caught:
+        judge.api_key("JUDGE_KEY", {"JUDGE_KEY": key})
+    assert "sk" not in str(caught.value)
+
+
 def test_nobody_listening_is_no_verdict(tmp_path):
     """The address is named."""
     url = f"http://127.0.0.1:{free_port()}/v1"

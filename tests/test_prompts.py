@@ -144,6 +144,16 @@ def test_a_system_is_asked_once_for_each_file_and_attempt(tmp_path, monkeypatch)
             assert [result.id for result in flow.results(config, unit, attempt)] == [test["id"] for test in tests]
 
 
+def test_a_file_that_changed_after_it_was_asked_is_no_lack_of_prompts(tmp_path, monkeypatch):
+    """Results that aren't there stop the build: a check on nothing would pass."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
+    file = tmp_path / "prompts.json"
+    file.write_text(json.dumps(TESTS), encoding="utf-8")
+    config = a_config(evaluate={"prompts": str(file)}).model_dump(mode="json")
+    with pytest.raises(ConfigError, match="changed while the build ran"):
+        flow.results(config, a_release(a_model(tmp_path / "model"), "1", a_config()).unit, "")
+
+
 def test_without_a_file_nothing_is_asked(tmp_path):
     """And there are no results."""
     config, unit = a_config().model_dump(mode="json"), a_release(a_model(tmp_path / "model"), "1", a_config()).unit

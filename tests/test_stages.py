@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from released import a_config
 
 from flows import stages
-from pipeline import store
+from pipeline import environments, program, store
 from pipeline.artifacts import Artifact
 from pipeline.errors import StageFailed
 
@@ -29,6 +30,25 @@ def test_inputs_are_handed_on_as_they_were_made(made: dict[str, Artifact]) -> No
     """Asked once and again, as the second time digests are remembered."""
     for _ in range(2):
         assert stages.inputs_json(made, ("merge", "prepare"))["merge"] == made["merge"].model_dump(mode="json")
+
+
+def test_a_stage_sees_no_secret_but_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also one whose variable isn't called like a secret, as the config says that it is one."""
+    judge = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "JUDGE_KEY"}
+    config = a_config(evaluate={"judges": [judge]}, notify={"webhook_env": "HOOK"}).model_dump(mode="json")
+    code = "import json, os; print(json.dumps({'event': 'message', 'text': ' '.join(os.environ)}))"
+    monkeypatch.setattr(environments, "command", lambda found, _module: [str(found.interpreter), "-c", code])
+    for name in ("JUDGE_KEY", "HOOK", "PLAIN"):
+        monkeypatch.setenv(name, "x")
+    said: list[str] = []
+    for keep, seen in (((), {"PLAIN"}), (("JUDGE_KEY",), {"PLAIN", "JUDGE_KEY"})):
+        said.clear()
+        with pytest.raises(StageFailed):  # it says its environment and leaves no result
+            stages.run_program(
+                "evaluate", "control", config, program.Request({}, {}, tmp_path / "work"),
+                lambda event: said.append(str(event.get("text"))), keep=keep,
+            )  # fmt: skip
+        assert {"JUDGE_KEY", "HOOK", "PLAIN"} & set(" ".join(said).split()) == seen
 
 
 @pytest.mark.parametrize("change", ["shuffled", "one file more", "a file gone"])
