@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,9 @@ class Request:
         return path
 
 
+HALF_WRITTEN = re.compile(r"\..+\.\d+")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside `path`, then rename, so that no half-written file is ever visible."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -94,6 +98,9 @@ def main(stage: Callable[[Request], dict[str, Any]]) -> None:
     os.dup2(2, 1)
     raw = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     request = Request(config=raw["config"], inputs=raw["inputs"], folder=Path(raw["folder"]))
+    for left in request.folder.rglob(".*.*"):
+        if HALF_WRITTEN.fullmatch(left.name):  # by a run that was killed: it would count as part of the payload
+            left.unlink()
     try:
         result = stage(request)
     except TunegateError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -45,7 +46,11 @@ class Skips:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Watch the skips in CI, but not in a worker, which sees only its own."""
+    """Watch the skips in CI, but not in a worker, which sees only its own; hear Ctrl-C.
+
+    A shell starts what it puts into the background deaf to SIGINT, and tests of interruptions would wait for ever.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("CI") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Skips(), "skips")
 

@@ -84,6 +84,16 @@ def test_a_stale_result_is_never_taken_for_a_new_one(tmp_path: Path) -> None:
         run(tmp_path, "os._exit(0)")
 
 
+def test_what_a_killed_run_was_writing_does_not_stay_in_the_payload(tmp_path: Path) -> None:
+    """Killed between writing beside and renaming; what it had finished stays."""
+    payload = tmp_path / "work" / "payload"
+    payload.mkdir(parents=True)
+    for name in (".report.json.4711", "report.json", ".gitignore"):
+        (payload / name).write_text("{}")
+    run(tmp_path, "return {}")
+    assert sorted(path.name for path in payload.iterdir()) == [".gitignore", "report.json"]
+
+
 def test_an_interrupted_flow_leaves_no_child(tmp_path: Path) -> None:
     """Ctrl-C in the flow ends the stage and what it started."""
     body = "open(request.folder / 'pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
