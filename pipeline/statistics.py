@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RESAMPLES = 4000
 SEED = 20240229
 BATCH_ELEMENTS = 4_000_000
-FEW_DIFFER = 5  # items or groups of which two systems' scores differ, below which a bootstrap knows too little
+FEW_DIFFER = 20  # items or groups of which two systems' scores differ, below which a bootstrap knows too little
 ENOUGH_GROUPS = 15  # groups with anything but the commonest value, from which their variance is known
 
 
