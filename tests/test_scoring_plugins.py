@@ -182,7 +182,8 @@ def test_a_new_version_is_measured_anew(tmp_path, installed, monkeypatch):
         stages.environments, "find", lambda *_: stages.environments.Environment("control", Path(sys.executable))
     )
     asked = {"scorers": [{"metric": "my_safety"}], "max_tokens": 8, "concurrency": 2, "tasks": [], "judges": []}
-    config = {"evaluate": asked, "gate": {"confidence": 0.95}, "seed": 1}
+    secrets = {"promote": {"api_key_env": "A_KEY"}, "notify": {"webhook_env": None}}
+    config = {"evaluate": asked, "gate": {"confidence": 0.95}, "seed": 1, **secrets}
     system = measure.System("base", tmp_path, unit, config)
     with fake_vllm(NAME) as url:
         server = type("Server", (), {"url": url, "model": NAME})
