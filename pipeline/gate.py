@@ -23,25 +23,22 @@ the intervals.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
-from pipeline import gate_policy, scoring, slices, statistics
+from pipeline import gate_load, gate_policy, scoring, slices, statistics
 from pipeline.artifacts import (
     Check,
     Interval,
     Item,
-    LoadLevel,
-    LoadTest,
     Outcome,
     Reports,
     Verdict,
 )
-from pipeline.config import GateConfig, LoadCheck, MetricCheck, SliceCheck
+from pipeline.config import GateConfig, MetricCheck, SliceCheck
 from pipeline.digests import digest_of
 from pipeline.errors import GateFailed
 from pipeline.gate_decide import Question, decide
-from pipeline.load_statistics import Measured, measured
 
 ADVISORY = "advisory"
 NO_INCUMBENT = "no incumbent yet"
@@ -64,12 +61,12 @@ def judge(reports: Reports, policy: GateConfig, unit_digest: str) -> Verdict:
         *_policy_checks(quality),
         _items_check(candidate.items, policy),
         *_clusters_checks(candidate.items, policy),
-        _errors_check("evaluation", candidate.errors, len(candidate.items), policy),
+        gate_load.errors_check("evaluation", candidate.errors, len(candidate.items), policy),
         *_others_errors(reports, policy),
-        *_load_errors(reports.loadtests, policy),
+        *gate_load.errors(reports.loadtests, policy),
         *_waive(_prompt_checks(reports, policy), policy),
         *quality,
-        *_waive(list(_load_checks(reports.loadtests, policy)), policy),
+        *_waive(list(gate_load.objectives(reports.loadtests, policy)), policy),
     ]
     return Verdict(
         outcome=worst([check.outcome for check in checks if not check.waived]),
@@ -140,26 +137,13 @@ def _clusters_checks(items: Sequence[Item], policy: GateConfig) -> list[Check]:
     ]
 
 
-def _errors_check(where: str, failed: int, sent: int, policy: GateConfig) -> Check:
-    """Failed requests as counted: an interval would never lie wholly at 0, however many requests go well."""
-    rate = statistics.wilson(failed, sent, policy.confidence) if sent else None
-    return Check(
-        name=f"errors in {where}",
-        outcome="inconclusive" if rate is None else "pass" if rate.value <= policy.max_error_rate else "fail",
-        estimate=rate,
-        threshold=policy.max_error_rate,
-        rule=f"failed requests in {where} <= {policy.max_error_rate:g}, as counted",
-        why=f"{failed} of {sent} requests failed",
-    )
-
-
 def _others_errors(reports: Reports, policy: GateConfig) -> Iterator[Check]:
     """That the systems which the candidate is held against answered: a request that failed lowers their scores."""
     for name in gate_policy.others(policy):
         if name not in reports.evaluations:
             continue
         found = reports.evaluations[name]
-        check = _errors_check(f"evaluation of {name}", found.errors, len(found.items), policy)
+        check = gate_load.errors_check(f"evaluation of {name}", found.errors, len(found.items), policy)
         again = f"{check.why}: measure it again before anything is held against it (tunegate run CONFIG --again)"
         yield check if check.outcome == "pass" else check.model_copy(update={"outcome": "inconclusive", "why": again})
 
@@ -334,63 +318,3 @@ def _judge_questions(reports: Reports, policy: GateConfig) -> Iterator[Question 
             broken=check.min,
             items=len(scores),
         )
-
-
-def _load_errors(loadtests: Mapping[str, LoadTest], policy: GateConfig) -> Iterator[Check]:
-    if "candidate" in loadtests:
-        levels = loadtests["candidate"].levels
-        failed = sum(level.failed for level in levels)
-        yield _errors_check("load test", failed, failed + sum(level.completed for level in levels), policy)
-
-
-def _load_checks(loadtests: Mapping[str, LoadTest], policy: GateConfig) -> Iterator[Check]:
-    if "candidate" in loadtests:
-        by_size = {level.max_concurrency: level for level in loadtests["candidate"].levels}
-        for check in policy.load:
-            yield _load_check(check, by_size[check.max_concurrency], policy.confidence)
-
-
-def _load_check(check: LoadCheck, level: LoadLevel, confidence: float) -> Check:
-    """A load objective at one level."""
-    name = f"{check.metric} at {check.max_concurrency}"
-    limit = check.max if check.max is not None else check.min
-    sign = "<=" if check.max is not None else ">="
-    rule = f"{check.metric} {sign} {limit:g} at concurrency {check.max_concurrency}"
-    found = measured(level, check.metric, confidence)
-    threshold = float(limit or 0.0)
-    if found is None:
-        return Check(
-            name=name,
-            outcome="fail",
-            estimate=None,
-            threshold=threshold,
-            rule=rule,
-            why="it was not measured" if level.completed else "no request finished",
-        )
-    outcome = _load_outcome(found, check)
-    why = f"{found.interval.low:.4g} to {found.interval.high:.4g} by {found.how}"
-    if outcome == "inconclusive" and found.unknown:
-        why = f"{found.how}: nothing to make an interval from"
-    elif outcome == "inconclusive" and found.open_above and check.max is not None:
-        why = "too few requests for an upper bound"
-        why += f": {found.needed} are needed, loadtest.num_prompts times repeats" if found.needed else ""
-    elif outcome == "inconclusive" and not found.repeated:
-        why += ": one run says little of the next; set loadtest.repeats to 3 or more"
-    elif outcome == "inconclusive":
-        why += "; more requests or repeats would narrow it"
-    return Check(name=name, outcome=outcome, estimate=found.interval, threshold=threshold, rule=rule, why=why)
-
-
-def _load_outcome(found: Measured, check: LoadCheck) -> Outcome:
-    """Fewer repeats than show how runs differ can fail an objective, and never pass one."""
-    interval = found.interval
-    if found.unknown:
-        return "inconclusive"
-    if check.max is not None:
-        holds, broken = interval.high <= check.max and not found.open_above, interval.low > check.max
-    else:
-        holds, broken = (
-            interval.low >= (check.min or 0.0),
-            interval.high < (check.min or 0.0) and not found.open_above,
-        )
-    return "pass" if holds and found.repeated else "fail" if broken else "inconclusive"
