@@ -144,9 +144,7 @@ def _absent(key: str, asked: str, there: Sequence[str], where: str) -> Problem:
 
 def _unkept_columns(policy: GateConfig, columns: Sequence[str] | None) -> Iterator[Problem]:
     """Columns that group or slice items and that no holdout row will have."""
-    wanted = [(f"gate.slices[{index}].by", check.by) for index, check in enumerate(policy.slices)]
-    wanted += [("gate.cluster_by", policy.cluster_by)] if policy.cluster_by else []
-    for key, name in wanted:
+    for key, name in _columns_wanted(policy):
         of_answer = key != "gate.cluster_by" and name.partition(".")[0] == slices.EXPECTED
         if columns is not None and name not in columns and not of_answer:
             yield Problem(
@@ -155,6 +153,13 @@ def _unkept_columns(policy: GateConfig, columns: Sequence[str] | None) -> Iterat
                 allowed=", ".join(columns) or "no column is kept",
                 remedy=f"add {name} to data.columns",
             )
+
+
+def _columns_wanted(policy: GateConfig) -> Iterator[tuple[str, str]]:
+    """Key and name of what groups or slices items."""
+    yield from ((f"gate.slices[{index}].by", check.by) for index, check in enumerate(policy.slices))
+    if policy.cluster_by:
+        yield "gate.cluster_by", policy.cluster_by
 
 
 def _too_few_items(policy: GateConfig, evaluate: EvaluateConfig) -> Iterator[Problem]:
@@ -226,9 +231,7 @@ def _unfit_task(key: str, result: TaskResult, against: str | None, reports: Repo
 
 def _absent_columns(items: Sequence[Item], policy: GateConfig) -> Iterator[Problem]:
     """Columns that group or slice items and that some item lacks."""
-    wanted = [(f"gate.slices[{index}].by", check.by) for index, check in enumerate(policy.slices)]
-    wanted += [("gate.cluster_by", policy.cluster_by)] if policy.cluster_by else []
-    for key, name in wanted:
+    for key, name in _columns_wanted(policy):
         lacking = sum(
             slices.value_of(item, name) is None if key != "gate.cluster_by" else name not in item.columns
             for item in items

@@ -6,14 +6,18 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import stages
 
+from flows import ledger as flow
 from pipeline import environments, ledger, ledger_scores, program, scoring
 from pipeline.artifacts import Evaluation, Item, LedgerEntry
+from pipeline.digests import digest_folder
+from pipeline.errors import ConfigError, ModelError, ResourceError
 
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "ivory", "jade")
 
@@ -212,8 +216,20 @@ def test_a_killed_ledger_goes_on_to_the_same_bytes(proofs, tmp_path):
     written = kept.stat().st_mtime_ns
     stages.run("pipeline.ledger_answers", tmp_path, request["config"], records)
     assert kept.stat().st_mtime_ns == written
-    here, there = tmp_path / "payload", folder / "clean" / "ledger" / "payload"
-    assert sorted(file.name for file in here.iterdir()) == sorted(file.name for file in there.iterdir())
-    for file in here.iterdir():
-        if file.name != "base.json":  # a random model's near ties fall by where its tensors lie in memory
-            assert file.read_bytes() == (there / file.name).read_bytes(), file.name
+    assert digest_folder(tmp_path / "payload") == digest_folder(folder / "clean" / "ledger" / "payload")
+
+
+@pytest.mark.parametrize("kind", [ResourceError, ConfigError])
+def test_a_ledger_that_cannot_be_had_loses_no_verdict(monkeypatch, kind):
+    """Neither for want of memory nor for a user's scorer; a broken model stops the build."""
+    said = []
+    monkeypatch.setattr(flow.plan, "ledger_step", lambda _config: "a step")
+    for error, ends in ((kind, nullcontext()), (ModelError, pytest.raises(ModelError))):
+
+        def asked(*_, error=error):
+            raise error("it doesn't fit")
+
+        monkeypatch.setattr(flow, "_asked", asked)
+        with ends:
+            assert flow.ledger_of({}, "key", {}, None, {}, said.append) == ()
+    assert [event["text"] for event in said] == ["no loss ledger: it doesn't fit"]
