@@ -26,6 +26,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline import (
     finetune_checkpoints,
     finetune_curve,
+    finetune_flat,
+    finetune_graphs,
+    finetune_lora,
     finetune_loss,
     finetune_model,
     finetune_rows,
@@ -111,7 +114,13 @@ class Training:
         self.model, self.hardware, self.settings = model, hardware, settings
         self.rows, self.seed, self.checkpoints = rows, seed, checkpoints
         self.weights = {name: it for name, it in model.named_parameters() if it.requires_grad}
-        self.optimizer = make_optimizer(list(self.weights.values()), settings)
+        self.flat = finetune_flat.flatten(list(self.weights.values()))
+        self.optimizer = make_optimizer([self.flat], settings)
+        self.backward = self._backward
+        if hardware.cuda_graphs:
+            weights = list(self.weights.values())
+            gradients = [weight.grad for weight in weights]
+            self.backward = finetune_graphs.Graphs(model, weights, gradients, hardware, sequence_len)
         self.lengths = [len(row.input_ids) for row in rows.train]
         self.capacity = sequence_len if settings.sample_packing else None
         self.total = self._count_steps()
@@ -181,10 +190,8 @@ class Training:
         trained = sum(row.trained for row in rows)
         loss = torch.zeros((), device=self.hardware.device)
         for some in self._passes(rows):
-            part = finetune_loss.summed_loss(self.model, some, self.hardware) / trained
-            part.backward()
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), self.settings.max_grad_norm)
+            loss += self.backward(some, trained)
+        norm = torch.nn.utils.clip_grad_norm_([self.flat], self.settings.max_grad_norm)
         state.step += 1
         state.tokens += sum(len(row.input_ids) for row in rows)
         if self._due(state, self.settings.logging_steps):
@@ -193,7 +200,14 @@ class Training:
             self._must_be_finite(state, entry)
             state.history.append({"step": state.step, **entry})
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)
+
+    def _backward(self, rows: Sequence[Row], trained: int) -> torch.Tensor:
+        """Add the gradient of the rows' loss summed, over `trained`; returns that loss."""
+        finetune_lora.draw(self.model)
+        loss = finetune_loss.summed_loss(self.model, rows, self.hardware) / trained
+        loss.backward()
+        return loss.detach()
 
     def _passes(self, rows: Sequence[Row]) -> list[list[Row]]:
         most = None if self.settings.sample_packing else self.settings.micro_batch_size

@@ -41,7 +41,7 @@ class State:
 def save(folder: Path, state: State, weights: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Write checkpoint step-N beside, rename it, and drop what is no longer wanted."""
     partial = _fresh(folder, f"step-{state.step}")
-    tensors, numbers = _flat(weights, optimizer)
+    tensors, numbers = _state_of(optimizer)
     _write(partial / "adapter.safetensors", weights)
     _write(partial / "optimizer.safetensors", tensors)
     (partial / "state.json").write_text(json.dumps({**asdict(state), "optimizer": numbers}), encoding="utf-8")
@@ -97,24 +97,20 @@ def resume(folder: Path, weights: dict[str, torch.Tensor], optimizer: torch.opti
             weights[name].copy_(tensor)
     state, numbers = _read_state(found)
     entries: dict[int, dict[str, Any]] = {int(place): dict(entry) for place, entry in numbers.items()}
-    names = {name: place for place, name in enumerate(weights)}
     for key, tensor in load_file(found / "optimizer.safetensors").items():
-        name, _, part = key.rpartition("/")
-        entries.setdefault(names[name], {})[part] = tensor
+        place, _, part = key.partition("/")
+        entries.setdefault(int(place), {})[part] = tensor
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
     return state
 
 
-def _flat(
-    weights: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """The optimizer's tensors by "parameter/part", and its plain numbers by the parameter's place."""
+def _state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """The optimizer's tensors by "place of the parameter/part", and its plain numbers by the place."""
     import torch
 
-    names = list(weights)
     tensors, numbers = {}, {}
     for place, entry in optimizer.state_dict()["state"].items():
-        tensors.update({f"{names[place]}/{part}": it for part, it in entry.items() if isinstance(it, torch.Tensor)})
+        tensors.update({f"{place}/{part}": it for part, it in entry.items() if isinstance(it, torch.Tensor)})
         numbers[str(place)] = {part: it for part, it in entry.items() if not isinstance(it, torch.Tensor)}
     return tensors, numbers
 

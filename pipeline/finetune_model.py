@@ -30,7 +30,7 @@ UNPACK_UP_TO = {"cpu": 0.5, "cuda": 0.05}  # of free memory; a big model hides t
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's and the CPU's words
 USED_BY_ACTIVATIONS = 0.8  # of free memory
 UNPACKED = ", unpacked once"
-LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
+LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class Hardware:
     attention: str
     shares_prefixes: bool
     kernels: str
+    fused_loss: bool
+    cuda_graphs: bool
     frozen_weights: str
     gradient_checkpointing: bool
     tokens_a_pass: int
@@ -84,25 +86,18 @@ def load(
         ) from error
     model.requires_grad_(False)
     model.config.use_cache = False
-    weights = "bf16" if dtype == torch.bfloat16 else "float32"
-    if settings.load_in_4bit:
-        most = UNPACK_UP_TO[device] * _free_memory(device)
-        if before is not None:
-            most = math.inf if before.frozen_weights.endswith(UNPACKED) else 0.0
-        unpacked = unpack(model, dtype, most)
-        weights = settings.bnb_4bit_quant_type + (UNPACKED if unpacked else "")
+    weights, small = _weights(model, settings, dtype, device, before)
     finetune_attention.register()
     attention = finetune_attention.choose(model.config, device, sequence_len)
     if attention:
         model.set_attn_implementation(attention)
-    kernels = "torch"
-    if device == "cuda":
-        kernels = "liger, fused LoRA" if _use_liger(model) else "torch, fused LoRA"
+    graphs = small and attention == finetune_attention.CUDA and settings.gradient_checkpointing is not True
+    liger = device == "cuda" and _use_liger(model, fused_loss=not graphs)
     tokens = settings.micro_batch_size * sequence_len
     checkpointing, tokens_a_pass = (
         (before.gradient_checkpointing, before.tokens_a_pass)
         if before is not None
-        else passes(settings, model.config, device, tokens, sequence_len)
+        else passes(settings, model.config, device, tokens, sequence_len, fused_loss=liger and not graphs)
     )
     hardware = Hardware(
         device=device,
@@ -111,12 +106,33 @@ def load(
         threads=torch.get_num_threads(),
         attention=attention or model.config._attn_implementation,  # noqa: SLF001 - transformers' own place for it
         shares_prefixes=attention == finetune_attention.CPU,
-        kernels=kernels,
+        kernels=("liger" if liger else "torch") + (", fused LoRA" if device == "cuda" else ""),
+        fused_loss=liger and not graphs,
+        cuda_graphs=graphs and not checkpointing,
         frozen_weights=weights,
         gradient_checkpointing=checkpointing,
         tokens_a_pass=tokens_a_pass,
     )
     return model, hardware
+
+
+def _weights(
+    model: Any, settings: FinetuneConfig, dtype: torch.dtype, device: str, before: Hardware | None
+) -> tuple[str, bool]:
+    """How the frozen weights are kept, and whether the model is small for its GPU.
+
+    A small one's 4-bit weights are unpacked, and launching its kernels takes longer than they do.
+    """
+    import torch
+
+    most = UNPACK_UP_TO[device] * _free_memory(device)
+    if before is not None:
+        most = math.inf if before.frozen_weights.endswith(UNPACKED) or before.cuda_graphs else 0.0
+    if not settings.load_in_4bit:
+        small = UNPACKED_BYTES * sum(weight.numel() for weight in model.parameters()) <= most
+        return "bf16" if dtype == torch.bfloat16 else "float32", device == "cuda" and small
+    unpacked = unpack(model, dtype, most)
+    return settings.bnb_4bit_quant_type + (UNPACKED if unpacked else ""), device == "cuda" and unpacked
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -182,18 +198,23 @@ def _free_memory(device: str) -> float:
     return float(min(free, share))
 
 
-def _use_liger(model: Any) -> bool:
-    """Give the model Liger's norms, rotary embedding and SwiGLU; False where Liger doesn't know its architecture."""
+def _use_liger(model: Any, *, fused_loss: bool) -> bool:
+    """Give the model Liger's norms, rotary embedding and SwiGLU; False where Liger doesn't know its architecture.
+
+    With `fused_loss` also its loss, which never holds all logits; it asks the GPU for a number, so no graph can hold it.
+    """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return False
-    apply_liger_kernel(model, LIGER)
+    apply_liger_kernel(model, {**LIGER, "fused_linear_cross_entropy": fused_loss})
     return True
 
 
-def passes(settings: FinetuneConfig, config: Any, device: str, tokens: int, sequence_len: int) -> tuple[bool, int]:
+def passes(
+    settings: FinetuneConfig, config: Any, device: str, tokens: int, sequence_len: int, *, fused_loss: bool = False
+) -> tuple[bool, int]:
     """Whether layers are checkpointed, and how many tokens go through the model at once, for a batch of `tokens`.
 
     `auto` checkpoints only when GPU_TOKENS_A_PASS.start tokens (or a whole row) wouldn't fit without: passing a batch
@@ -203,28 +224,30 @@ def passes(settings: FinetuneConfig, config: Any, device: str, tokens: int, sequ
         return settings.gradient_checkpointing is True, min(tokens, max(CPU_TOKENS_A_PASS, sequence_len))
     free = USED_BY_ACTIVATIONS * _free_memory(device)
     least = max(GPU_TOKENS_A_PASS.start, sequence_len)
-    kept = int(free / bytes_a_token(config, checkpointed=False))
+    kept = int(free / bytes_a_token(config, checkpointed=False, fused_loss=fused_loss))
     checkpointed = settings.gradient_checkpointing
     if checkpointed == "auto":
         checkpointed = kept < min(tokens, least)
-    fits = int(free / bytes_a_token(config, checkpointed=True)) if checkpointed else kept
+    fits = int(free / bytes_a_token(config, checkpointed=True, fused_loss=fused_loss)) if checkpointed else kept
     return checkpointed, min(tokens, max(sequence_len, min(fits, GPU_TOKENS_A_PASS.stop - 1)))
 
 
-def bytes_a_token(config: Any, *, checkpointed: bool) -> int:
+def bytes_a_token(config: Any, *, checkpointed: bool, fused_loss: bool = False) -> int:
     """Memory that a token's activations take until its backward pass, in bytes.
 
     A layer keeps, in bf16: six rows as wide as the model (its two inputs, the norms' results, queries, the attention's
-    result), keys and values, three rows of the inner width. The logits: bf16, float32 and its gradient.
+    result), keys and values, and of the inner width what the gate and its partner are (and their product, where
+    finetune_lora doesn't compute it again). The logits: bf16, float32 and its gradient; a fused loss has none.
     """
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     heads = getattr(config, "num_attention_heads", 1)
     keys = config.hidden_size * (getattr(config, "num_key_value_heads", None) or heads) // heads
-    layer = 2 * (6 * config.hidden_size + 2 * keys + 3 * inner)
+    wide = 2 if getattr(config, "hidden_act", None) == "silu" else 3
+    layer = 2 * (6 * config.hidden_size + 2 * keys + wide * inner)
     kept = (
         2 * config.hidden_size * config.num_hidden_layers + layer if checkpointed else layer * config.num_hidden_layers
     )
-    return int(kept + 12 * config.vocab_size)
+    return int(kept + (0 if fused_loss else 12 * config.vocab_size))
 
 
 def with_lora(model: Any, settings: FinetuneConfig, hardware: Hardware, base_digest: str, seed: int) -> Any:

@@ -24,8 +24,13 @@ def checked_gradient(p: float) -> bool:
     """Whether the backward pass is the forward pass's derivative, by finite differences."""
     base = torch.nn.Linear(6, 9).double().requires_grad_(False)
     x, a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 6), (3, 6), (9, 3)))
-    function = finetune_lora._function()
-    return bool(torch.autograd.gradcheck(lambda x, a, b: function.apply(x, base, a, b, 0.5, p, 3), (x, a, b)))
+    function, seed = finetune_lora._function(), torch.tensor(3)
+    alone = torch.autograd.gradcheck(lambda x, a, b: function.apply(x, None, a, b, (base, 0.5, p), seed), (x, a, b))
+    gate = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    gated = torch.autograd.gradcheck(
+        lambda x, gate, a, b: function.apply(x, gate, a, b, (base, 0.5, p), seed), (x, gate, a, b)
+    )
+    return bool(alone and gated)
 
 
 def models(base: Path, dropout: float) -> tuple[Any, Any]:
@@ -42,7 +47,7 @@ def models(base: Path, dropout: float) -> tuple[Any, Any]:
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     fused = copy.deepcopy(plain)
-    assert finetune_lora.fuse(fused) == 14
+    assert finetune_lora.fuse(fused) == (14, 2)
     return plain, fused
 
 
@@ -52,6 +57,7 @@ def gradients(model: Any, *, checkpointed: bool = False) -> tuple[float, list[to
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     torch.manual_seed(1)
+    finetune_lora.draw(model)
     ids = torch.arange(40).remainder(17).add(5).view(2, 20)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
@@ -79,7 +85,7 @@ def main() -> None:
             layer.eval()
     quiet, _ = gradients(dropping)
     ones = torch.ones(200, 100)
-    mask = finetune_lora.dropped(ones, 0.3, 5)
+    mask = finetune_lora.dropped(ones, 0.3, torch.tensor(5))
     print(
         json.dumps(
             {
@@ -90,8 +96,8 @@ def main() -> None:
                 "checkpointed_apart": apart(kept, recomputed),
                 "mask": [float((mask == 0).float().mean()), float(mask.max())],
                 "masks_equal": [
-                    bool(torch.equal(mask, finetune_lora.dropped(ones, 0.3, 5))),
-                    bool(torch.equal(mask, finetune_lora.dropped(ones, 0.3, 6))),
+                    bool(torch.equal(mask, finetune_lora.dropped(ones, 0.3, torch.tensor(5)))),
+                    bool(torch.equal(mask, finetune_lora.dropped(ones, 0.3, torch.tensor(6)))),
                 ],
             }
         )
