@@ -73,7 +73,7 @@ def rows_on_cpu(
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    lengths = cu_seq_lens_q.diff().tolist()
+    lengths = [length for length in cu_seq_lens_q.diff().tolist() if length]
     queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
     answers = []
     for at, (q, k, v) in enumerate(zip(queries, keys, values, strict=True)):

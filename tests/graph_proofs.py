@@ -1,0 +1,100 @@
+"""Measure what test_finetune_graphs.py asserts, on a tiny model in the train environment.
+
+    python tests/graph_proofs.py BASE (a Hugging Face folder)
+
+Prints one JSON object; the graphs themselves are measured where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from array import array
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import finetune_flat, finetune_graphs, finetune_loss, finetune_model
+from pipeline.config import FinetuneConfig
+from pipeline.packing import IGNORED, Row
+
+LONGEST = 256
+
+
+def some_rows(seed: int, lengths: range) -> list[Row]:
+    """Random rows whose last fifth is trained."""
+    draw = random.Random(seed)
+    found = []
+    for _ in range(12):
+        ids = draw.choices(range(5, 200), k=draw.choice(lengths))
+        untrained = len(ids) - max(1, len(ids) // 5)
+        labels = [IGNORED] * untrained + ids[untrained:]
+        found.append(Row(array("i", ids), array("i", labels), 0, truncated=False))
+    return found
+
+
+def made(base: Path, dropout: float) -> tuple[Any, finetune_model.Hardware]:
+    """A model with adapters that already change what it says."""
+    settings = FinetuneConfig(lora_dropout=dropout, micro_batch_size=64)
+    model, hardware = finetune_model.load(base, settings, LONGEST)
+    model = finetune_model.with_lora(model, settings, hardware, "0" * 64, seed=1)
+    torch.manual_seed(5)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return model, hardware
+
+
+def padding(base: Path) -> dict[str, Any]:
+    """A pass's loss as it is and padded, on this device."""
+    model, hardware = made(base, 0.0)
+    hardware = replace(hardware, shares_prefixes=False)
+    it = finetune_loss.inputs(some_rows(1, range(3, 60)), hardware)
+    shape = finetune_graphs.shape_of(it)
+    filled = finetune_graphs.padded(it, shape, LONGEST)
+    with torch.no_grad():
+        losses = [
+            float(finetune_loss.loss_of(model, finetune_loss.to_device(one, hardware.device), hardware))
+            for one in (it, filled)
+        ]
+    return {"losses": losses, "tokens": [len(it.ids), len(filled.ids)], "trained": [len(it.at), len(filled.at)]}
+
+
+def replays(base: Path) -> dict[str, Any]:
+    """Loss and gradient of several passes of one shape, by a graph and without; and by a graph with dropout, twice."""
+    model, hardware = made(base, 0.0)
+    assert hardware.cuda_graphs
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    flat = finetune_flat.flatten(weights)
+    graphs = finetune_graphs.Graphs(model, weights, [weight.grad for weight in weights], hardware, LONGEST)
+    losses, apart = [], []
+    for seed in range(5):
+        rows = some_rows(seed, range(20, 60))
+        flat.grad.zero_()
+        by_graph = float(graphs(rows, 100))
+        kept = flat.grad.clone()
+        flat.grad.zero_()
+        plain = finetune_loss.summed_loss(model, rows, hardware) / 100
+        plain.backward()
+        losses.append([float(plain), by_graph])
+        apart.append(float((kept - flat.grad).norm() / flat.grad.norm()))
+    model, hardware = made(base, 0.3)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    finetune_flat.flatten(weights)
+    dropping = finetune_graphs.Graphs(model, weights, [weight.grad for weight in weights], hardware, LONGEST)
+    again = [float(dropping(rows, 100)) for _ in range(4)]
+    return {"recorded": len(graphs._recorded), "losses": losses, "apart": apart, "dropped": again}
+
+
+def main() -> None:
+    """Measure and print."""
+    base = Path(sys.argv[1])
+    found = {"padding": padding(base), "replays": replays(base) if torch.cuda.is_available() else None}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
