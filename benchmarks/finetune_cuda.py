@@ -9,12 +9,15 @@ alpha 32, dropout 0.05 and 8-bit paged AdamW, and starts from the same adapter s
   plain        rows padded to the longest, bf16 autocast, sdpa, every layer checkpointed (non-reentrant)
   plain-open   the same without checkpointing
   ours         pipeline.finetune with the same rows in each step, within --memory GiB where that is given
+  ours-eager   the same without CUDA graphs, where it has them
+  ours-full    the same with --fill times as many rows a step and all of the card's memory: no comparison of curves
 
 Without ROWS.jsonl (prepared rows) a step has 4 rows of 1024 random ids, of which 16 are learned by heart; with it, 32
 rows. Each side has a process to itself. Prints useful tokens/s (padding isn't counted; the median step after the first
-third), the peak of allocated memory, and the share of the card's matrix rate: (4 + 2·checkpointed) N FLOP a token for N
-parameters in matrices (a frozen base needs no weight gradients), over --peak-tflops. Writes each side's JSON and
-losses.png to FOLDER.
+third), the peak of allocated memory, and model FLOP utilisation: tokens/s times (4 N + 6 L h s) over --peak-tflops, for N
+parameters in matrices (a frozen base needs no weight gradients: 2 N forward, 2 N backward), L layers of width h and rows of
+s tokens (causal attention: 2 L h s forward, twice that backward); what is computed twice isn't counted twice. The last column
+is the mean difference of a step's loss from the first side's. Writes each side's JSON and losses.png to FOLDER.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import tempfile
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,8 +78,8 @@ class Work:
         return sum(len(self.rows[number].input_ids) for number in batch)
 
 
-def work(base: Path, file: Path | None, steps: int) -> Work:
-    """Random rows, or the prepared ones of a file, in a fixed order."""
+def work(base: Path, file: Path | None, steps: int, fill: int = 1) -> Work:
+    """Random rows, or the prepared ones of a file, in a fixed order; `fill` times the usual number a step."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     order = random.Random(SEED)
     if file is None:
@@ -89,11 +92,12 @@ def work(base: Path, file: Path | None, steps: int) -> Work:
             rows = list(encode(chosen, tokenizer, end_tokens=ends, sequence_len=256))
         batch, sequence_len = REAL_BATCH, 256
     numbers = list(range(len(rows)))
-    batches: list[list[int]] = []
-    while len(batches) < steps:
+    drawn: list[int] = []
+    while len(drawn) < steps * batch * fill:
         order.shuffle(numbers)
-        batches += [numbers[at : at + batch] for at in range(0, len(numbers) - batch + 1, batch)]
-    return Work(base, rows, batches[:steps], sequence_len)
+        drawn += numbers
+    batches = [drawn[at : at + batch * fill] for at in range(0, steps * batch * fill, batch * fill)]
+    return Work(base, rows, batches, sequence_len)
 
 
 def plain(it: Work, *, checkpointed: bool) -> tuple[Step, Any]:
@@ -131,13 +135,15 @@ def plain(it: Work, *, checkpointed: bool) -> tuple[Step, Any]:
     return step, adapted
 
 
-def ours(it: Work, optimizer: str) -> tuple[Step, Any]:
+def ours(it: Work, optimizer: str, *, eager: bool = False) -> tuple[Step, Any]:
     """pipeline.finetune's own step, over the same rows."""
     batch = len(it.batches[0])
     settings = FinetuneConfig(
         micro_batch_size=batch, optimizer=optimizer, learning_rate=RATE, lr_scheduler="constant", logging_steps=1,
     )  # fmt: skip
     model, hardware = finetune_model.load(it.base, settings, it.sequence_len)
+    if eager:
+        hardware = replace(hardware, cuda_graphs=False)
     model = finetune_model.with_lora(model, settings, hardware, "0" * 64, seed=SEED)
     training = finetune.Training(
         model, hardware, settings, finetune_rows.Rows(it.rows, [], 0, 0),
@@ -154,28 +160,32 @@ def ours(it: Work, optimizer: str) -> tuple[Step, Any]:
     return step, model
 
 
-def matrix_parameters(base: Path) -> int:
-    """N of the formula: parameters that are multiplied with, that is all but the embedding."""
+def flop_a_token(it: Work) -> float:
+    """4 N + 6 L h s, as this file's first lines explain it; the embedding isn't multiplied with."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(it.base)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     embedding = 0 if config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
-    return sum(weight.numel() for weight in model.parameters()) - embedding
+    matrices = sum(weight.numel() for weight in model.parameters()) - embedding
+    length = statistics.mean(len(row.input_ids) for row in it.rows)
+    return 4 * matrices + 6 * config.num_hidden_layers * config.hidden_size * length
 
 
 def measure(name: str, it: Work, args: argparse.Namespace) -> Measured:
     """Train every batch of `it` on one side."""
     began = time.perf_counter()
-    if name == "ours" and args.memory:
+    if name in ("ours", "ours-eager") and args.memory:
         torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.mem_get_info()[1])
     made = {
         "plain": lambda: plain(it, checkpointed=True),
         "plain-open": lambda: plain(it, checkpointed=False),
         "ours": lambda: ours(it, args.optimizer),
+        "ours-eager": lambda: ours(it, args.optimizer, eager=True),
+        "ours-full": lambda: ours(it, args.optimizer),
     }[name]
-    step, model = made()
+    step, _model = made()
     print(f"{name}: loaded after {time.perf_counter() - began:.0f} s", flush=True)
     torch.cuda.reset_peak_memory_stats()
     losses, rates = [], []
@@ -192,8 +202,8 @@ def measure(name: str, it: Work, args: argparse.Namespace) -> Measured:
     peak = torch.cuda.max_memory_allocated() / 2**30
     if args.profile:
         profile(name, step, it.batches[-1])
-    flop = (6 if getattr(model, "is_gradient_checkpointing", False) else 4) * matrix_parameters(it.base)
-    return Measured(name, rate, peak, rate * flop / (args.peak_tflops * 1e12), first, tuple(losses))
+    utilisation = rate * flop_a_token(it) / (args.peak_tflops * 1e12)
+    return Measured(name, rate, peak, utilisation, first, tuple(losses))
 
 
 def profile(name: str, step: Step, batch: Sequence[int]) -> None:
@@ -208,6 +218,17 @@ def profile(name: str, step: Step, batch: Sequence[int]) -> None:
     kernels = sum(event.count for event in events if event.device_type == torch.autograd.DeviceType.CUDA)
     print(f"{name}: {kernels} kernels in a step")
     print(events.table(sort_by="self_cuda_time_total", row_limit=28, max_name_column_width=80))
+
+
+def line(one: Measured, first: Measured) -> str:
+    """A side's row of the table."""
+    apart = statistics.mean(abs(mine - its) for mine, its in zip(one.losses, first.losses, strict=True))
+    curve = "" if one.side == "ours-full" else f"{apart:>8.4f} nats apart"
+    return (
+        f"{one.side:<12}{one.tokens_per_second:>9.0f} tokens/s{one.tokens_per_second / first.tokens_per_second:>8.2f}x"
+        f"{one.peak_gib:>8.1f} GiB{one.utilisation:>8.1%} MFU, first step {one.seconds_to_first_step:.1f} s,"
+        f" loss {one.losses[0]:.4f} -> {one.losses[-1]:.4f}{curve}"
+    )
 
 
 def draw(found: Sequence[Measured], file: Path) -> None:
@@ -233,6 +254,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--sides", default="plain,plain-open,ours")
+    parser.add_argument("--fill", type=int, default=8)
     parser.add_argument("--optimizer", default="paged_adamw_8bit")
     parser.add_argument("--memory", type=float)
     parser.add_argument("--peak-tflops", type=float, default=790.0)
@@ -247,22 +269,20 @@ def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.only:
-        found = measure(args.only, work(args.base, args.rows, args.steps), args)
+        fill = args.fill if args.only == "ours-full" else 1
+        found = measure(args.only, work(args.base, args.rows, args.steps, fill), args)
         (args.out / f"{args.only}.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.steps} steps", flush=True)
     sides: list[Measured] = []
     for name in args.sides.split(","):
-        subprocess.run([sys.executable, *sys.argv, "--only", name], check=True)
+        if subprocess.run([sys.executable, *sys.argv, "--only", name], check=False).returncode:
+            print(f"{name}: failed, see above", flush=True)
+            continue
         sides.append(Measured(**json.loads((args.out / f"{name}.json").read_text(encoding="utf-8"))))
-        one = sides[-1]
-        print(
-            f"{one.side:<12}{one.tokens_per_second:>9.0f} tokens/s{one.tokens_per_second / sides[0].tokens_per_second:>8.2f}x"
-            f"{one.peak_gib:>8.1f} GiB{one.utilisation:>8.1%} of the matrix rate, first step {one.seconds_to_first_step:.1f} s,"
-            f" loss {one.losses[0]:.4f} -> {one.losses[-1]:.4f}",
-            flush=True,
-        )
-    draw(sides, args.out / "losses.png")
+    for one in sides:
+        print(line(one, sides[0]), flush=True)
+    draw([one for one in sides if one.side != "ours-full"], args.out / "losses.png")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline import finetune_model, packing
+from pipeline import finetune_head, finetune_model, packing
 from pipeline.packing import IGNORED, Row
 
 if TYPE_CHECKING:
@@ -87,25 +87,16 @@ def to_device(it: Pass, device: str) -> Pass:
 
 
 def loss_of(model: Any, it: Pass, hardware: finetune_model.Hardware) -> torch.Tensor:
-    """Cross entropy summed over the pass's trained tokens, in nats.
-
-    Where the hardware says so, Liger multiplies by the output layer and takes the entropy a few tokens at a time, so that the
-    logits of a pass are never there together.
-    """
+    """Cross entropy summed over the pass's trained tokens, in nats."""
     import torch
 
     dtype = getattr(torch, hardware.dtype)
-    options: dict[str, Any] = {"shared_prefix": True} if it.has_prefix else {}
-    if hardware.fused_loss:
-        options |= {"shift_labels": it.targets, "num_items_in_batch": 1, "skip_logits": True}
+    prefixed = {"shared_prefix": True} if it.has_prefix else {}
     with torch.autocast(hardware.device, dtype, enabled=dtype != torch.float32):
-        output = model(
+        logits = model(
             input_ids=it.ids[None], position_ids=it.positions[None], use_cache=False, logits_to_keep=it.at,
-            cu_seq_lens_q=it.ends, cu_seq_lens_k=it.ends, max_length_q=it.longest, max_length_k=it.longest, **options,
-        )  # fmt: skip
-    if hardware.fused_loss:
-        fused: torch.Tensor = output.loss
-        return fused
-    return torch.nn.functional.cross_entropy(
-        output.logits[0].float(), it.targets, reduction="sum", ignore_index=IGNORED
-    )
+            cu_seq_lens_q=it.ends, cu_seq_lens_k=it.ends, max_length_q=it.longest, max_length_k=it.longest, **prefixed,
+        ).logits[0]  # fmt: skip
+    if hardware.fused_loss:  # they are hidden states then
+        return finetune_head.summed(logits, model.get_output_embeddings().weight, it.targets)
+    return torch.nn.functional.cross_entropy(logits.float(), it.targets, reduction="sum", ignore_index=IGNORED)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import finetune_attention, finetune_lora, hardware
+from pipeline import finetune_attention, finetune_head, finetune_lora, hardware
 from pipeline.config import FinetuneConfig
 from pipeline.errors import ConfigError, ModelError, ResourceError
 
@@ -30,7 +30,7 @@ UNPACK_UP_TO = {"cpu": 0.5, "cuda": 0.05}  # of free memory; a big model hides t
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's and the CPU's words
 USED_BY_ACTIVATIONS = 0.8  # of free memory
 UNPACKED = ", unpacked once"
-LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
+LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,14 @@ def load(
     if attention:
         model.set_attn_implementation(attention)
     graphs = small and attention == finetune_attention.CUDA and settings.gradient_checkpointing is not True
-    liger = device == "cuda" and _use_liger(model, fused_loss=not graphs)
+    liger = device == "cuda" and _use_liger(model)
+    adapts_head = "lm_head" in (settings.lora_target_modules or ())
+    fused_loss = device == "cuda" and not adapts_head and finetune_head.take_over(model)
     tokens = settings.micro_batch_size * sequence_len
     checkpointing, tokens_a_pass = (
         (before.gradient_checkpointing, before.tokens_a_pass)
         if before is not None
-        else passes(settings, model.config, device, tokens, sequence_len, fused_loss=liger and not graphs)
+        else passes(settings, model.config, device, tokens, sequence_len, fused_loss=fused_loss)
     )
     hardware = Hardware(
         device=device,
@@ -107,7 +109,7 @@ def load(
         attention=attention or model.config._attn_implementation,  # noqa: SLF001 - transformers' own place for it
         shares_prefixes=attention == finetune_attention.CPU,
         kernels=("liger" if liger else "torch") + (", fused LoRA" if device == "cuda" else ""),
-        fused_loss=liger and not graphs,
+        fused_loss=fused_loss,
         cuda_graphs=graphs and not checkpointing,
         frozen_weights=weights,
         gradient_checkpointing=checkpointing,
@@ -198,17 +200,14 @@ def _free_memory(device: str) -> float:
     return float(min(free, share))
 
 
-def _use_liger(model: Any, *, fused_loss: bool) -> bool:
-    """Give the model Liger's norms, rotary embedding and SwiGLU; False where Liger doesn't know its architecture.
-
-    With `fused_loss` also its loss, which never holds all logits; it asks the GPU for a number, so no graph can hold it.
-    """
+def _use_liger(model: Any) -> bool:
+    """Give the model Liger's norms, rotary embedding and SwiGLU; False where Liger doesn't know its architecture."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return False
-    apply_liger_kernel(model, {**LIGER, "fused_linear_cross_entropy": fused_loss})
+    apply_liger_kernel(model, LIGER)
     return True
 
 

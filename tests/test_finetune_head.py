@@ -1,0 +1,64 @@
+"""Cross entropy from hidden states, held against torch's own on all logits at once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import stages
+
+pytestmark = pytest.mark.slow
+
+COMPARED = """
+import json
+import torch
+from pipeline import finetune_head
+from transformers import LlamaConfig, LlamaForCausalLM
+finetune_head.LOGITS_AT_ONCE = 7 * 50
+torch.manual_seed(0)
+hidden, weight = torch.randn(33, 24, requires_grad=True), torch.randn(50, 24)
+targets = torch.randint(50, (33,))
+targets[::4] = -100
+theirs = torch.nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+ours = finetune_head.summed(hidden, weight, targets)
+grads = [torch.autograd.grad(it * 0.5, hidden)[0] for it in (ours, theirs)]
+sizes = dict(vocab_size=50, hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+plain = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+ids = torch.arange(10)[None]
+with torch.no_grad():
+    logits = plain(ids).logits
+    taken = finetune_head.take_over(plain)
+    handed_on = plain(ids).logits @ plain.get_output_embeddings().weight.t()
+scaled = LlamaForCausalLM(LlamaConfig(**sizes))
+scaled.config.model_type = "granite"
+with torch.no_grad():
+    evaluated = float(finetune_head.summed(hidden, weight, targets))
+print(json.dumps({
+    "losses": [float(ours), float(theirs), evaluated],
+    "gradients": float((grads[0] - grads[1]).abs().max()),
+    "ignored": float(grads[0][::4].abs().max()),
+    "taken": [taken, finetune_head.take_over(scaled)],
+    "handed_on": float((logits - handed_on).abs().max()),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compared() -> dict:
+    """Both ways on random numbers, seven tokens at once."""
+    return json.loads(stages.python(COMPARED))
+
+
+def test_it_is_torchs_cross_entropy_and_its_gradient(compared: dict) -> None:
+    """Summed over the targets that count; the others have no gradient. Without gradients the loss is the same."""
+    ours, theirs, evaluated = compared["losses"]
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    assert evaluated == ours
+    assert compared["gradients"] < 1e-5
+    assert compared["ignored"] == 0
+
+
+def test_a_plain_output_layer_hands_its_input_on(compared: dict) -> None:
+    """What the model returns times the layer's weight are its logits; an architecture that scales them is left alone."""
+    assert compared["taken"] == [True, False]
+    assert compared["handed_on"] < 1e-5
