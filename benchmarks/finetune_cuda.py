@@ -9,7 +9,7 @@ alpha 32, dropout 0.05 and 8-bit paged AdamW, and starts from the same adapter s
   plain        rows padded to the longest, bf16 autocast, sdpa, every layer checkpointed (non-reentrant)
   plain-open   the same without checkpointing
   ours         pipeline.finetune with the same rows in each step, within --memory GiB where that is given
-  ours-eager   the same without CUDA graphs, where it has them
+  ours-eager, ours-graphs   the same without CUDA graphs, and with them, whatever it would choose
   ours-full    the same with --fill times as many rows a step and all of the card's memory: no comparison of curves
 
 Without ROWS.jsonl (prepared rows) a step has 4 rows of 1024 random ids, of which 16 are learned by heart; with it, 32
@@ -135,15 +135,15 @@ def plain(it: Work, *, checkpointed: bool) -> tuple[Step, Any]:
     return step, adapted
 
 
-def ours(it: Work, optimizer: str, *, eager: bool = False) -> tuple[Step, Any]:
+def ours(it: Work, optimizer: str, graphs: bool | None = None) -> tuple[Step, Any]:
     """pipeline.finetune's own step, over the same rows."""
     batch = len(it.batches[0])
     settings = FinetuneConfig(
         micro_batch_size=batch, optimizer=optimizer, learning_rate=RATE, lr_scheduler="constant", logging_steps=1,
     )  # fmt: skip
     model, hardware = finetune_model.load(it.base, settings, it.sequence_len)
-    if eager:
-        hardware = replace(hardware, cuda_graphs=False)
+    if graphs is not None:
+        hardware = replace(hardware, cuda_graphs=graphs)
     model = finetune_model.with_lora(model, settings, hardware, "0" * 64, seed=SEED)
     training = finetune.Training(
         model, hardware, settings, finetune_rows.Rows(it.rows, [], 0, 0),
@@ -176,13 +176,14 @@ def flop_a_token(it: Work) -> float:
 def measure(name: str, it: Work, args: argparse.Namespace) -> Measured:
     """Train every batch of `it` on one side."""
     began = time.perf_counter()
-    if name in ("ours", "ours-eager") and args.memory:
+    if name in ("ours", "ours-eager", "ours-graphs") and args.memory:
         torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.mem_get_info()[1])
     made = {
         "plain": lambda: plain(it, checkpointed=True),
         "plain-open": lambda: plain(it, checkpointed=False),
         "ours": lambda: ours(it, args.optimizer),
-        "ours-eager": lambda: ours(it, args.optimizer, eager=True),
+        "ours-eager": lambda: ours(it, args.optimizer, graphs=False),
+        "ours-graphs": lambda: ours(it, args.optimizer, graphs=True),
         "ours-full": lambda: ours(it, args.optimizer),
     }[name]
     step, _model = made()

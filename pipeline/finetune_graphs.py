@@ -128,6 +128,7 @@ class Graphs:
         torch.cuda.current_stream().wait_stream(side)
         torch._foreach_copy_(self._gradients, kept)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # a graph's memory is its own
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             loss = self._add(static, scale)
