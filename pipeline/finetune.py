@@ -32,6 +32,7 @@ from pipeline import (
     finetune_loss,
     finetune_model,
     finetune_rows,
+    out_of_memory,
     packing,
     program,
 )
@@ -279,7 +280,7 @@ def keep_freed_memory() -> None:
 
 
 def _out_of_memory_named(settings: FinetuneConfig) -> AbstractContextManager[None]:
-    return finetune_model.out_of_memory_named("training", "finetune.micro_batch_size", _smaller(settings))
+    return out_of_memory.named("training", "finetune.micro_batch_size", _smaller(settings))
 
 
 def _smaller(settings: FinetuneConfig) -> str:

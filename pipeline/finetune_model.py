@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import finetune_attention, finetune_head, finetune_lora, hardware
 from pipeline.config import FinetuneConfig
-from pipeline.errors import ConfigError, ModelError, ResourceError
+from pipeline.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,6 @@ CPU_TOKENS_A_PASS = 1024
 GPU_TOKENS_A_PASS = range(1024, 16384 + 1)  # fewer leave a GPU idle and unpack NF4 too often; more gain nothing
 UNPACKED_BYTES = 2
 UNPACK_UP_TO = {"cpu": 0.5, "cuda": 0.05}  # of free memory; a big model hides the unpacking behind its products
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # CUDA's and the CPU's words
 USED_BY_ACTIVATIONS = 0.8  # of free memory
 UNPACKED = ", unpacked once"
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -338,20 +337,6 @@ def without_dropout(model: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.train()
-
-
-@contextmanager
-def out_of_memory_named(what: str, key: str, remedy: str) -> Iterator[None]:
-    """Turn torch's words for too little memory into a ResourceError: what needed it, and which `key` to change how."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, RuntimeError) and not any(words in text for words in OUT_OF_MEMORY):
-            raise
-        raise ResourceError(
-            f"{what} ran out of memory: {text.splitlines()[0] if text else 'no more to be had'}", key=key, remedy=remedy
-        ) from error
 
 
 def save_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:

@@ -17,6 +17,7 @@ order.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -25,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import finetune_model, ledger_models, program
+from pipeline import ledger_models, out_of_memory, program
 from pipeline.artifacts import Artifact
 from pipeline.config import FinetuneConfig
 from pipeline.errors import ModelError, Problem
@@ -59,7 +60,8 @@ def run(request: program.Request) -> dict[str, Any]:
                 speaker = ledger_models.load(step, artifacts, settings)
                 batches = request.folder / "batches" / step
                 program.write_json(file, ask(speaker, rows, request.config["max_tokens"], batches, on_done))
-            del speaker  # before the next one is loaded
+            del speaker
+            gc.collect()  # before the next one is loaded: two may not fit
         seconds[step] = round(time.monotonic() - started, 1)
     return {"items": len(rows), "steps": list(steps), "seconds": seconds}
 
@@ -133,7 +135,7 @@ def _answer(speaker: Speaker, ids: list[int]) -> dict[str, str]:
 @contextmanager
 def _step_named(step: str) -> Iterator[None]:
     """Say at which step a model is broken, or too large."""
-    with finetune_model.out_of_memory_named(f"the ledger's step {step}", "evaluate.ledger_items", NO_LEDGER):
+    with out_of_memory.named(f"the ledger's step {step}", "evaluate.ledger_items", NO_LEDGER):
         try:
             yield
         except ModelError as error:

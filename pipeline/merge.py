@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from pipeline import finetune_loss, finetune_model, finetune_rows, merge_weights, program, weights
+from pipeline import finetune_loss, finetune_model, finetune_rows, merge_weights, out_of_memory, program, weights
 from pipeline.artifacts import Artifact
 from pipeline.config import FinetuneConfig
 from pipeline.errors import ModelError
@@ -26,6 +26,9 @@ from pipeline.packing import Row
 
 if TYPE_CHECKING:
     import torch
+
+
+MORE_MEMORY = "end what else uses the memory or the GPU and run again; the original base is merged on the CPU"
 
 
 @dataclass
@@ -58,8 +61,8 @@ def run(request: program.Request) -> dict[str, Any]:
     `val_rows` rows, where it was measured; what merging changed.
 
     Raises ModelError when the adapter belongs to another base, fits no layer, changes nothing or isn't
-    finite; ConfigError when `dequantized` is asked for after training without 4 bits; ResourceError when both ways can't
-    be compared in memory.
+    finite; ConfigError when `dequantized` is asked for after training without 4 bits; ResourceError when memory doesn't
+    suffice, to compare both ways or to merge.
     """
     base, finetune = Artifact(**request.inputs["base"]), Artifact(**request.inputs["finetune"])
     _check_parent(base, finetune)
@@ -75,7 +78,8 @@ def run(request: program.Request) -> dict[str, Any]:
             target = folder / path.relative_to(base.payload)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-    tally = _merge(base.payload, shapes, adapter, nf4, folder)
+    with out_of_memory.named(f"merging into the {way} base", "merge.merge_base", MORE_MEMORY):
+        tally = _merge(base.payload, shapes, adapter, nf4, folder)
     return {
         "merge_base": way,
         **measured,
@@ -133,7 +137,7 @@ def _losses(
 ) -> dict[Way, float]:
     """The validation loss of each way to merge, the original first; NaN where the adapter isn't finite."""
     plain = settings.model_copy(update={"adapter": "lora", "load_in_4bit": False})
-    with finetune_model.out_of_memory_named(
+    with out_of_memory.named(
         "comparing both ways to merge", "merge.merge_base", "set merge.merge_base: original, or dequantized"
     ):
         model, hardware = finetune_model.load(base, plain, sequence_len)

@@ -10,15 +10,17 @@ dense decoders, which is all the base stage lets through; lm_head and embeddings
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline import program, quantize_autoawq, quantize_check, quantize_llmcompressor, weights
+from pipeline import out_of_memory, program, quantize_autoawq, quantize_check, quantize_llmcompressor, weights
 from pipeline.artifacts import Artifact
 from pipeline.config import QuantizeConfig
 from pipeline.digests import digest_file
@@ -37,7 +39,7 @@ def run(request: program.Request) -> dict[str, Any]:
 
     Raises ConfigError for a group size that doesn't fit, ModelError for a model that can't be quantized,
     DataError for a calibration set that says nothing, StageFailed when the quantizer left data out or its
-    result is broken.
+    result is broken, ResourceError when memory doesn't suffice.
     """
     import torch
 
@@ -57,15 +59,18 @@ def run(request: program.Request) -> dict[str, Any]:
     if settings.method == "llmcompressor":
         grid["observer"] = settings.observer
     scratch, made = request.folder / "scratch", _emptied(request.folder / "scratch" / "made")
-    model = backend.load(source, scratch)
-    original = quantize_check.read(model, calibration.probe)
-    quantization = backend.quantize(
-        model, tokenizer, [sample.ids for sample in calibration.samples], group_size=group_size, **grid,
-        folder=made, on_layer=lambda done, layers: program.progress(done, layers, "layers"), **effort,
-    )  # fmt: skip
+    with _out_of_memory_named("quantizing", settings):
+        model = backend.load(source, scratch)
+        original = quantize_check.read(model, calibration.probe)
+        quantization = backend.quantize(
+            model, tokenizer, [sample.ids for sample in calibration.samples], group_size=group_size, **grid,
+            folder=made, on_layer=lambda done, layers: program.progress(done, layers, "layers"), **effort,
+        )  # fmt: skip
     del model
+    _free()
     assemble(source, made, quantization, _emptied(request.payload))
-    compared = quantize_check.compare(backend.load(source, scratch), request.payload, calibration.probe, original)
+    with _out_of_memory_named("checking the quantized model", settings):
+        compared = quantize_check.compare(backend.load(source, scratch), request.payload, calibration.probe, original)
     program.message(
         f"perplexity of {len(calibration.probe)} answers: {original.perplexity:.2f} → {compared.perplexity:.2f}"
     )
@@ -146,6 +151,25 @@ def assemble(source: Path, made: Path, quantization: Mapping[str, Any], payload:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     kept = {key: value for key, value in config.items() if not key.startswith("_")}
     program.write_json(payload / "config.json", {**kept, "quantization_config": dict(quantization)})
+
+
+def _out_of_memory_named(what: str, settings: QuantizeConfig) -> AbstractContextManager[None]:
+    """A ResourceError that says how to calibrate with fewer tokens in all, or at once."""
+    tokens, samples = settings.max_calibration_tokens, settings.num_calibration_samples
+    remedy = (
+        f"set quantize.max_calibration_tokens: {max(1, tokens // 2)} or quantize.num_calibration_samples: "
+        f"{max(1, samples // 2)}, or end what else uses the memory or the GPU"
+    )
+    return out_of_memory.named(what, "quantize.max_calibration_tokens", remedy)
+
+
+def _free() -> None:
+    """Give back what a model took on the GPU: hooks make circles, which only the collector ends."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _emptied(folder: Path) -> Path:

@@ -84,8 +84,8 @@ def compare(model: Any, folder: Path, samples: Sequence[Sample], original: Readi
     Raises ModelError for broken tensors, and StageFailed when a layer or the whole answers otherwise than
     rounding explains.
     """
-    load_dequantized(model, folder)
     with _on_accelerator(model):
+        load_dequantized(model, folder)
         found = Comparison(perplexity(model, samples), tuple(layer_errors(model, samples, original)))
     problems = [
         Problem(
@@ -168,11 +168,12 @@ def decoder_layers(model: Any) -> list[Any]:
 
 @contextmanager
 def _on_accelerator(model: Any) -> Iterator[None]:
-    """Hold the model on the GPU, where there is one with room for it, and bring it back."""
+    """Hold the model on the GPU, where there is one with room for it, and leave it where it was."""
     import torch
 
     size = sum(parameter.nbytes for parameter in model.parameters())
-    if not torch.cuda.is_available() or size > 0.8 * torch.cuda.mem_get_info()[0]:
+    there = model.device.type == "cuda" or not torch.cuda.is_available()
+    if there or size > 0.8 * torch.cuda.mem_get_info()[0]:
         yield
         return
     model.to("cuda")
@@ -199,7 +200,7 @@ def _hidden(output: Any) -> Any:
 
 
 def load_dequantized(model: Any, folder: Path) -> None:
-    """Overwrite a plain model's weights with what the quantized folder's bytes mean.
+    """Overwrite a plain model's weights with what the quantized folder's bytes mean, unpacked where the model lies.
 
     Raises ModelError when a tensor is missing, unknown, of another shape, or broken.
     """
@@ -208,7 +209,7 @@ def load_dequantized(model: Any, folder: Path) -> None:
     wanted = dict(model.named_parameters())
     problems, seen = [], set()
     with torch.no_grad():
-        for name, tensor in dequantized(folder):
+        for name, tensor in dequantized(folder, model.device):
             parameter = wanted.get(name)
             if parameter is None or parameter.shape != tensor.shape:
                 shape = "unknown to the model" if parameter is None else f"of shape {tuple(parameter.shape)} there"
@@ -221,13 +222,17 @@ def load_dequantized(model: Any, folder: Path) -> None:
         raise ModelError(problems)
 
 
-def dequantized(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The folder's tensors by their names in the plain model, packed ones unpacked to float32.
+def dequantized(folder: Path, device: torch.device | str = "cpu") -> Iterator[tuple[str, torch.Tensor]]:
+    """The folder's tensors on `device` by their names in the plain model, packed ones unpacked to float32.
 
     Raises ModelError listing every tensor with a NaN, an infinity or a scale that isn't positive.
     """
     problems = []
-    with weights.Reader(folder) as stored:
+    with weights.Reader(folder) as reader:
+
+        def stored(name: str) -> torch.Tensor:
+            return reader(name).to(device)
+
         for name in sorted(weights.tensors(folder)):
             module, _, kind = name.rpartition(".")
             if kind in SCALES:
@@ -242,7 +247,7 @@ def dequantized(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         raise ModelError(problems)
 
 
-def _part(stored: weights.Reader, module: str, part: str) -> torch.Tensor:
+def _part(stored: Callable[[str], torch.Tensor], module: str, part: str) -> torch.Tensor:
     return stored(f"{module}.{part}")
 
 
@@ -250,7 +255,7 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     """int32 of any shape → its eight 4-bit values in a new last dimension, lowest first."""
     import torch
 
-    return (packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
+    return (packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)) & 15
 
 
 def _unpack_compressed_tensors(part: Callable[[str], torch.Tensor]) -> torch.Tensor:
@@ -270,8 +275,9 @@ def _unpack_awq(part: Callable[[str], torch.Tensor]) -> torch.Tensor:
     """(in, out/8) int32 with (in/group, out) scales and (in/group, out/8) zero points → (out, in) float32."""
     import torch
 
-    column = torch.tensor(AWQ_ORDER).argsort()
-    values = _nibbles(part("qweight"))[..., column].flatten(1).float()
+    packed = part("qweight")
+    column = torch.tensor(AWQ_ORDER, device=packed.device).argsort()
+    values = _nibbles(packed)[..., column].flatten(1).float()
     zeros = _nibbles(part("qzeros"))[..., column].flatten(1).float()
     scale = part("scales").float()
     group = values.shape[0] // scale.shape[0]

@@ -1,8 +1,10 @@
 """AWQ through llm-compressor: a plain model in, safetensors in compressed-tensors' pack-quantized format out.
 
-Runs in the train environment. Two things are done to llm-compressor: on a CPU its cache must not pin memory
-(pinning needs an accelerator), and its grid search looks at the first batches only, because activation
-statistics want all tokens while the choice among scales doesn't, and takes nearly all of the time.
+Runs in the train environment. What is done to llm-compressor: on a CPU its cache must not pin memory (pinning needs an
+accelerator) and its grid search looks at the first samples only, because activation statistics want all tokens while the
+choice among scales doesn't, and takes nearly all of the time. On a GPU with room the model and what passes between its
+layers stay there, and samples go through in batches; the recipe is llm-compressor's own, and its losses are summed in
+float32, because a bfloat16 sum of a large batch has too few digits to choose by.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline import quantize_batches, weights
 from pipeline.errors import StageFailed
 from pipeline.quantize_check import decoder_layers, quantization_of
 
@@ -21,14 +24,19 @@ EFFORT = {
     "cuda": {"grid_points": 20, "search_tokens": 2**31},
 }
 """Points of the search for scales, and tokens on which each is tried."""
+MODEL_UP_TO = 0.5
+"""Of a GPU's free memory: the rest is for activations."""
 
 
 def load(folder: Path, _scratch: Path) -> Any:
-    """The model of a Hugging Face folder, plain, in the dtype it is stored in, on the CPU."""
+    """The model of a Hugging Face folder, plain, in the dtype it is stored in; on the GPU if it takes up to half of it."""
+    import torch
     from transformers import AutoModelForCausalLM
 
+    size = sum(file.stat().st_size for file in weights.files(folder))
+    fits = torch.cuda.is_available() and size <= MODEL_UP_TO * torch.cuda.mem_get_info()[0]
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", local_files_only=True, trust_remote_code=False
+        folder, dtype="auto", local_files_only=True, trust_remote_code=False, device_map={"": 0} if fits else None
     ).eval()
 
 
@@ -44,18 +52,20 @@ def quantize(
     grid_points: int,
     folder: Path,
     on_layer: Callable[[int, int], None],
+    batch_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Quantize `model` in place, write safetensors into `folder`, return config.json's quantization_config.
 
-    `samples` are token ids of one conversation each. `on_layer` hears how many of how many layers are done.
+    `samples` are token ids of one conversation each. `on_layer` hears how many of how many layers are done. A batch has up
+    to `batch_tokens` tokens: 0 is a sample at a time, None as many as free memory has room for.
     Raises StageFailed when a layer saw fewer tokens than the samples hold.
     """
-    import torch
     from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from torch.utils.data import DataLoader
 
-    weights = {
+    scheme = {
         "num_bits": 4,
         "type": "int",
         "strategy": "group",
@@ -63,12 +73,14 @@ def quantize(
         "symmetric": not zero_point,
         "observer": observer,
     }
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    groups = {"group_0": {"targets": ["Linear"], "weights": scheme}}
     layers, tokens = len(decoder_layers(model)), sum(map(len, samples))
     awq = _awq_modifier(tokens, search_tokens, lambda done: on_layer(done, layers))(
         n_grid=grid_points, duo_scaling=True
     )
-    batches = [{"input_ids": torch.tensor([sample])} for sample in samples]
+    if batch_tokens is None:
+        batch_tokens = _place(model, samples)
+    batches = quantize_batches.tensors(samples, batch_tokens)
     with _no_pinning_without_accelerator():
         oneshot(
             model=model,
@@ -76,17 +88,39 @@ def quantize(
             dataset=DataLoader(batches, batch_size=None),
             recipe=[awq, QuantizationModifier(config_groups=groups, ignore=["lm_head"])],
             pipeline="sequential",
+            sequential_offload_device="cuda:0" if batch_tokens and model.device.type == "cuda" else "cpu",
+            use_loss_mask="loss_mask" in batches[0],
         )
     model.save_pretrained(folder, save_compressed=True, max_shard_size=SHARD_SIZE)
+    reset_session()  # it holds the model
     return quantization_of(folder)
 
 
+def _place(model: Any, samples: Sequence[Sequence[int]]) -> int:
+    """Tokens of a batch beside the model where it lies; without room for two samples it goes back to the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.empty_cache()
+    shape, lengths = quantize_batches.Shape.of(model.config), [len(sample) for sample in samples]
+    if model.device.type == "cuda":
+        found = quantize_batches.batch_tokens(shape, lengths, torch.cuda.mem_get_info()[0])
+        if found:
+            return found
+        model.to("cpu")
+        torch.cuda.empty_cache()
+    return quantize_batches.batch_tokens(shape, lengths, torch.cuda.mem_get_info()[0])
+
+
 def _awq_modifier(tokens: int, search_tokens: int, on_done: Callable[[int], None]) -> Any:
-    """llm-compressor's AWQ modifier: counts what it sees, searches on part of it, reports each layer."""
+    """llm-compressor's AWQ modifier: counts what it sees, searches on part of it, sums in float32, reports each layer."""
+    import torch
+    from llmcompressor.core import active_session
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from pydantic import PrivateAttr
 
-    class SearchOnPart(AWQModifier):  # type: ignore[misc]
+    class Search(AWQModifier):  # type: ignore[misc]
         _done: int = PrivateAttr(default=0)
 
         def on_sequential_epoch_end(self, state: Any, event: Any, **kwargs: Any) -> None:
@@ -111,7 +145,17 @@ def _awq_modifier(tokens: int, search_tokens: int, on_done: Callable[[int], None
                     break
             return outputs
 
-    return SearchOnPart
+        def _compute_loss(self, fp16_outputs: list[Any], int_w_outputs: list[Any]) -> float:
+            masks = active_session().state.loss_masks
+            total, count = torch.zeros((), device=fp16_outputs[0].device), 0
+            for at, (wanted, got) in enumerate(zip(fp16_outputs, int_w_outputs, strict=True)):
+                wrong = torch.linalg.vector_norm(got - wanted, dim=-1, dtype=torch.float32).square()
+                wrong = wrong[masks[at].bool()] if masks else wrong
+                total += wrong.sum()
+                count += wrong.numel() * wanted.shape[-1]
+            return float(total) / count
+
+    return Search
 
 
 @contextmanager

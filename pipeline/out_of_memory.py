@@ -1,0 +1,25 @@
+"""Torch's words for too little memory, on a GPU or not, as an error that names the setting to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.errors import ResourceError
+
+WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+"""CUDA's, the CPU's and cuBLAS's."""
+
+
+@contextmanager
+def named(what: str, key: str, remedy: str) -> Iterator[None]:
+    """Turn torch's words for too little memory into a ResourceError: what needed it, and which `key` to change how."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, RuntimeError) and not any(words in text for words in WORDS):
+            raise
+        raise ResourceError(
+            f"{what} ran out of memory: {text.splitlines()[0] if text else 'no more to be had'}", key=key, remedy=remedy
+        ) from error
