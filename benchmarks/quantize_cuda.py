@@ -79,16 +79,16 @@ def _wait() -> None:
 def watch(found: Measured, profiled: bool) -> None:
     """Time llm-compressor's parts wherever they are called from, and keep what its searches found."""
     smooth, update, finish, oneshot = (
-        AWQModifier._apply_smoothing, QuantizationModifier.on_sequential_epoch_end, AWQModifier.on_finalize,
+        AWQModifier.on_sequential_epoch_end, QuantizationModifier.on_sequential_epoch_end, AWQModifier.on_finalize,
         llmcompressor.oneshot,
     )  # fmt: skip
 
-    def search(self: Any, model: Any) -> None:
+    def search(self: Any, *args: Any, **kwargs: Any) -> None:
         with found.span("search"):
             if profiled and self._smooth_activation_stats and not self._error_metrics:
-                profile(found.side, lambda: smooth(self, model))
+                profile(found.side, lambda: smooth(self, *args, **kwargs))
             else:
-                smooth(self, model)
+                smooth(self, *args, **kwargs)
 
     def quantize(self: Any, *args: Any, **kwargs: Any) -> None:
         with found.span("quantize"):
@@ -102,7 +102,7 @@ def watch(found: Measured, profiled: bool) -> None:
         with found.span("oneshot"):
             return oneshot(*args, **kwargs)
 
-    AWQModifier._apply_smoothing, AWQModifier.on_finalize = search, finalize
+    AWQModifier.on_sequential_epoch_end, AWQModifier.on_finalize = search, finalize
     QuantizationModifier.on_sequential_epoch_end, llmcompressor.oneshot = quantize, whole
 
 
@@ -130,7 +130,7 @@ def plain(base: Path, samples: list[list[int]], group_size: int, folder: Path, f
         AWQModifier(duo_scaling=True, n_grid=GRID_POINTS),
         QuantizationModifier(config_groups=groups, ignore=["lm_head"]),
     ]
-    with quantize_llmcompressor._no_pinning_without_accelerator():
+    with quantize_llmcompressor.no_pinning_without_accelerator():
         llmcompressor.oneshot(
             model=model, processor=tokenizer, dataset=rows, recipe=recipe, num_calibration_samples=len(samples),
             max_seq_length=max(map(len, samples)), shuffle_calibration_samples=False,
@@ -139,7 +139,9 @@ def plain(base: Path, samples: list[list[int]], group_size: int, folder: Path, f
         model.save_pretrained(folder, save_compressed=True)
 
 
-def ours(base: Path, samples: list[list[int]], group_size: int, folder: Path, found: Measured, batch: int | None) -> None:
+def ours(
+    base: Path, samples: list[list[int]], group_size: int, folder: Path, found: Measured, batch: int | None
+) -> None:
     """The stage's own calls, and its check beside them."""
     with found.span("load"):
         model = quantize_llmcompressor.load(base, folder)
@@ -150,7 +152,7 @@ def ours(base: Path, samples: list[list[int]], group_size: int, folder: Path, fo
     with found.span("all"):
         quantize_llmcompressor.quantize(
             model, tokenizer, samples, group_size=group_size, zero_point=True, observer="memoryless_minmax",
-            search_tokens=2**31, grid_points=GRID_POINTS, folder=folder, on_layer=lambda done, layers: None,
+            search_tokens=2**31, grid_points=GRID_POINTS, folder=folder, on_layer=lambda *_: None,
             batch_tokens=batch,
         )  # fmt: skip
     found.seconds["save"] = found.seconds.pop("all") - found.seconds["oneshot"]

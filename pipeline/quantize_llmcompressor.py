@@ -81,7 +81,7 @@ def quantize(
     if batch_tokens is None:
         batch_tokens = _place(model, samples)
     batches = quantize_batches.tensors(samples, batch_tokens)
-    with _no_pinning_without_accelerator():
+    with no_pinning_without_accelerator():
         oneshot(
             model=model,
             processor=tokenizer,
@@ -159,7 +159,7 @@ def _awq_modifier(tokens: int, search_tokens: int, on_done: Callable[[int], None
 
 
 @contextmanager
-def _no_pinning_without_accelerator() -> Iterator[None]:
+def no_pinning_without_accelerator() -> Iterator[None]:
     """Without an accelerator, make IntermediatesCache.pin_memory do nothing: torch refuses to pin there."""
     import torch
     from llmcompressor.pipelines.cache import IntermediatesCache

@@ -290,24 +290,14 @@ def test_what_cannot_be_trained_is_said(made: Path):
     assert "none of 1 training rows carries loss within 8 tokens" in str(cut)
 
 
-@pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
-              RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
-)  # fmt: skip
-def test_out_of_memory_names_the_settings_to_change(error: Exception):
+def test_out_of_memory_names_the_settings_to_change():
     """The remedy keeps the effective batch: half the micro batch, twice the accumulation."""
     settings = FinetuneConfig(micro_batch_size=6, gradient_accumulation_steps=2)
     with pytest.raises(ResourceError) as raised, finetune._out_of_memory_named(settings):
-        raise error
+        raise MemoryError
     remedy = raised.value.problems[0].remedy or ""
     assert "micro_batch_size: 3 and finetune.gradient_accumulation_steps: 4" in remedy
     assert "gradient_checkpointing: true" in remedy
-
-
-def test_other_errors_pass_through():
-    """An error that isn't about memory isn't renamed."""
-    with pytest.raises(RuntimeError, match="shape"), finetune._out_of_memory_named(FinetuneConfig()):
-        raise RuntimeError("shape mismatch")
 
 
 def test_end_tokens_come_from_generation_and_tokenizer(tmp_path: Path):
