@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import quantize_batches
 from pipeline.errors import ModelError, Problem, StageFailed
 
 SHARD_SIZE = "5GB"
@@ -160,11 +161,24 @@ def quantize(
         calib_data=cut,
         max_calib_samples=len(cut),
         max_calib_seq_len=len(cut[0]),
+        n_parallel_calib_samples=_at_once(model, cut),
         quantizer_cls=_quantizer_class(cut, search_tokens, on_layer),
     )
     on_layer(len(awq.quantizer.modules), len(awq.quantizer.modules))
     awq.save_quantized(str(folder), shard_size=SHARD_SIZE)
     return dict(awq.quant_config.to_transformers_dict())
+
+
+def _at_once(model: Any, cut: Sequence[Sequence[int]]) -> int | None:
+    """Blocks that a GPU has room for at once; None, all of them, is AutoAWQ's own way, which keeps their outputs there."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    shape, tokens = quantize_batches.Shape.of(model.config), len(cut) * len(cut[0])
+    free = quantize_batches.room(shape, tokens, torch.cuda.mem_get_info()[0])
+    blocks_at_once = free // (shape.passing(0) * len(cut[0]))  # its attention keeps no scores
+    return None if blocks_at_once >= len(cut) else max(1, blocks_at_once)
 
 
 def _quantizer_class(cut: Sequence[Sequence[int]], search_tokens: int, on_layer: Callable[[int, int], None]) -> Any:
@@ -231,8 +245,11 @@ def _quantizer_class(cut: Sequence[Sequence[int]], search_tokens: int, on_layer:
             # The same squared error of a group's output, by second moments: E[(x·d)²] = d·E[xxᵀ]·d.
             del n_sample_token
             size = self.group_size
-            inputs = input_feat.reshape(-1, w.shape[1] // size, size).transpose(0, 1).to(w.device).float()
-            moments = inputs.transpose(1, 2) @ inputs / inputs.shape[1]
+            tokens = input_feat.reshape(-1, w.shape[1] // size, size)
+            moments = torch.zeros(w.shape[1] // size, size, size, device=w.device)
+            for some in tokens.split(quantize_batches.MOST_TOKENS):
+                inputs = some.transpose(0, 1).to(w.device).float()
+                moments += inputs.transpose(1, 2) @ inputs / tokens.shape[0]
             groups = w.reshape(w.shape[0], -1, size).transpose(0, 1)
             largest = groups.abs().amax(-1, keepdim=True)
             best, least = largest.clone(), torch.full_like(largest, torch.inf, dtype=torch.float32)

@@ -30,15 +30,16 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """By a transformers config of a dense decoder."""
-        return cls(config.hidden_size, config.intermediate_size, config.num_attention_heads)
+        """By a transformers config of a dense decoder; an inner size that it doesn't name is four times the hidden one."""
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        return cls(config.hidden_size, inner, config.num_attention_heads)
 
     def kept(self, tokens: int) -> int:
         """Bytes that stay through a layer's search: what the layer, its parts and its last product took, and gave twice."""
         return tokens * ITEM * (7 * self.hidden + self.inner)
 
     def passing(self, longest: int) -> int:
-        """Bytes a token takes while a batch passes the layer, the MLP and plain attention's scores counted together."""
+        """Bytes a token takes while a batch passes the layer: the MLP's, and plain attention's scores of `longest` others."""
         return ITEM * (6 * self.inner + 8 * self.hidden) + 6 * ITEM * self.heads * longest
 
     @property
@@ -53,9 +54,13 @@ def batch_tokens(shape: Shape, lengths: Sequence[int], free: float) -> int:
     With room there is room for all that lies between layers too.
     """
     longest = max(lengths)
-    room = USED * free - shape.kept(sum(lengths)) - shape.searching
-    tokens = min(MOST_TOKENS, int(room / shape.passing(longest)))
+    tokens = min(MOST_TOKENS, room(shape, sum(lengths), free) // shape.passing(longest))
     return tokens if tokens >= 2 * longest else 0
+
+
+def room(shape: Shape, tokens: int, free: float) -> int:
+    """Of `free` bytes, what is left for a passing batch beside all that is kept of `tokens`; may be negative."""
+    return int(USED * free) - shape.kept(tokens) - shape.searching
 
 
 def cut(lengths: Sequence[int], budget: int) -> list[list[int]]:

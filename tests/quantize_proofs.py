@@ -12,7 +12,9 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import tiny
 import torch
@@ -24,6 +26,7 @@ from pipeline.quantize_calibration import Sample, encode, load_tokenizer, read_r
 
 PROMPT = 30
 ANSWER = 8
+FULL = ((quantize_llmcompressor, "quantize"), (quantize_check, "load_dequantized"))
 MODELS = {"merge": {}, "untied": {"tied": False, "layers": 1}}
 
 
@@ -91,7 +94,10 @@ def _in_train(folder: Path, asked: dict[str, Any], samples: list[Sample]) -> dic
     assert [sample.ids for sample in samples] == theirs
     for name in asked.keys() - {"again"}:
         _as_compressed_tensors_reads(made / name / "payload")
-    return {"spoiled": _spoiled(model, made / "first" / "payload", folder / "spoiled")}
+    return {
+        "spoiled": _spoiled(model, made / "first" / "payload", folder / "spoiled"),
+        "full": [_full(request(folder, "llmcompressor", "full", asked["first"]), *where) for where in FULL],
+    }
 
 
 def _in_autoawq(folder: Path, asked: dict[str, Any], _samples: list[Sample]) -> dict[str, Any]:
@@ -102,7 +108,8 @@ def _in_autoawq(folder: Path, asked: dict[str, Any], _samples: list[Sample]) -> 
     return {
         "rope_theta": loaded.config.rope_theta,
         "frequency": float(loaded.model.rotary_emb.inv_freq[1]),
-        "unmended": _unmended(request(folder, "autoawq", "unmended", asked["first"])),
+        "few at once": _few_at_once(request(folder, "autoawq", "few", asked["first"])),
+        "unmended": _unmended(request(folder, "autoawq", "unmended", asked["first"])),  # last: it stays so
     }
 
 
@@ -170,6 +177,26 @@ def _spoiled(model: Path, intact: Path, folder: Path) -> dict[str, Any]:
         "infinite": answer(norm, lambda tensor: tensor * torch.inf),
         "missing": answer(norm, lambda _tensor: None),
     }
+
+
+def _full(asked: program.Request, module: ModuleType, name: str) -> dict[str, Any]:
+    """What the stage says when CUDA has no memory left in one of its steps."""
+
+    def full(*_args: Any, **_kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 79.10 GiB\nmore")
+
+    with patch.object(module, name, full):
+        try:
+            quantize.run(asked)
+        except TunegateError as error:
+            return error.to_json()
+    raise AssertionError("nothing was raised")
+
+
+def _few_at_once(asked: program.Request) -> dict[str, Any]:
+    """The stage's detail when AutoAWQ takes three blocks at a time, as where a GPU has little room."""
+    with patch.object(quantize_autoawq, "_at_once", lambda _model, _cut: 3):
+        return quantize.run(asked)
 
 
 def _unmended(asked: program.Request) -> str:

@@ -32,6 +32,26 @@ def loss(folder):
     return total / count
 print(json.dumps([loss(f"{sys.argv[1]}/{name}/payload") for name in ("sound", "dequantized")]))
 """
+# What the stage says when CUDA has no memory left in one of its steps.
+FULL = """
+import json, sys, torch
+from pathlib import Path
+from unittest.mock import patch
+from pipeline import finetune_loss, merge, merge_weights, program
+from pipeline.errors import TunegateError
+def full(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+config, inputs = json.loads(sys.argv[1])
+said = []
+for way, where, name in (("auto", finetune_loss, "mean_loss"), ("dequantized", merge_weights.Nf4, "__call__")):
+    asked = program.Request({**config, "merge": {"merge_base": way}}, inputs, Path(sys.argv[2]))
+    with patch.object(where, name, full):
+        try:
+            merge.run(asked)
+        except TunegateError as error:
+            said.append(error.to_json())
+print(json.dumps(said))
+"""
 ADAPTERS = ("sound", "rslora", "dora", "nan", "untrained", "foreign", "wide", "empty")
 
 
@@ -89,6 +109,18 @@ def test_the_original_base_merges_as_peft_does_in_float32(merged):
     """Every tensor is bit for bit peft's merge_and_unload of the float32 base, rounded to bf16."""
     root, _, _ = merged
     assert tensors_of(root, "sound") == model_folder.tensors(root / "reference" / "original.safetensors")
+
+
+@pytest.mark.slow
+def test_too_little_memory_names_the_setting_to_change(merged, tmp_path):
+    """While both ways are compared and while one is taken: the key and a way out."""
+    _, asked, _ = merged
+    comparing, merging = json.loads(stages.python(FULL, json.dumps(asked["sound"][1:]), tmp_path).splitlines()[-1])
+    assert comparing["type"] == merging["type"] == "ResourceError"
+    assert "comparing both ways to merge ran out of memory" in comparing["problems"][0]["what"]
+    assert comparing["problems"][0]["remedy"] == "set merge.merge_base: original, or dequantized"
+    assert "merging into the dequantized base ran out of memory" in merging["problems"][0]["what"]
+    assert "the original base is merged on the CPU" in merging["problems"][0]["remedy"]
 
 
 @pytest.mark.slow

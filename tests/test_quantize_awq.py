@@ -187,11 +187,33 @@ def test_a_spoiled_folder_is_refused(quantized, spoiled, kind, said):
     assert any(said in problem["what"] for problem in seen[spoiled]["problems"])
 
 
+def test_too_little_memory_names_the_settings_to_change(quantized):
+    """While quantizing and while checking: what needed it, and how to calibrate with half the tokens or samples."""
+    quantizing, checking = quantized["llmcompressor"].seen["full"]
+    assert quantizing["type"] == checking["type"] == "ResourceError"
+    assert quantizing["problems"][0]["what"].startswith("quantizing ran out of memory: CUDA out of memory. Tried to")
+    assert checking["problems"][0]["what"].startswith("checking the quantized model ran out of memory: ")
+    for said in (quantizing, checking):
+        assert said["problems"][0]["key"] == "quantize.max_calibration_tokens"
+        assert (
+            "quantize.max_calibration_tokens: 24 or quantize.num_calibration_samples: 4"
+            in said["problems"][0]["remedy"]
+        )
+
+
 def test_autoawq_sees_the_models_own_rope_theta(quantized):
     """A config.json that only has transformers 5's rope_parameters keeps its theta on the way to AutoAWQ."""
     seen = quantized["autoawq"].seen
     assert seen["rope_theta"] == 50000
     assert math.isclose(seen["frequency"], 50000 ** (-2 / 32), rel_tol=1e-6)
+
+
+def test_autoawq_finds_the_same_with_a_few_blocks_at_a_time(quantized):
+    """How many blocks pass a layer at once decides memory, not the result."""
+    seen = quantized["autoawq"].seen
+    first, few = seen["details"]["first"], seen["few at once"]
+    assert few["layer_errors"] == pytest.approx(first["layer_errors"], rel=0.05)
+    assert few["perplexity_after"] == pytest.approx(first["perplexity_after"], rel=0.05)
 
 
 def test_both_environments_see_the_same_tokens(quantized):
