@@ -1,4 +1,8 @@
-"""SHA-256 of local files, remembered by size, time and inode, so that asking again costs a stat."""
+"""SHA-256 of local files, remembered by size, times and inode, so that asking again costs a stat.
+
+`remembered` keeps its memory in the store; what serves is asked by `read_here`, which believes nothing but what this
+process itself has read.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 
 # A file changed again within its clock's tick would look the same: one so fresh is not remembered.
 FRESH_NS = 2_000_000_000
+_READ: dict[Path, tuple[list[int], str]] = {}
 
 
 def remembered(path: Path) -> str:
@@ -33,6 +38,19 @@ def remembered(path: Path) -> str:
         with contextlib.suppress(OSError):  # a store that can't be written costs time only
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(memory, {"path": str(path), "stamp": before, "sha256": digest})
+    return digest
+
+
+def read_here(path: Path) -> str:
+    """The file's SHA-256, read by this process: in full at first, and again when its stamp changed."""
+    path = path.resolve()
+    before = _stamp(path)
+    known = _READ.get(path)
+    if known is not None and known[0] == before:
+        return known[1]
+    digest = digest_file(path)
+    if _stamp(path) == before and time.time_ns() - before[1] > FRESH_NS:
+        _READ[path] = (before, digest)
     return digest
 
 

@@ -12,7 +12,12 @@ from pipeline.serving_refusals import argument_problems, env_problems
 
 MODULE = "vllm.entrypoints.openai.api_server"
 # Told to vLLM at its start, but no part of the served unit: they don't change an answer.
-LEFT_OUT = ("--model", "--host", "--port", "--shutdown-timeout", "--disable-uvicorn-access-log")
+LEFT_OUT = (
+    "--model", "--host", "--port", "--shutdown-timeout", "--disable-uvicorn-access-log", "--gpu-memory-utilization",
+)  # fmt: skip
+# vLLM on CUDA refuses to start unless this share of the GPU is free, by default 92 %, also where the KV cache is given
+# in bytes and nothing else reads it: a new server would never start beside the one that it follows.
+NO_SHARE = "--gpu-memory-utilization=0.01"
 # No telemetry, no hub: the model folder is all there is. Not part of the unit either.
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -63,7 +68,8 @@ def unit_env(serve: ServeConfig, *, on_cpu: bool) -> dict[str, str]:
 def arguments(flags: tuple[str, ...], model: str, host: str, port: int, shutdown_timeout: int) -> list[str]:
     """The whole command line after the module's name: the unit's flags, and those that are left out of it."""
     here = [f"--model={model}", f"--host={host}", f"--port={port}", f"--shutdown-timeout={shutdown_timeout}"]
-    return [*here, "--disable-uvicorn-access-log", *flags]
+    share = [] if any(flag.startswith("--gpu-memory-utilization=") for flag in flags) else [NO_SHARE]
+    return [*here, "--disable-uvicorn-access-log", *share, *flags]
 
 
 def served_name(serve: ServeConfig, name: str) -> str:

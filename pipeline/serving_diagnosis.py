@@ -15,13 +15,26 @@ RAISED = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b(:|$)")
 SECOND_HAND = re.compile(
     r"See root cause above|initialization failed due to|Engine core initialization failed|^KeyboardInterrupt"
 )
+OUT_OF_MEMORY = re.compile(r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError")
+# What vLLM was at when the GPU had no more, by a function in its traceback, and what then needs less.
+AT_WORK = {
+    "load_model": "the weights don't fit: free the GPU, quantize, choose a smaller base_model, or raise "
+    "serve.tensor_parallel_size",
+    "profile_run": "no room for the activations: lower serve.max_num_seqs, serve.max_model_len or "
+    "serve.extra_args.max_num_batched_tokens, or raise serve.tensor_parallel_size",
+    "initialize_kv_cache": "the KV cache doesn't fit beside the weights: lower serve.kv_cache_memory, free the GPU, or raise "
+    "serve.tensor_parallel_size",
+    "compile_or_warm_up_model": "no room for CUDA graphs, which are captured for up to twice serve.max_num_seqs: lower that "
+    "or serve.kv_cache_memory",
+}
 # The first that matches tells; the groups are for nothing but reading.
 KNOWN: tuple[tuple[str, str], ...] = (
     (r"Address already in use|Errno 98", "another program took the port; run the same command again"),
     (
-        r"CUDA out of memory|OutOfMemoryError|No available memory for the cache blocks|Free memory on device",
-        "stop what else uses the GPU, or lower serve.kv_cache_memory or serve.max_model_len",
+        r"Free memory on device",
+        "remove serve.extra_args.gpu_memory_utilization (serve.kv_cache_memory says what is needed), or free the GPU",
     ),
+    (r"No available memory for the cache blocks", "free the GPU, or raise serve.tensor_parallel_size"),
     (
         r"less than (requested memory for kv|desired CPU)|Cannot allocate memory|[^f]MemoryError",
         "free some memory, or lower serve.kv_cache_memory",
@@ -47,7 +60,11 @@ KNOWN: tuple[tuple[str, str], ...] = (
         "the serving environment is broken: make setup",
     ),
     (
-        r"must be divisible by tensor parallel|World size .* is larger than|Not enough allowed NUMA nodes",
+        r"must be divisible by tensor parallel|is not divisible by",
+        "choose a serve.tensor_parallel_size that divides the model's attention heads",
+    ),
+    (
+        r"World size .* is larger than|Not enough allowed NUMA nodes",
         "lower serve.tensor_parallel_size to the number of devices",
     ),
     (r"No space left on device", "free some disk: tunegate gc"),
@@ -88,6 +105,9 @@ def of_silence(log: Path, seconds: int) -> ServingError:
 
 def _telling(lines: list[str], how: str) -> tuple[str, str]:
     bare = [_bare(line) for line in lines]
+    if full := [line for line in bare if OUT_OF_MEMORY.search(line)]:
+        raised = next((line for line in full if RAISED.match(line)), full[0])
+        return raised.strip()[:500], _what_needs_less(bare)
     for pattern, remedy in KNOWN:
         for line in bare:
             if re.search(pattern, line):
@@ -99,6 +119,13 @@ def _telling(lines: list[str], how: str) -> tuple[str, str]:
         )
     raised = list(_raised(bare)) or [line for line in bare if line.strip()][-1:]
     return (raised[0].strip()[:500] if raised else ""), "read the log"
+
+
+def _what_needs_less(lines: list[str]) -> str:
+    """What to change so that vLLM finds room on the GPU, by what it was at."""
+    text = "\n".join(lines)
+    found = [remedy for name, remedy in AT_WORK.items() if re.search(rf", in {name}$", text, re.MULTILINE)]
+    return found[0] if found else "stop what else uses the GPU, or lower serve.kv_cache_memory or serve.max_num_seqs"
 
 
 def _raised(lines: list[str]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The process runtime: vLLM in the serving environment, under a small supervisor that outlives the command.
 
-FOLDER holds spec.json (what runs), state.json (how it is), server.json (the record), vllm.log,
-supervisor.log, and `ready` once it answered. A pid counts only together with its start time, so that a reused
+FOLDER holds spec.json (what runs), state.json (how it is), server.json (the record), vllm.log, supervisor.log, a
+link to the model's folder, and `ready` once it answered. A pid counts only together with its start time, so that a reused
 one is never signalled.
 """
 
@@ -47,14 +47,13 @@ def spawn(
     me = processes.find(os.getpid())
     assert me is not None  # noqa: S101 - this process runs
     port = free_port()
-    arguments = serving_command.arguments(unit.flags, str(model), HOST, port, serve.shutdown_timeout)
+    arguments = serving_command.arguments(unit.flags, serving_supervisor.MODEL, HOST, port, serve.shutdown_timeout)
     log = folder / "vllm.log"
     spec = Spec(
         command=(str(environment.interpreter), "-P", "-m", serving_command.MODULE, *arguments),
         environ=environ(unit, environment),
         log=str(log),
         url=f"http://{HOST}:{port}",
-        model=str(model),
         digests={"weights": unit.weights, "tokenizer": unit.tokenizer, "configuration": unit.configuration},
         shutdown_timeout=serve.shutdown_timeout,
         keep=keep,
@@ -62,9 +61,10 @@ def spawn(
     )
     for name in ("ready", "state.json"):
         (folder / name).unlink(missing_ok=True)
+    _link(folder / serving_supervisor.MODEL, model)
     spec.write(folder)
     with log.open("a", encoding="utf-8") as sink:
-        sink.write(f"{serving_diagnosis.START} {unit.vllm_version}, unit {unit.digest[:12]}, {spec.url}\n")
+        sink.write(f"{serving_diagnosis.START} {unit.vllm_version}, unit {unit.digest[:12]}, {spec.url}, {model}\n")
     command = [sys.executable, "-P", "-m", "pipeline.serving_supervisor", str(folder)]
     child = processes.spawn(command, _supervisor_environ(), folder / "supervisor.log")
     name = next(flag for flag in unit.flags if flag.startswith("--served-model-name=")).partition("=")[2]
@@ -80,6 +80,14 @@ def spawn(
     )
 
 
+def _link(link: Path, target: Path) -> None:
+    """Make or change a symbolic link in one step."""
+    beside = link.with_name(f".{link.name}.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target, target_is_directory=True)
+    beside.replace(link)
+
+
 def environ(unit: ServedUnit, environment: Environment) -> dict[str, str]:
     """The server's whole environment: the unit's, what is inherited by list, and where caches lie."""
     cache = home() / "vllm-cache"
@@ -93,6 +101,8 @@ def environ(unit: ServedUnit, environment: Environment) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "VLLM_CACHE_ROOT": str(cache),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "FLASHINFER_WORKSPACE_BASE": str(cache),
         **unit.env,
     }
 

@@ -5,6 +5,9 @@ it. A server that dies, or whose /health stays silent, is started again after a 
 it was ready (FOLDER/ready is there) and while the model folder still has the digests that were judged. One
 that nobody is to keep, or that isn't ready yet, ends when the process that asked for it is gone.
 
+The server runs in FOLDER and is given the model as `model`, a link there to its folder: vLLM's key of what it
+compiled holds the path that it is told, and so it is one path for evaluation and promotion.
+
 SIGTERM passes to the server, which finishes its requests in flight. Limits: Linux; the log grows until the
 next start.
 """
@@ -30,6 +33,7 @@ from pipeline.program import write_json
 from pipeline.serving_digests import model_digests
 
 POLL_S = 0.1
+MODEL = "model"  # the link's name
 PAUSES_S = (0.5, 2.0, 5.0, 15.0, 60.0)  # before each restart in a row; after the last it is given up
 STEADY_S = 300.0  # running that long counts as recovered: the next death starts from the first pause
 HEALTH_EVERY_S, HEALTH_TIMEOUT_S, HEALTH_FAILURES = 15.0, 30.0, 8
@@ -44,7 +48,6 @@ class Spec:
     environ: dict[str, str]
     log: str
     url: str
-    model: str
     digests: dict[str, str]
     shutdown_timeout: float
     keep: bool
@@ -115,7 +118,7 @@ class Supervisor:
             in_a_row += 1
             if self._stop.is_set():
                 return self._note("stopped", why)
-            if model_digests(Path(self.spec.model)) != self.spec.digests:
+            if model_digests((self.folder / MODEL).resolve()) != self.spec.digests:
                 return self._note("failed", f"{why}; not started again: the model folder isn't what was judged")
             self.state.restarts += 1
 
@@ -123,7 +126,7 @@ class Supervisor:
         with Path(self.spec.log).open("ab") as sink:
             child = subprocess.Popen(
                 self.spec.command, env=self.spec.environ, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
-                process_group=0,
+                process_group=0, cwd=self.folder,
             )  # fmt: skip
         found = processes.find(child.pid)
         self.state.pid, self.state.started = child.pid, found.started if found else 0

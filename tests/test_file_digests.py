@@ -7,6 +7,7 @@ import time
 import pytest
 
 from pipeline import file_digests
+from pipeline.digests import digest_file
 
 
 @pytest.fixture
@@ -36,6 +37,21 @@ def test_a_file_written_just_now_is_not_remembered(old_file):
     old_file.write_bytes(b"new")
     file_digests.remembered(old_file)
     assert not list((old_file.parent / "home").rglob("*.json"))
+
+
+def test_what_serves_is_read_by_the_process_that_asks(old_file, monkeypatch):
+    """What another process noted in the store isn't believed; the bytes are read once here, and again when they change."""
+    asked = []
+    monkeypatch.setattr(file_digests, "digest_file", lambda path: asked.append(path) or digest_file(path))
+    file_digests.remembered(old_file)
+    (memory,) = (old_file.parent / "home").rglob("*.json")
+    memory.write_text(memory.read_text().replace(hashlib.sha256(b"one").hexdigest(), "from memory"))
+    assert [file_digests.read_here(old_file) for _ in range(3)] == [hashlib.sha256(b"one").hexdigest()] * 3
+    assert len(asked) == 2
+    status = old_file.stat()
+    old_file.write_bytes(b"two")
+    os.utime(old_file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file_digests.read_here(old_file) == hashlib.sha256(b"two").hexdigest()
 
 
 def test_a_folders_digest_follows_names_and_bytes(old_file):

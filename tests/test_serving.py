@@ -11,11 +11,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from loopback import chat, said, stream_chat, wait_for
 from released import ENVIRONMENT, a_model, processes_under
 
-from pipeline import hardware, serving
+from pipeline import hardware, serving, serving_process
 from pipeline.config import ServeConfig
 from pipeline.errors import EnvironmentMissing, ModelError, ServingError
 
@@ -312,6 +313,26 @@ def test_a_variable_of_the_users_shell_does_not_reach_the_server(world, monkeypa
     assert found["VLLM_CPU_OMP_THREADS_BIND"] == "0"
     assert found["HF_HUB_OFFLINE"] == "1"
     assert "secret" not in (server.folder / "spec.json").read_text()
+
+
+def test_wherever_a_model_lies_vllm_is_told_one_path(world):
+    """Evaluation and promotion have the same bytes in two folders, and vLLM's key of what it compiled holds the path."""
+    told = []
+    for place in ("one", "two"):
+        server = world.start(a_model(world.folder / place), place=f"server-{place}")
+        process = psutil.Process(serving.condition(server).pid)
+        told.append([word for word in process.cmdline() if word.startswith("--model=")])
+        assert Path(process.cwd(), told[0][0].partition("=")[2]).resolve() == world.folder / place
+    assert told[0] == told[1]
+
+
+def test_caches_lie_at_home_and_are_one_for_all_servers(world):
+    """What is compiled for an evaluation is found by the promotion, whatever the user's own caches are."""
+    model = world.model()
+    environ = serving_process.environ(world.unit(model), ENVIRONMENT)
+    here = str(world.folder / "home" / "vllm-cache")
+    names = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
+    assert all(environ[name].startswith(here) for name in names)
 
 
 def test_the_process_runtime_needs_an_environment(world):

@@ -67,6 +67,15 @@ def test_host_port_path_and_timeouts_are_in_the_command_and_not_in_the_unit():
     assert not any(flag.startswith(serving_command.LEFT_OUT) for flag in flags)
 
 
+def test_no_share_of_a_gpu_must_be_free_unless_the_config_asks_for_one():
+    """The KV cache is given in bytes, so that a new server starts beside the old one; a share in the config is kept to."""
+    without = serving_command.arguments(serving_command.unit_flags(ServeConfig(), "n"), "model", "127.0.0.1", 1, 60)
+    assert serving_command.NO_SHARE in without
+    flags = serving_command.unit_flags(ServeConfig(extra_args={"gpu_memory_utilization": 0.5}), "n")
+    given = serving_command.arguments(flags, "model", "127.0.0.1", 1, 60)
+    assert [word for word in given if "utilization" in word] == ["--gpu-memory-utilization=0.5"]
+
+
 @pytest.mark.parametrize(
     "flag",
     ["trust-remote-code", "trust_remote_code", "no-trust-remote-code", "host", "port", "api-key", "model",

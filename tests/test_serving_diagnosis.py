@@ -22,7 +22,18 @@ def death(tmp_path, text, how="ended with status 1"):
     [
         ("OSError: [Errno 98] Address already in use", "port"),
         (PREFIX + "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20 MiB.", "uses the GPU"),
-        (PREFIX + "ValueError: No available memory for the cache blocks.", "uses the GPU"),
+        (PREFIX + "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization` when "
+         "initializing the engine (this flag also controls CPU memory reservation on the CPU backend, despite its name).",
+         "serve.tensor_parallel_size"),
+        (PREFIX + "ValueError: Free memory on device cuda:0 (40.12/79.19 GiB) on startup is less than desired GPU memory "
+         "utilization (0.92, 72.85 GiB). Decrease GPU memory utilization or reduce GPU memory used by other processes.",
+         "serve.extra_args.gpu_memory_utilization"),
+        (PREFIX + "ValueError: To serve at least one request with the model's max seq len (8192), (1.00 GiB KV cache is "
+         "needed, which is larger than the available KV cache memory (0.50 GiB). Based on the available memory, the "
+         "estimated maximum model length is 4096.", "raise serve.kv_cache_memory, or lower serve.max_model_len"),
+        ("Value error, World size (2) is larger than the number of available GPUs (1) in this node. If this is "
+         "intentional and you are using:", "number of devices"),
+        ("Value error, Total number of attention heads (9) must be divisible by tensor parallel size (2).", "divides"),
         (PREFIX + "ValueError: Available memory on node 0 (1.0/16.0 GiB) on kv cache allocation is less than "
          "requested memory for kv (4.0 GiB).", "serve.kv_cache_memory"),
         (PREFIX + "ValueError: The model's max seq len (8192) is larger than the maximum number of tokens that "
@@ -44,6 +55,53 @@ def test_known_deaths_are_told_with_their_remedy(tmp_path, line, remedy):
     assert line.removeprefix(PREFIX) in found.what
     assert remedy in found.remedy
     assert found.file.endswith("vllm.log")
+
+
+OUT = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 40.00 GiB. GPU 0 has a total capacity of 79.19 GiB"
+
+
+@pytest.mark.parametrize(
+    ("frames", "last", "told", "remedy"),
+    [
+        (("gpu_worker.py:424 load_model", "gpu_model_runner.py:5300 load_model"), OUT, OUT, "quantize"),
+        (("core.py:251 _initialize_kv_caches", "gpu_worker.py:465 determine_available_memory",
+          "gpu/model_runner.py:680 profile_run"), OUT, OUT, "serve.max_num_seqs, serve.max_model_len"),
+        (("core.py:270 _initialize_kv_caches", "gpu_worker.py:733 initialize_from_config",
+          "gpu_model_runner.py:7600 initialize_kv_cache", "gpu_model_runner.py:7250 _allocate_kv_cache_tensors"),
+         OUT, OUT, "lower serve.kv_cache_memory"),
+        (("core.py:270 _initialize_kv_caches", "gpu_worker.py:780 compile_or_warm_up_model",
+          "gpu_model_runner.py:6760 capture_model"), "torch.AcceleratorError: CUDA error: out of memory",
+         "CUDA error: out of memory", "serve.max_num_seqs: lower that or serve.kv_cache_memory"),
+        (("core.py:270 _initialize_kv_caches", "gpu_worker.py:860 compile_or_warm_up_model"),
+         "RuntimeError: CUDA out of memory occurred when warming up sampler with 1024 dummy requests. Please try lowering "
+         "`max_num_seqs` or `gpu_memory_utilization` when initializing the engine.", "warming up sampler", "serve.max_num_seqs"),
+        ((), OUT, OUT, "stop what else uses the GPU"),
+    ],
+)  # fmt: skip
+def test_a_full_gpu_is_told_with_what_vllm_was_at(tmp_path, frames, last, told, remedy):
+    """The same words come for weights, KV cache and CUDA graphs; vLLM's traceback tells which, and so what to lower."""
+    text = PREFIX + "EngineCore failed to start.\n" + PREFIX + "Traceback (most recent call last):\n"
+    for frame in frames:
+        place, _, function = frame.partition(" ")
+        file, _, line = place.partition(":")
+        text += f'{PREFIX}  File "/site/vllm/v1/worker/{file}", line {line}, in {function}\n{PREFIX}    self.x()\n'
+    found = death(tmp_path, text + PREFIX + last + "\nRuntimeError: Engine core initialization failed. See root cause above.\n")
+    assert told in found.what
+    assert remedy in found.remedy
+
+
+def test_weights_that_do_not_fit_are_told_by_the_error_and_not_by_vllms_advice(tmp_path):
+    """VLLM logs flags that we don't have, and then raises; the error is shorter and the remedy ours."""
+    advice = (
+        "Failed to load model - not enough GPU memory. Try lowering --gpu-memory-utilization to free memory for weights, "
+        "increasing --tensor-parallel-size, or using --quantization. See "
+        "https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more tips. (original error: CUDA out of memory. "
+        "Tried to allocate 112.00 MiB.)"
+    )
+    frame = '  File "/site/vllm/v1/worker/gpu_model_runner.py", line 5300, in load_model'
+    found = death(tmp_path, "".join(f"{PREFIX}{line}\n" for line in (advice, frame, OUT)))
+    assert found.what.endswith(OUT)
+    assert "serve.tensor_parallel_size" in found.remedy
 
 
 def test_of_an_unknown_death_the_first_cause_is_told(tmp_path):

@@ -23,7 +23,7 @@ def supervise(folder, code, *, ready=True, keep=True, pauses="(0.05, 0.05)", pat
     me = processes.find(processes.os.getpid())
     spec = Spec(
         command=(sys.executable, "-c", code), environ={}, log=str(folder / "vllm.log"), url="http://127.0.0.1:9",
-        model=str(model), digests=model_digests(model), shutdown_timeout=1, keep=keep,
+        digests=model_digests(model), shutdown_timeout=1, keep=keep,
         owner=(me.pid, me.started),
     )  # fmt: skip
     spec.write(folder)

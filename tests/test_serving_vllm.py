@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -14,6 +16,7 @@ from released import processes_under
 from pipeline import environments, serving
 from pipeline.config import ServeConfig
 from pipeline.errors import ServingError
+from pipeline.serving_diagnosis import last_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
@@ -24,6 +27,7 @@ SERVE = ServeConfig(
     max_model_len=1024, max_num_seqs=8, kv_cache_memory="64MiB", enforce_eager=True, shutdown_timeout=PATIENCE_S
 )
 TOKENS = 400
+COMPILED, AOT_FOUND = "vllm_compile_cache.py", "Directly load AOT compilation"
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +40,13 @@ def place(tmp_path_factory):
         yield folder
 
 
-def start(place, serve=SERVE):
+def start(place, serve=SERVE, model=None):
     """Start it for real."""
+    model = model or place / "model"
     environment = environments.find("serve")
-    unit = serving.served_unit(place / "model", serve, NAME, environment)
+    unit = serving.served_unit(model, serve, NAME, environment)
     server = serving.start(
-        unit, place / "model", serve, NAME, place / "server", environment, keep=False, on_event=lambda _: None
+        unit, model, serve, NAME, place / "server", environment, keep=False, on_event=lambda _: None
     )
     return unit, server
 
@@ -95,3 +100,19 @@ def test_vllms_own_refusal_is_told_with_its_remedy(place):
         start(place, serve)
     assert "100000" in caught.value.problems[0].what
     assert "serve.max_model_len" in caught.value.problems[0].remedy
+
+
+def test_the_same_bytes_in_another_folder_start_from_what_was_compiled_before(place, tmp_path):
+    """A promotion serves from another folder than the evaluation did; vLLM finds its compiled graph all the same."""
+    moved = shutil.copytree(place / "model", tmp_path / "moved", copy_function=os.link)
+    cache = place / "home" / "vllm-cache" / "torch_compile_cache"
+    serve = SERVE.model_copy(update={"enforce_eager": False})
+    kept, logs = [], []
+    for model in (place / "model", moved):
+        _, server = start(place, serve, model)
+        serving.stop(server, 1)
+        kept.append({path.relative_to(cache) for path in cache.rglob("*") if path.name in ("model", COMPILED)})
+        logs.append("\n".join(last_run(server.log)))
+    assert kept[0] == kept[1] != set()
+    assert AOT_FOUND not in logs[0]
+    assert AOT_FOUND in logs[1]
