@@ -180,7 +180,7 @@ class _Lazy:
             build_key, system, show = self._arguments
             settings = Config.model_validate(system.config)
             show({"event": "stage", "stage": "serve", "state": "running", "log": system.role})
-            self._stack.enter_context(stages.device_slot())
+            self._stack.enter_context(stages.device_slot(show))
             self._server = self._stack.enter_context(
                 serving.running(
                     system.unit, system.model, settings.serve, settings.name, store.build_folder(build_key) / f"serve-{system.role}",

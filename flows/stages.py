@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from pipeline.plan import Step
 
 # A gated model or dataset needs the user's token; no other stage program sees a secret unless its caller names it.
 SECRETS_OF = {"model": ("HF_TOKEN",), "data": ("HF_TOKEN",), "tasks": ("HF_TOKEN",)}
+GIVEN_BACK_S = 5.0  # what a GPU may take to have the memory of an ended process back
 OnEvent = Callable[[program.Event], None]
 
 
@@ -86,7 +87,7 @@ def _make(
             {name.rpartition(".")[2]: plan.section(config, name) for name in step.sections}, inputs, partial
         )
         try:
-            with device_slot():
+            with device_slot(on_event):
                 detail = run_program(plan.program_of(step.stage), step.environment, config, request, on_event)
         except TunegateError:
             on_event({"event": "stage", "stage": step.stage, "state": "failed", "seconds": time.monotonic() - started})
@@ -121,9 +122,21 @@ def secrets_named(config: Mapping[str, Any]) -> set[str]:
     return {str(name) for name in (*judges, config["promote"]["api_key_env"], config["notify"]["webhook_env"]) if name}
 
 
-def device_slot() -> AbstractContextManager[None]:
-    """One stage at a time on a GPU, across all runs of this machine; a CPU is shared by the system itself."""
-    return store.lock("gpu") if hardware.device().kind == "cuda" else nullcontext()
+@contextmanager
+def device_slot(on_event: OnEvent) -> Iterator[None]:
+    """One stage at a time on the GPUs, across all runs of this machine; a CPU is shared by the system itself.
+
+    It is one slot for all GPUs, also while a stage uses one of several: a served model may take them all. Memory that
+    somebody else holds is told, so that a stage that finds too little isn't a riddle.
+    """
+    if hardware.device().kind != "cuda":
+        yield
+        return
+    with store.lock("gpu"):
+        for card in hardware.settled_gpu_memory(lambda card: card.free >= card.total // 2, GIVEN_BACK_S):
+            if card.free < card.total // 2:
+                on_event({"event": "message", "text": f"GPU memory: {card.told()}"})
+        yield
 
 
 def inputs_json(artifacts: Mapping[Any, Artifact], names: tuple[str, ...]) -> dict[str, Any]:

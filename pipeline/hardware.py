@@ -1,4 +1,4 @@
-"""The only question asked of the machine: which device is here, and how much of it. No torch is needed.
+"""The only question asked of the machine: which device is here, how much of it, and what of it is free. No torch is needed.
 
 A GPU is asked of nvidia-smi, a CPU of /proc, memory and cores within the container's limits.
 `TUNEGATE_DEVICE=cpu` or `=cuda` says which to use; unset, a visible GPU is used. Limits: Linux, NVIDIA, GPUs
@@ -12,6 +12,8 @@ import platform
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -55,6 +57,56 @@ class Device:
         return "float32" if self.device_class in WITHOUT_BF16 else "bfloat16"
 
 
+@dataclass(frozen=True)
+class GpuMemory:
+    """One GPU's memory now, in bytes, and who holds it: `pid N (program) X GiB` each, as far as nvidia-smi shows them.
+
+    In a container it shows none of the processes outside.
+    """
+
+    free: int
+    total: int
+    holders: tuple[str, ...]
+
+    def told(self) -> str:
+        """In words: how much is free, and who holds the rest."""
+        held = ", ".join(self.holders) or "nobody that nvidia-smi shows here"
+        return f"{self.free / 2**30:.1f} of {self.total / 2**30:.1f} GiB are free; held by {held}"
+
+
+def gpu_memory() -> tuple[GpuMemory, ...]:
+    """The memory of each visible GPU; empty where there is none or nvidia-smi doesn't tell."""
+    cards = _nvidia_smi("--query-gpu=index,uuid,memory.free,memory.total")
+    programs = _nvidia_smi("--query-compute-apps=gpu_uuid,pid,process_name,used_memory")
+    rows = _visible(cards or "", 4, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not all(free.isdigit() and total.isdigit() for _, _, free, total in rows):
+        return ()
+    holding = [row for row in _rows(programs or "", 4) if row[3].isdigit()]
+    return tuple(
+        GpuMemory(
+            int(free) * 2**20,
+            int(total) * 2**20,
+            tuple(f"pid {pid} ({name}) {int(used) / 2**10:.1f} GiB" for on, pid, name, used in holding if on == uuid),
+        )
+        for _, uuid, free, total in rows
+    )
+
+
+def settled_gpu_memory(
+    is_enough: Callable[[GpuMemory], bool], wait_s: float, count: int | None = None
+) -> tuple[GpuMemory, ...]:
+    """The memory of the first `count` visible GPUs (None: all), once each is enough or `wait_s` seconds are over.
+
+    A process that ended gives its memory back a moment later.
+    """
+    until = time.monotonic() + wait_s
+    while True:
+        found = gpu_memory()[:count]
+        if all(map(is_enough, found)) or time.monotonic() > until:
+            return found
+        time.sleep(0.5)
+
+
 def device() -> Device:
     """The device that work goes to; raises ResourceError when TUNEGATE_DEVICE=cuda and no GPU is visible."""
     wanted = os.environ.get("TUNEGATE_DEVICE", "")
@@ -86,22 +138,32 @@ def gpu_of(csv: str, visible: str | None, cores: int) -> Device | None:
     `visible` is CUDA_VISIBLE_DEVICES: indices or UUID prefixes; empty hides all, and the first unknown entry
     ends the list, as CUDA has it.
     """
-    rows = [[cell.strip() for cell in line.split(",")] for line in csv.strip().splitlines()]
-    rows = [row for row in rows if len(row) == 5]
-    if visible is not None:
-        chosen = []
-        for entry in (part.strip() for part in visible.split(",")):
-            found = next((row for row in rows if entry and (entry == row[0] or row[1].startswith(entry))), None)
-            if found is None:
-                break
-            chosen.append(found)
-        rows = chosen
+    rows = _visible(csv, 5, visible)
     if not rows:
         return None
     _, _, name, mebibytes, capability = rows[0]
     size = int(float(mebibytes)) * 2**20 if mebibytes.replace(".", "").isdigit() else 0
     bf16 = capability.replace(".", "").isdigit() and float(capability) >= BF16_COMPUTE_CAPABILITY
     return Device("cuda", name, name, size, cores, len(rows), bf16)
+
+
+def _rows(csv: str, columns: int) -> list[list[str]]:
+    rows = [[cell.strip() for cell in line.split(",")] for line in csv.strip().splitlines()]
+    return [row for row in rows if len(row) == columns]
+
+
+def _visible(csv: str, columns: int, visible: str | None) -> list[list[str]]:
+    """The rows, which begin with index and uuid, of the GPUs that CUDA_VISIBLE_DEVICES names, in its order."""
+    rows = _rows(csv, columns)
+    if visible is None:
+        return rows
+    chosen: list[list[str]] = []
+    for entry in (part.strip() for part in visible.split(",")):
+        found = next((row for row in rows if entry and (entry == row[0] or row[1].startswith(entry))), None)
+        if found is None:
+            break
+        chosen.append(found)
+    return chosen
 
 
 def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -120,15 +182,22 @@ def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _gpu(visible: str | None) -> Device | None:
+    shown = _nvidia_smi("--query-gpu=index,uuid,name,memory.total,compute_cap")
+    return None if shown is None else gpu_of(shown, visible, cores())
+
+
+def _nvidia_smi(query: str) -> str | None:
+    """What it prints as bare CSV; None where it isn't there or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    query = [tool, "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
-        shown = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+        shown = subprocess.run(
+            [tool, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=30, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return gpu_of(shown.stdout, visible, cores()) if shown.returncode == 0 else None
+    return shown.stdout if shown.returncode == 0 else None
 
 
 def _field(cpuinfo: str, *names: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline import environments, hardware, scoring_plugins, store
 from pipeline.digests import digest_file, digest_of
+from pipeline.errors import ConfigError
 from pipeline.sample_size import DIFFERING, items_for_margin
 
 HERE = Path(__file__).parent
@@ -179,7 +180,10 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
 
     `sources` are the digests of what comes from outside, the base model's under "base" and the data files' under "prepare";
     `device` is the class of device, which decides how a model is trained.
+
+    Raises ConfigError when vLLM is to serve on more GPUs than are visible.
     """
+    _raise_for_too_few_gpus(config)
     planned: list[PlannedStep] = []
     digests: dict[str, str] = {}
     made_by: dict[str, dict[str, str]] = {}
@@ -217,6 +221,17 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
         tuple(sizes(config, planned)),
         judges(config),
     )
+
+
+def _raise_for_too_few_gpus(config: Mapping[str, Any]) -> None:
+    here, wanted = hardware.device(), config["serve"]["tensor_parallel_size"]
+    if here.kind == "cuda" and wanted > here.count:
+        raise ConfigError(
+            f"{wanted} GPUs are asked for, and {here.count} {'is' if here.count == 1 else 'are'} visible here",
+            key="serve.tensor_parallel_size",
+            allowed=f"1 to {here.count}",
+            remedy="lower it, or let CUDA_VISIBLE_DEVICES name more GPUs",
+        )
 
 
 def judges(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -20,6 +20,7 @@ from pipeline import (
     serving_digests,
     serving_docker,
     serving_process,
+    serving_room,
     serving_server,
 )
 from pipeline.artifacts import ServedUnit
@@ -86,8 +87,8 @@ def start(
     one is stopped. With `keep` it outlives this process and is started again when it dies, else it ends with
     this process.
 
-    Raises ModelError for an unsafe folder, ServingError when what lies there isn't `unit`, or when the server
-    dies (with its log's telling line) or isn't ready within serve.startup_timeout.
+    Raises ModelError for an unsafe folder, ServingError when what lies there isn't `unit`, when a GPU has no room
+    for it, or when the server dies (with its log's telling line) or isn't ready within serve.startup_timeout.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,6 +98,7 @@ def start(
         return _until_ready(before, unit, serve, on_event)
     if before is not None:
         stop(before, 1)
+    serving_room.check(unit, model, serving_room.WAIT_S)
     for tries_left in reversed(range(ADDRESS_TRIES)):
         server = _spawn(unit, model.resolve(), serve, folder, environment, keep=keep)
         write_json(folder / "server.json", server.model_dump(mode="json"))

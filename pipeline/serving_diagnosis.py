@@ -106,8 +106,8 @@ def of_silence(log: Path, seconds: int) -> ServingError:
 def _telling(lines: list[str], how: str) -> tuple[str, str]:
     bare = [_bare(line) for line in lines]
     if full := [line for line in bare if OUT_OF_MEMORY.search(line)]:
-        raised = next((line for line in full if RAISED.match(line)), full[0])
-        return raised.strip()[:500], _what_needs_less(bare)
+        told = next((line for line in full if RAISED.match(line)), full[0])
+        return told.strip()[:500], _what_needs_less(bare)
     for pattern, remedy in KNOWN:
         for line in bare:
             if re.search(pattern, line):

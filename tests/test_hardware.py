@@ -3,6 +3,7 @@
 import os
 import stat
 
+import fake_smi
 import pytest
 
 from pipeline import hardware
@@ -101,6 +102,35 @@ def test_a_visible_gpu_is_preferred_and_can_be_declined(monkeypatch, tmp_path):
     monkeypatch.setenv("TUNEGATE_DEVICE", "tpu")
     with pytest.raises(ResourceError, match="cpu, cuda"):
         hardware.device()
+
+
+def test_who_holds_a_gpu_is_told_with_pid_and_size(monkeypatch, tmp_path):
+    """Each card has its own holders; a card that is hidden isn't told of."""
+    programs = "GPU-1, 41, VLLM::EngineCore, 10240\nGPU-0, 42, python3, 61440\nGPU-0, 43, python3, [N/A]\n"
+    fake_smi.install(monkeypatch, tmp_path, 2048, 71000, programs=programs)
+    first, second = hardware.gpu_memory()
+    assert first.told() == "2.0 of 79.6 GiB are free; held by pid 42 (python3) 60.0 GiB"
+    assert second.holders == ("pid 41 (VLLM::EngineCore) 10.0 GiB",)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert hardware.gpu_memory() == (second,)
+
+
+def test_without_nvidia_smi_or_its_figures_no_memory_is_told(monkeypatch, tmp_path):
+    """Nobody is refused for what isn't known."""
+    fake_smi.install(monkeypatch, tmp_path, "echo [N/A]")
+    assert hardware.gpu_memory() == ()
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    assert hardware.gpu_memory() == ()
+
+
+def test_memory_that_comes_free_in_time_is_waited_for(monkeypatch, tmp_path):
+    """An ended process gives its memory back a moment later; what stays held isn't waited for longer than asked."""
+    count = tmp_path / "count"
+    fake_smi.install(monkeypatch, tmp_path, f"echo x >> {count}; echo $(( $(wc -l < {count}) * 1000 ))")
+    (card,) = hardware.settled_gpu_memory(lambda card: card.free >= 2500 * 2**20, 20)
+    assert card.free == 3000 * 2**20
+    (card,) = hardware.settled_gpu_memory(lambda card: card.free >= 80000 * 2**20, 0)
+    assert card.free < 80000 * 2**20
 
 
 @pytest.mark.parametrize(

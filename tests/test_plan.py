@@ -7,10 +7,12 @@ import os
 import sys
 from pathlib import Path
 
+import fake_smi
 import pytest
 
 from pipeline import plan
 from pipeline.environments import Environment
+from pipeline.errors import ConfigError
 from pipeline.hardware import Device
 
 
@@ -90,6 +92,21 @@ def test_served_weights_are_estimated_as_they_will_lie_in_memory(method, dtype, 
     device = Device("cpu", "a CPU", device_class, 2**34, 2, 0, bf16="bf16" in device_class)
     config = {"serve": {"dtype": dtype}, "quantize": {"method": method}}
     assert plan.served_weights(config, 1000, device) == 1000 * bytes_a_parameter
+
+
+@pytest.mark.parametrize(("gpus", "wanted", "refused"), [(1, 2, True), (2, 2, False), (0, 2, False)])
+def test_more_gpus_than_there_are_is_a_mistake_of_the_config(monkeypatch, tmp_path, gpus, wanted, refused):
+    """Told before anything runs, with the key; a CPU's parts are vLLM's to count."""
+    fake_smi.install(monkeypatch, tmp_path, *[80000] * gpus)
+    if not gpus:
+        monkeypatch.setenv("TUNEGATE_DEVICE", "cpu")
+    monkeypatch.setattr(plan, "all_steps", lambda _: (_ for _ in ()).throw(LookupError))  # the rest isn't asked here
+    with pytest.raises(ConfigError if refused else LookupError) as caught:
+        plan.make({"serve": {"tensor_parallel_size": wanted}}, {}, "x")
+    if refused:
+        (problem,) = caught.value.problems
+        assert (problem.key, problem.allowed) == ("serve.tensor_parallel_size", "1 to 1")
+        assert problem.what == "2 GPUs are asked for, and 1 is visible here"
 
 
 def test_a_comparison_says_how_many_items_it_needs():

@@ -31,8 +31,8 @@ def death(tmp_path, text, how="ended with status 1"):
         (PREFIX + "ValueError: To serve at least one request with the model's max seq len (8192), (1.00 GiB KV cache is "
          "needed, which is larger than the available KV cache memory (0.50 GiB). Based on the available memory, the "
          "estimated maximum model length is 4096.", "raise serve.kv_cache_memory, or lower serve.max_model_len"),
-        ("Value error, World size (2) is larger than the number of available GPUs (1) in this node. If this is "
-         "intentional and you are using:", "number of devices"),
+        (("Value error, World size (2) is larger than the number of available GPUs (1) in this node. If this is "
+         "intentional and you are using:"), "number of devices"),
         ("Value error, Total number of attention heads (9) must be divisible by tensor parallel size (2).", "divides"),
         (PREFIX + "ValueError: Available memory on node 0 (1.0/16.0 GiB) on kv cache allocation is less than "
          "requested memory for kv (4.0 GiB).", "serve.kv_cache_memory"),
@@ -73,8 +73,8 @@ OUT = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 40.00 GiB. 
           "gpu_model_runner.py:6760 capture_model"), "torch.AcceleratorError: CUDA error: out of memory",
          "CUDA error: out of memory", "serve.max_num_seqs: lower that or serve.kv_cache_memory"),
         (("core.py:270 _initialize_kv_caches", "gpu_worker.py:860 compile_or_warm_up_model"),
-         "RuntimeError: CUDA out of memory occurred when warming up sampler with 1024 dummy requests. Please try lowering "
-         "`max_num_seqs` or `gpu_memory_utilization` when initializing the engine.", "warming up sampler", "serve.max_num_seqs"),
+         ("RuntimeError: CUDA out of memory occurred when warming up sampler with 1024 dummy requests. Please try lowering "
+         "`max_num_seqs` or `gpu_memory_utilization` when initializing the engine."), "warming up sampler", "serve.max_num_seqs"),
         ((), OUT, OUT, "stop what else uses the GPU"),
     ],
 )  # fmt: skip
@@ -85,7 +85,9 @@ def test_a_full_gpu_is_told_with_what_vllm_was_at(tmp_path, frames, last, told, 
         place, _, function = frame.partition(" ")
         file, _, line = place.partition(":")
         text += f'{PREFIX}  File "/site/vllm/v1/worker/{file}", line {line}, in {function}\n{PREFIX}    self.x()\n'
-    found = death(tmp_path, text + PREFIX + last + "\nRuntimeError: Engine core initialization failed. See root cause above.\n")
+    found = death(
+        tmp_path, text + PREFIX + last + "\nRuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
     assert told in found.what
     assert remedy in found.remedy
 

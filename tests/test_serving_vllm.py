@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -27,7 +29,7 @@ SERVE = ServeConfig(
     max_model_len=1024, max_num_seqs=8, kv_cache_memory="64MiB", enforce_eager=True, shutdown_timeout=PATIENCE_S
 )
 TOKENS = 400
-COMPILED, AOT_FOUND = "vllm_compile_cache.py", "Directly load AOT compilation"
+COMPILED = ("model", "vllm_compile_cache.py")
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,7 @@ def start(place, serve=SERVE, model=None):
     model = model or place / "model"
     environment = environments.find("serve")
     unit = serving.served_unit(model, serve, NAME, environment)
-    server = serving.start(
-        unit, model, serve, NAME, place / "server", environment, keep=False, on_event=lambda _: None
-    )
+    server = serving.start(unit, model, serve, NAME, place / "server", environment, keep=False, on_event=lambda _: None)
     return unit, server
 
 
@@ -103,16 +103,21 @@ def test_vllms_own_refusal_is_told_with_its_remedy(place):
 
 
 def test_the_same_bytes_in_another_folder_start_from_what_was_compiled_before(place, tmp_path):
-    """A promotion serves from another folder than the evaluation did; vLLM finds its compiled graph all the same."""
+    """A promotion serves from another folder than the evaluation did, and vLLM's key of its compiled graph is the same.
+
+    On a CPU vLLM 0.32 finds the file and can't load it (its backend there returns a plain function); what Inductor made is
+    found all the same.
+    """
     moved = shutil.copytree(place / "model", tmp_path / "moved", copy_function=os.link)
     cache = place / "home" / "vllm-cache" / "torch_compile_cache"
     serve = SERVE.model_copy(update={"enforce_eager": False})
-    kept, logs = [], []
+    kept = []
     for model in (place / "model", moved):
         _, server = start(place, serve, model)
         serving.stop(server, 1)
-        kept.append({path.relative_to(cache) for path in cache.rglob("*") if path.name in ("model", COMPILED)})
-        logs.append("\n".join(last_run(server.log)))
+        kept.append({path.relative_to(cache) for path in cache.rglob("*") if path.name in COMPILED})
     assert kept[0] == kept[1] != set()
-    assert AOT_FOUND not in logs[0]
-    assert AOT_FOUND in logs[1]
+    told = re.findall(
+        r"(?:Directly load AOT compilation from path|load failure from) \S+", "\n".join(last_run(server.log))
+    )
+    assert [Path(line.split()[-1].rstrip(",")).relative_to(cache) in kept[0] for line in told] == [True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fake_smi
 import pytest
 from released import a_config
 
@@ -66,3 +67,16 @@ def test_an_input_that_changed_since_stops_the_stage(made: dict[str, Artifact], 
     with pytest.raises(StageFailed, match="prepare artefact was changed") as error:
         stages.inputs_json(made, ("merge", "prepare"))
     assert f"rm -r {made['prepare'].path}" in str(error.value)
+
+
+def test_who_holds_a_gpu_is_said_before_a_stage_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where it is much: a stage on a free GPU, or on a CPU, hears nothing."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(stages, "GIVEN_BACK_S", 0.0)
+    said: list[str] = []
+    for free, device in ((20000, "cuda"), (70000, "cuda"), (20000, "cpu")):
+        fake_smi.install(monkeypatch, tmp_path, free, programs="GPU-0, 42, python3, 61440\n")
+        monkeypatch.setenv("TUNEGATE_DEVICE", device)
+        with stages.device_slot(lambda event: said.append(str(event["text"]))):
+            pass
+    assert said == ["GPU memory: 19.5 of 79.6 GiB are free; held by pid 42 (python3) 60.0 GiB"]
