@@ -64,8 +64,13 @@ KNOWN: tuple[tuple[str, str], ...] = (
         "choose a serve.tensor_parallel_size that divides the model's attention heads",
     ),
     (
-        r"World size .* is larger than|Not enough allowed NUMA nodes",
+        r"World size .* is larger than",
         "lower serve.tensor_parallel_size to the number of devices",
+    ),
+    (
+        r"Not enough allowed NUMA nodes",
+        "lower serve.tensor_parallel_size to the number of NUMA nodes, or give each part its cores in "
+        "serve.env.VLLM_CPU_OMP_THREADS_BIND, such as 0-3|4-7",
     ),
     (r"No space left on device", "free some disk: tunegate gc"),
     (

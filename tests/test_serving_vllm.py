@@ -121,3 +121,21 @@ def test_the_same_bytes_in_another_folder_start_from_what_was_compiled_before(pl
         r"(?:Directly load AOT compilation from path|load failure from) \S+", "\n".join(last_run(server.log))
     )
     assert [Path(line.split()[-1].rstrip(",")).relative_to(cache) in kept[0] for line in told] == [True]
+
+
+def test_a_model_in_two_parts_answers_as_the_whole_one_does(place):
+    """Tensor parallelism through the same interface, each part a process with a core of its own; both end with the server."""
+    answers = []
+    for parts in (1, 2):
+        bound = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(str(core) for core in range(parts))}
+        serve = SERVE.model_copy(update={"tensor_parallel_size": parts, "env": bound, "dtype": "float32"})
+        _, server = start(place, serve)
+        try:
+            body = {"model": NAME, "prompt": "Which category", "max_tokens": 8, "temperature": 0}
+            answers.append(
+                httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"]
+            )
+        finally:
+            serving.stop(server, 1)
+        assert processes_under(place, "vllm") == []
+    assert answers[0] == answers[1]
