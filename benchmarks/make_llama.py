@@ -1,9 +1,10 @@
 """A Llama of 7.4 B random weights as a Hugging Face folder: good for speed and memory, and for nothing else.
 
-    python benchmarks/make_llama.py TOKENIZER_FOLDER OUT [--layers 32]
+    python benchmarks/make_llama.py TOKENIZER_FOLDER OUT [--layers 32] [--hidden 4096]
 
-Runs in the train environment. The shape is a Llama 3 8B's (hidden 4096, inner 14336, 32 heads, 8 of them for keys)
-with the tokenizer, chat template and vocabulary of TOKENIZER_FOLDER, so that every stage can take it as its base.
+Runs in the train environment. The shape is a Llama 3 8B's (hidden 4096, inner 14336, 32 heads, 8 of them for keys),
+or that made narrower (a head stays 128 wide), with the tokenizer, chat template and vocabulary of TOKENIZER_FOLDER,
+so that every stage can take it as its base.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ SPREAD = 0.02
 TOKENIZER_FILES = ("tokenizer*", "chat_template*", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
-def config_for(tokenizer_folder: Path, layers: int) -> LlamaConfig:
+def config_for(tokenizer_folder: Path, layers: int, hidden: int = 4096) -> LlamaConfig:
     """The shape, with the tokenizer's vocabulary and special tokens."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    heads = hidden // 128
     return LlamaConfig(
         architectures=["LlamaForCausalLM"], dtype="bfloat16", vocab_size=len(tokenizer),
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=False,
+        hidden_size=hidden, intermediate_size=hidden * 7 // 2, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4), max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
 
@@ -51,8 +53,9 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096, help="a multiple of 128")
     args = parser.parse_args()
-    config = config_for(args.tokenizer, args.layers)
+    config = config_for(args.tokenizer, args.layers, args.hidden)
     args.out.mkdir(parents=True)
     vocabulary = (config.vocab_size, config.hidden_size)
     shards = [layer_weights(config, number) for number in range(args.layers)]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import environments, hardware, plan, resolve
+from pipeline import environments, environments_doctor, hardware, plan, resolve
 
 
 def check(options: argparse.Namespace) -> int:
@@ -43,7 +43,9 @@ def schema(_options: argparse.Namespace) -> int:
 def doctor(options: argparse.Namespace) -> int:
     """Print what the machine has and lacks; 1 when something needed is missing."""
     config = resolve.resolve(options.config) if options.config else {}
-    findings = environments.doctor(environments.settings(config), config.get("serve", {}).get("runtime", "process"))
+    findings = environments_doctor.doctor(
+        environments.settings(config), config.get("serve", {}).get("runtime", "process")
+    )
     for finding in findings:
         mark = "ok" if finding.ok else "missing" if finding.needed else "absent"
         print(f"{mark:<9}{finding.name:<22}{finding.detail}")

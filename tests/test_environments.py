@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pipeline import environments, install
-from pipeline.errors import EnvironmentMissing
-
-
-@dataclass
-class Setting:
-    """What the config says about an environment."""
-
-    interpreter: str | None = None
-    pythonpath: tuple[str, ...] = ()
+from pipeline.environments import Setting
+from pipeline.errors import ConfigError, EnvironmentMissing
 
 
 @pytest.fixture
@@ -193,67 +184,51 @@ def test_without_a_control_environment_this_process_is_it(venvs, monkeypatch, tm
     assert found == environments.Environment("control", Path(sys.executable), (tmp_path,))
 
 
-def findings(**settings: Setting) -> dict[str, environments.Finding]:
-    return {finding.name: finding for finding in environments.doctor(settings)}
+@pytest.fixture
+def host_file(venvs, tmp_path, monkeypatch):
+    """Write the file that says where a host's packages are."""
+
+    def write(text: str) -> Path:
+        file = tmp_path / "host.yaml"
+        file.write_text(text, encoding="utf-8")
+        monkeypatch.setenv(environments.OF_HOST, str(file))
+        return file
+
+    return write
 
 
-def test_doctor_tells_what_is_missing_and_how_to_get_it(venvs):
-    """Everything that isn't there comes with a remedy; AutoAWQ, lm-eval, containers and a GPU aren't needed."""
-    found = findings()
-    assert found["environment train"].detail.startswith("the train environment isn't there")
-    assert [finding.name for finding in found.values() if not finding.ok and not finding.remedy] == []
-    assert not found["environment autoawq"].needed
-    assert found["environment autoawq"].remedy == "python3 -m pipeline.install autoawq"
-    assert found["python"].ok
+def test_a_host_says_once_where_its_packages_are(host_file, tmp_path):
+    """Every config then finds them, and a config's own entry still wins."""
+    host_file(
+        f"train: {{interpreter: {sys.executable}, pythonpath: [{tmp_path}]}}\nserve: {{interpreter: /no/python}}\n"
+    )
+    assert environments.find("train") == environments.Environment("train", Path(sys.executable), (tmp_path,))
+    own = environments.find("serve", {"serve": Setting(sys.executable)})
+    assert own == environments.Environment("serve", Path(sys.executable))
+    with pytest.raises(EnvironmentMissing, match="the autoawq environment isn't there"):
+        environments.find("autoawq")
 
 
-def test_doctor_sees_an_environment_that_was_made_from_an_older_lock(venvs):
-    """A stamp with another digest than today's lock asks for the set-up again."""
-    made(venvs, "train")
-    assert findings()["environment train"].ok
-    stamp = {"device": "cpu", "digest": "of another lock"}
-    (venvs / "train" / install.STAMP).write_text(json.dumps(stamp))
-    stale = findings()["environment train"]
-    assert not stale.ok
-    assert "older lock" in stale.detail
-    assert stale.remedy == "make setup"
-
-
-def test_doctor_accepts_what_the_config_names(venvs):
-    """An interpreter of the user's own is no missing environment, and AutoAWQ is needed when configured."""
-    found = findings(autoawq=Setting(sys.executable), train=Setting("/no/python"))
-    assert found["environment autoawq"].ok
-    assert found["environment autoawq"].needed
-    assert found["environment train"].detail == "/no/python is no program"
-
-
-def test_doctor_finds_an_engine_by_its_socket_and_a_gpu_by_its_tool(venvs, tmp_path, monkeypatch):
-    """A real socket named by DOCKER_HOST, and what nvidia-smi prints."""
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB, 580.65'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    with socket.socket(socket.AF_UNIX) as engine:
-        engine.bind(str(tmp_path / "engine.sock"))
-        engine.listen()
-        monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/engine.sock")
-        found = findings()
-    assert found["container engine"].ok
-    assert found["container engine"].detail == str(tmp_path / "engine.sock")
-    assert found["gpu"].detail == "NVIDIA H100 80GB HBM3, 81559 MiB, 580.65"
-
-
-def test_doctor_says_that_an_engine_is_gone_or_was_never_there(venvs, tmp_path, monkeypatch):
-    """A socket that nobody answers at is no engine; a config with runtime: docker needs one, and no vLLM here."""
-    place = tmp_path / "engine.sock"
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{place}")
-    assert findings()["container engine"].detail == f"no socket at {place}"
-    with socket.socket(socket.AF_UNIX) as engine:
-        engine.bind(str(place))
-    found = {one.name: one for one in environments.doctor(runtime="docker")}
-    assert found["container engine"].detail == f"nobody answers at {place}"
-    assert (found["container engine"].needed, found["environment serve"].needed) == (True, False)
-    assert "podman" in found["container engine"].remedy.lower()
+@pytest.mark.parametrize(
+    ("text", "key", "allowed"),
+    [
+        ("control: {}", "control", "train, serve, autoawq, judges"),
+        ("train: python3", "train", "the keys interpreter and pythonpath"),
+        ("train: {python: python3}", "train", "the keys interpreter and pythonpath"),
+        ("train: {interpreter: 3}", "train.interpreter", "a path or a command"),
+        ("train: {pythonpath: /site}", "train.pythonpath", "a list of paths"),
+        ("- train", environments.OF_HOST, "NAME: {interpreter: …, pythonpath: […]}"),
+        ("train: {", environments.OF_HOST, None),
+    ],
+)
+def test_a_mistake_in_the_hosts_file_names_file_key_and_what_is_allowed(host_file, text, key, allowed):
+    """What a config would refuse is refused here too, before anything runs."""
+    file = host_file(text)
+    with pytest.raises(ConfigError) as caught:
+        environments.find("train")
+    (problem,) = caught.value.problems
+    assert (problem.file, problem.key, problem.allowed) == (str(file), key, allowed)
+    assert environments.OF_HOST in str(problem.remedy)
 
 
 def test_the_module_costs_little_to_import():
