@@ -6,7 +6,7 @@ export DEVICE
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test image test-container lint up down locks locks-check clean
+.PHONY: help setup demo test image test-container test-gpu lint up down locks locks-check clean
 
 help:         ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
@@ -26,6 +26,9 @@ image:        ## build the CPU serving image where no registry is reachable (Deb
 
 test-container: setup ## the tests that need a container engine and that image
 	@$(BIN)/python -m pytest -m container
+
+test-gpu:     ## what needs a GPU: its tests, Banking77 and a Llama of 8 B (GPU_HOST="…": options of tests/gpu_host.py)
+	@$(PYTHON) tests/gpu_host.py $(GPU_HOST)
 
 lint: setup   ## ruff, mypy --strict and the import contracts
 	@$(BIN)/ruff check

