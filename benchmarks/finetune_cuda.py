@@ -10,7 +10,9 @@ alpha 32, dropout 0.05 and 8-bit paged AdamW, and starts from the same adapter s
   plain-open   the same without checkpointing
   ours         pipeline.finetune with the same rows in each step, within --memory GiB where that is given
   ours-eager, ours-graphs   the same without CUDA graphs, and with them, whatever it would choose
-  ours-full    the same with --fill times as many rows a step and all of the card's memory: no comparison of curves
+  trl          TRL's SFTTrainer as its documents show QLoRA, with Liger's kernels (finetune_peers.py)
+  unsloth      Unsloth as its documents show it: no dropout, its own checkpoints
+  ours-full    the same as ours with --fill times as many rows a step and all of the card's memory: no comparison of curves
 
 Without ROWS.jsonl (prepared rows) a step has 4 rows of 1024 random ids, of which 16 are learned by heart; with it, 32
 rows. Each side has a process to itself. Prints useful tokens/s (padding isn't counted; the median step after the first
@@ -42,6 +44,7 @@ from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import finetune_peers
 from pipeline import finetune, finetune_checkpoints, finetune_model, finetune_rows
 from pipeline.config import FinetuneConfig
 from pipeline.packing import IGNORED, Row, encode
@@ -50,6 +53,7 @@ SEED = 1
 RATE = 2e-4
 RANDOM_ROWS, RANDOM_LENGTH, RANDOM_BATCH, REAL_BATCH = 16, 1024, 4, 32
 Step = Callable[[Sequence[int]], float]
+PEERS = {"trl": finetune_peers.trl, "unsloth": finetune_peers.unsloth}
 
 
 @dataclass(frozen=True)
@@ -178,33 +182,47 @@ def measure(name: str, it: Work, args: argparse.Namespace) -> Measured:
     began = time.perf_counter()
     if name in ("ours", "ours-eager", "ours-graphs") and args.memory:
         torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.mem_get_info()[1])
-    made = {
-        "plain": lambda: plain(it, checkpointed=True),
-        "plain-open": lambda: plain(it, checkpointed=False),
-        "ours": lambda: ours(it, args.optimizer),
-        "ours-eager": lambda: ours(it, args.optimizer, graphs=False),
-        "ours-graphs": lambda: ours(it, args.optimizer, graphs=True),
-        "ours-full": lambda: ours(it, args.optimizer),
-    }[name]
-    step, _model = made()
-    print(f"{name}: loaded after {time.perf_counter() - began:.0f} s", flush=True)
+    if name in PEERS:
+        train, _model = PEERS[name](it)
+        seconds, losses = timed_by_itself(train)
+    else:
+        step, _model = {
+            "plain": lambda: plain(it, checkpointed=True),
+            "plain-open": lambda: plain(it, checkpointed=False),
+            "ours": lambda: ours(it, args.optimizer),
+            "ours-eager": lambda: ours(it, args.optimizer, graphs=False),
+            "ours-graphs": lambda: ours(it, args.optimizer, graphs=True),
+            "ours-full": lambda: ours(it, args.optimizer),
+        }[name]()
+        print(f"{name}: loaded after {time.perf_counter() - began:.0f} s", flush=True)
+        seconds, losses = timed(step, it.batches)
+        if args.profile:
+            profile(name, step, it.batches[-1])
+    rates = [it.tokens(batch) / took for batch, took in zip(it.batches, seconds, strict=True)]
+    rate = statistics.median(rates[len(rates) // 3 :])
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    utilisation = rate * flop_a_token(it) / (args.peak_tflops * 1e12)
+    return Measured(name, rate, peak, utilisation, seconds[0], tuple(losses))
+
+
+def timed(step: Step, batches: Sequence[Sequence[int]]) -> tuple[list[float], list[float]]:
+    """Seconds and loss of every step."""
     torch.cuda.reset_peak_memory_stats()
-    losses, rates = [], []
-    first = time.perf_counter()
-    for number, batch in enumerate(it.batches):
+    seconds, losses = [], []
+    for batch in batches:
         torch.cuda.synchronize()
         start = time.perf_counter()
         losses.append(step(batch))
         torch.cuda.synchronize()
-        rates.append(it.tokens(batch) / (time.perf_counter() - start))
-        if number == 0:
-            first = time.perf_counter() - first
-    rate = statistics.median(rates[len(rates) // 3 :])
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    if args.profile:
-        profile(name, step, it.batches[-1])
-    utilisation = rate * flop_a_token(it) / (args.peak_tflops * 1e12)
-    return Measured(name, rate, peak, utilisation, first, tuple(losses))
+        seconds.append(time.perf_counter() - start)
+    return seconds, losses
+
+
+def timed_by_itself(train: finetune_peers.Train) -> tuple[Sequence[float], Sequence[float]]:
+    """The same from a trainer that runs its own loop."""
+    torch.cuda.reset_peak_memory_stats()
+    trained = train()
+    return trained.seconds, trained.losses
 
 
 def profile(name: str, step: Step, batch: Sequence[int]) -> None:
