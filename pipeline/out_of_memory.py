@@ -13,11 +13,14 @@ WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_F
 
 @contextmanager
 def named(what: str, key: str, remedy: str) -> Iterator[None]:
-    """Turn torch's words for too little memory into a ResourceError: what needed it, and which `key` to change how."""
+    """Turn torch's words for too little memory into a ResourceError: what needed it, and which `key` to change how.
+
+    Where a library put its own advice in front of torch's words, theirs are told.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
+        text = str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error)
         if isinstance(error, RuntimeError) and not any(words in text for words in WORDS):
             raise
         raise ResourceError(

@@ -27,6 +27,16 @@ def test_too_little_memory_names_what_needed_it_and_what_to_change(error: Except
     assert (problem.key, problem.remedy) == ("merge.merge_base", "set it")
 
 
+def test_a_librarys_advice_gives_way_to_torchs_words():
+    """llm-compressor names settings of its own, which nobody can set here."""
+    with pytest.raises(ResourceError) as raised, out_of_memory.named("quantizing", "key", "remedy"):
+        try:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        except RuntimeError as error:
+            raise RuntimeError("Sequential pipeline ran out of memory. Consider `sequential_targets`") from error
+    assert raised.value.problems[0].what == "quantizing ran out of memory: CUDA out of memory. Tried to allocate 2 GiB"
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("out of memory")], ids=str)
 def test_other_errors_pass_through(error: Exception):
     """An error that isn't torch's about memory isn't renamed."""
