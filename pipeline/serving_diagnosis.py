@@ -69,8 +69,10 @@ KNOWN: tuple[tuple[str, str], ...] = (
     ),
     (
         r"Not enough allowed NUMA nodes",
-        "lower serve.tensor_parallel_size to the number of NUMA nodes, or give each part its cores in "
-        "serve.env.VLLM_CPU_OMP_THREADS_BIND, such as 0-3|4-7",
+        (
+            "lower serve.tensor_parallel_size to the number of NUMA nodes, or give each part its cores in "
+            "serve.env.VLLM_CPU_OMP_THREADS_BIND, such as 0-3|4-7"
+        ),
     ),
     (r"No space left on device", "free some disk: tunegate gc"),
     (
