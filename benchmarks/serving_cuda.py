@@ -10,7 +10,8 @@ same bytes, as a promotion does after an evaluation. The seconds run until a rea
 of the folder, except in `warm`, where this process knows them. Each side has --time-limit seconds for its levels.
 
 Prints a table with ratios to transformers, AWQ against bf16 at each level, and from where on AWQ stops paying. Writes
-serving.json and serving.png to --out.
+serving.json and serving.png to --out; sides that lie there, measured before on the same device with the same levels, are
+kept, so that each side may have a command of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> int:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     failed = False
-    sides: dict[str, Side] = {}
+    sides = earlier(options)
     for name in options.sides:
         print(f"\n=== {name}", flush=True)
         try:
@@ -64,6 +65,7 @@ def main() -> int:
             failed = True
             print(f"{name} failed: {error}", flush=True)
         write(options, sides)
+    sides = {name: sides[name] for name in SIDES if name in sides}
     show(sides, options)
     draw(sides, options.out / "serving.png")
     return int(failed)
@@ -270,10 +272,26 @@ def verdict(ratios: Sequence[tuple[int, float]]) -> str:
     return f"AWQ stops paying from concurrency {slower[0]} on (its throughput is under bf16's)"
 
 
+def conditions(options: argparse.Namespace) -> Side:
+    """What figures must have in common to stand in one table."""
+    return {
+        "device": hardware.device().name, "concurrency": list(options.concurrency),
+        "input_len": options.input_len, "output_len": options.output_len,
+    }  # fmt: skip
+
+
+def earlier(options: argparse.Namespace) -> dict[str, Side]:
+    """The sides measured before under the same conditions, without those that are asked for now."""
+    file = options.out / "serving.json"
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if report.get("conditions") != conditions(options):
+        return {}
+    return {name: side for name, side in report["sides"].items() if name not in options.sides}
+
+
 def write(options: argparse.Namespace, sides: dict[str, Side]) -> None:
     """All figures so far, with the device that gave them."""
-    asked = {name: getattr(options, name) for name in ("concurrency", "input_len", "output_len", "time_limit")}
-    report = {"device": hardware.device().name, "asked": asked, "sides": sides}
+    report = {"conditions": conditions(options), "sides": sides}
     (options.out / "serving.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
