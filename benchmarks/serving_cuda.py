@@ -302,6 +302,7 @@ def draw(sides: dict[str, Side], file: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    ticks = sorted({size for side in sides.values() for size in measured(side)})
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for axis, metric, label in zip(
         axes, ("output_throughput", "p95_itl_ms"), ("output tokens / s", "ms between tokens, p95"), strict=True
@@ -310,6 +311,8 @@ def draw(sides: dict[str, Side], file: Path) -> None:
             points = measured(side)
             axis.plot(list(points), [level[metric] for level in points.values()], marker="o", label=name)
         axis.set(xlabel="concurrency", ylabel=label, xscale="log", yscale="log")
+        axis.set_xticks(ticks, labels=[str(size) for size in ticks], minor=False)
+        axis.set_xticks([], minor=True)
         axis.grid(visible=True, alpha=0.3)
         axis.legend()
     figure.savefig(file, dpi=120)
