@@ -55,7 +55,7 @@ LLAMA = (
     "gate={min_items: 32, metrics: [{metric: token_f1, min: 0.0}], load: [{metric: p50_e2el_ms, max_concurrency: 8, max: 60000}]}",
 )  # fmt: skip
 QUICK = (
-    "data.val_set_size=8", "data.calibration_set_size=8", "finetune.max_steps=2", "finetune.micro_batch_size=1",
+    "data.val_set_size=8", "data.calibration_set_size=8", "finetune.max_steps=2", "finetune.optimizer=adamw_torch", "finetune.micro_batch_size=1",
     "quantize.num_calibration_samples=4", "quantize.max_calibration_tokens=64", "evaluate.max_items=20",
     "evaluate.compare=[]", "loadtest.max_concurrency=[1, 8]", "loadtest.num_prompts=4", "loadtest.max_tokens=8",
     "serve.kv_cache_memory=256MiB", "serve.max_model_len=512", "serve.enforce_eager=true", "data.sequence_len=256",
@@ -227,10 +227,10 @@ def run_parts(steps: Steps, host: Host, options: argparse.Namespace, home: Path)
     for part in [part for part in PARTS if part in options.only]:
         try:
             if part == "tests":
-                gpu_tests(steps, host, options)
+                gpu_tests(steps, host.at(home / part), options)
                 continue
             use = banking77(options) if part == "chain" else random_llama(steps, host, options, home)
-            chain = Chain(steps, host, use, idle)
+            chain = Chain(steps, host.at(home / part), use, idle)
             try:
                 chain.through(options.floor if part == "chain" else None)
             finally:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.uv import folder as venvs
@@ -31,12 +31,16 @@ class Host:
     path: dict[str, list[Path]]
     further: dict[str, str]
 
+    def at(self, home: Path) -> Host:
+        """The same host for what keeps its runs, servers and registry in a folder of its own."""
+        return replace(self, further={**self.further, "TUNEGATE_HOME": str(home)})
+
     def environ(self, kind: str) -> dict[str, str]:
         """The environment of a command of that kind: control, tests or train."""
         kept = {
             key: value
             for key, value in os.environ.items()
-            if key not in ("PYTHONHOME", "VIRTUAL_ENV", "PREFECT_API_URL")
+            if key not in ("PYTHONHOME", "VIRTUAL_ENV", "PREFECT_API_URL", "MLFLOW_TRACKING_URI")
         }
         path = os.pathsep.join(str(entry) for entry in (ROOT, *self.path[kind]))
         return {**kept, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **self.further}
@@ -44,22 +48,20 @@ class Host:
 
 def host_of(options: argparse.Namespace, home: Path) -> Host:
     """The host that the options describe; writes the file that TUNEGATE_ENVIRONMENTS names."""
-    further = {"TUNEGATE_HOME": str(home / "runs")}
     if options.sites is None:
         python = {name: str(venvs() / name / "bin" / "python") for name in ("control", "train")}
         of_train = sorted(venvs().glob("train/lib/python3*/site-packages"))
         # pytest is in control, torch in train: for the tests the one is completed by the other
-        return Host({**python, "tests": python["control"]}, {"control": [], "train": [], "tests": of_train}, further)
+        return Host({**python, "tests": python["control"]}, {"control": [], "train": [], "tests": of_train}, {})
     python = shutil.which(options.python) or options.python
-    sites = {name: [options.sites.absolute() / folder for folder in folders] for name, folders in SITES.items()}
-    there = {name: [site for site in found if site.is_dir()] for name, found in sites.items()}
+    there = {name: present(options.sites, folders) for name, folders in SITES.items()}
     file = home / "environments.yaml"  # JSON is YAML
     settings = {
         name: {"interpreter": python, "pythonpath": [str(site) for site in found]} for name, found in there.items()
     }
     file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
     make_executable(options.sites / "control")
-    further |= {"TUNEGATE_ENVIRONMENTS": str(file), "TUNEGATE_VENVS": str(home / "no-environments")}
+    further = {"TUNEGATE_ENVIRONMENTS": str(file), "TUNEGATE_VENVS": str(home / "no-environments")}
     path = {"control": there["judges"], "train": there["train"], "tests": present(options.sites, TESTS)}
     return Host(dict.fromkeys(path, python), path, further)
 

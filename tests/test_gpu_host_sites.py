@@ -39,3 +39,12 @@ def test_each_environment_is_completed_by_its_sites_in_order(tmp_path):
         str(tmp_path / "sites" / "control"),
     ]
     assert os.access(caddy, os.X_OK)
+
+
+def test_each_part_has_a_store_of_its_own(monkeypatch):
+    """What one part stops isn't another's, and nothing reaches a registry that the caller's shell names."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://registry")
+    host = gpu_host_sites.Host({}, {"control": []}, {"A": "b"})
+    environ = host.at(Path("/home/chain")).environ("control")
+    assert (environ["TUNEGATE_HOME"], environ["A"]) == ("/home/chain", "b")
+    assert "MLFLOW_TRACKING_URI" not in environ
