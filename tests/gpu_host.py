@@ -55,7 +55,8 @@ LLAMA = (
     "gate={min_items: 32, metrics: [{metric: token_f1, min: 0.0}], load: [{metric: p50_e2el_ms, max_concurrency: 8, max: 60000}]}",
 )  # fmt: skip
 QUICK = (
-    "data.val_set_size=8", "data.calibration_set_size=8", "finetune.max_steps=2", "finetune.optimizer=adamw_torch", "finetune.micro_batch_size=1",
+    "data.val_set_size=8", "data.calibration_set_size=8", "finetune.max_steps=2", "finetune.micro_batch_size=1",
+    "finetune.optimizer=adamw_torch",
     "quantize.num_calibration_samples=4", "quantize.max_calibration_tokens=64", "evaluate.max_items=20",
     "evaluate.compare=[]", "loadtest.max_concurrency=[1, 8]", "loadtest.num_prompts=4", "loadtest.max_tokens=8",
     "serve.kv_cache_memory=256MiB", "serve.max_model_len=512", "serve.enforce_eager=true", "data.sequence_len=256",
