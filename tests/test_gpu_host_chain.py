@@ -85,7 +85,9 @@ def test_a_floor_asked_for_goes_on_and_hides_no_failed_verdict(steps, tmp_path, 
 
 def test_what_was_approved_before_is_not_approved_again(steps, tmp_path):
     """A command that goes on after a stop promotes what is there; a server that doesn't answer fails the part."""
-    part = chain(steps, tmp_path, review={"said": "nothing waits"})
+    part = chain(
+        steps, tmp_path, review={"said": "use v1 approved by you\nnothing waits for review; next: tunegate status use"}
+    )
     with pytest.raises(StepFailed, match="did not answer question 1"):
         part.through(None)
     assert "approve" not in asked(tmp_path)
