@@ -8,11 +8,15 @@ patches transformers, trl and peft while it is imported, so it has to come first
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,7 +52,7 @@ def trl(it: Work, *, padding_free: bool = False, device: str = "cuda", dropout: 
 
     gpu = device == "cuda"
     settings = SFTConfig(
-        **common(it, gpu=gpu), use_liger_kernel=gpu, padding_free=padding_free, max_length=None,
+        **common(it, gpu=gpu), use_liger_kernel=gpu, padding_free=padding_free,
         model_init_kwargs={"dtype": "bfloat16" if gpu else "float32", "attn_implementation": "sdpa"},
     )  # fmt: skip
     four = BitsAndBytesConfig(
@@ -67,11 +71,52 @@ def trl(it: Work, *, padding_free: bool = False, device: str = "cuda", dropout: 
     return timed(trainer), trainer.model
 
 
+def ready_unsloth() -> None:
+    """Import Unsloth, which must come before transformers, trl and peft: offline, and its generated code out of the way.
+
+    Its xformers wheel is CUDA 12's and needs that runtime; on a host of CUDA 13 a carried copy is loaded first. Without
+    one Unsloth says that xformers can't load, and takes sdpa, a call for every row.
+    """
+    os.environ |= {
+        "UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_MEGA_CACHE": "0", "HF_HUB_OFFLINE": "1",
+        "UNSLOTH_COMPILE_LOCATION": tempfile.mkdtemp()
+    }  # fmt: skip
+    carried = (Path(folder) / "nvidia/cuda_runtime/lib/libcudart.so.12" for folder in sys.path)
+    for runtime in (file for file in carried if file.is_file()):
+        ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+    importlib.import_module("unsloth")
+
+
+def unsloth(it: Work, *, padding_free: bool | None = None, dropout: float = 0.0) -> tuple[Train, Any]:
+    """Unsloth as its documents show QLoRA: dropout 0, checkpoints of its own that it moves to the CPU, its own kernels.
+
+    It chooses by itself whether rows are padded, unless padding_free says so. Call ready_unsloth() first.
+    """
+    from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel
+
+    base, tokenizer = FastLanguageModel.from_pretrained(
+        str(it.base),
+        max_seq_length=it.sequence_len,
+        load_in_4bit=True,
+        local_files_only=True,
+        use_exact_model_name=True,
+    )
+    model = FastLanguageModel.get_peft_model(
+        base, r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=MATRICES, bias="none",
+        use_gradient_checkpointing="unsloth", random_state=SEED,
+    )  # fmt: skip
+    settings = SFTConfig(**common(it, gpu=True), padding_free=padding_free)
+    trainer = SFTTrainer(model, args=settings, train_dataset=dataset(it), processing_class=tokenizer)
+    return timed(trainer), trainer.model
+
+
 def common(it: Work, *, gpu: bool) -> dict[str, Any]:
     """Trainer arguments that both sides share: the step, its order, and no reports."""
     return {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": len(it.batches[0]), "max_steps": len(it.batches),
-        "train_sampling_strategy": "sequential", "dataset_kwargs": {"skip_prepare_dataset": True},
+        "output_dir": tempfile.mkdtemp(), "max_steps": len(it.batches), "train_sampling_strategy": "sequential",
+        "per_device_train_batch_size": len(it.batches[0]), "gradient_accumulation_steps": 1,
+        "dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None,
         "learning_rate": RATE, "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0,
         "optim": "paged_adamw_8bit" if gpu else "adamw_torch", "bf16": gpu, "use_cpu": not gpu, "seed": SEED,
         "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
@@ -107,8 +152,8 @@ def timed(trainer: Any) -> Train:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.tick()
 
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if "loss" in (logs or {}):
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            if "loss" in logs:
                 self.losses.append(float(logs["loss"]))
 
     clock = Clock()
