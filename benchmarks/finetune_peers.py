@@ -116,8 +116,8 @@ def common(it: Work, *, gpu: bool) -> dict[str, Any]:
     return {
         "output_dir": tempfile.mkdtemp(), "max_steps": len(it.batches), "train_sampling_strategy": "sequential",
         "per_device_train_batch_size": len(it.batches[0]), "gradient_accumulation_steps": 1,
-        "dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None,
-        "learning_rate": RATE, "lr_scheduler_type": "constant", "weight_decay": 0.0, "max_grad_norm": 1.0,
+        "max_length": None,
+        "learning_rate": RATE, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0,
         "optim": "paged_adamw_8bit" if gpu else "adamw_torch", "bf16": gpu, "use_cpu": not gpu, "seed": SEED,
         "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
     }  # fmt: skip
