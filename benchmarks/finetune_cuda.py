@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -39,12 +40,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import finetune_peers
+
+if sys.argv[-2:] == ["--only", "unsloth"]:
+    finetune_peers.ready_unsloth()  # it patches what comes now
+
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import finetune_peers
 from pipeline import finetune, finetune_checkpoints, finetune_model, finetune_rows
 from pipeline.config import FinetuneConfig
 from pipeline.packing import IGNORED, Row, encode
@@ -275,6 +280,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sides", default="plain,plain-open,ours")
     parser.add_argument("--fill", type=int, default=8)
     parser.add_argument("--optimizer", default="paged_adamw_8bit")
+    parser.add_argument("--unsloth", type=Path, help="folder to import Unsloth and what it needs from")
     parser.add_argument("--memory", type=float)
     parser.add_argument("--peak-tflops", type=float, default=790.0)
     parser.add_argument("--profile", action="store_true")
@@ -295,7 +301,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.steps} steps", flush=True)
     sides: list[Measured] = []
     for name in args.sides.split(","):
-        if subprocess.run([sys.executable, *sys.argv, "--only", name], check=False).returncode:
+        path = [str(args.unsloth)] if name == "unsloth" and args.unsloth else []
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])}
+        if subprocess.run([sys.executable, *sys.argv, "--only", name], env=environ, check=False).returncode:
             print(f"{name}: failed, see above", flush=True)
             continue
         sides.append(Measured(**json.loads((args.out / f"{name}.json").read_text(encoding="utf-8"))))

@@ -32,14 +32,14 @@ import httpx
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from released import a_model  # noqa: E402
+from released import a_model
 
-from pipeline import deployment, environments, routing, serving  # noqa: E402 - the checkout's own
-from pipeline import deployment_state as state  # noqa: E402
-from pipeline.artifacts import Approval, Release  # noqa: E402
-from pipeline.config import Config  # noqa: E402
-from pipeline.deployment_steps import Promotion  # noqa: E402
-from pipeline.environments import Environment  # noqa: E402
+from pipeline import deployment, environments, routing, serving
+from pipeline import deployment_state as state
+from pipeline.artifacts import Approval, Release
+from pipeline.config import Config
+from pipeline.deployment_steps import Promotion
+from pipeline.environments import Environment
 
 NAME = "under-load"
 Switch = Callable[[routing.Proxy, str | None], None]

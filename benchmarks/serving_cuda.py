@@ -32,11 +32,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from pipeline import environments, hardware, serving, serving_digests  # noqa: E402 - the checkout's own
-from pipeline.config import ServeConfig  # noqa: E402
-from pipeline.environments import Environment  # noqa: E402
-from pipeline.errors import TunegateError  # noqa: E402
-from pipeline.serving_diagnosis import last_run  # noqa: E402
+from pipeline import environments, hardware, serving, serving_digests
+from pipeline.config import ServeConfig
+from pipeline.environments import Environment
+from pipeline.errors import TunegateError
+from pipeline.serving_diagnosis import last_run
 
 NAME = "benchmark"
 SIDES = ("transformers", "bf16", "awq")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import finetune_lora, finetune_loss, finetune_model, program
+from pipeline import finetune_lora, finetune_loss, finetune_model, out_of_memory, program
 from pipeline.finetune_loss import Pass
 from pipeline.packing import IGNORED, Row
 
@@ -98,7 +98,7 @@ class Graphs:
         try:
             self._recorded[shape] = self._record(padded(it, shape, self._longest))
         except RuntimeError as error:
-            if any(words in str(error) for words in finetune_model.OUT_OF_MEMORY):
+            if any(words in str(error) for words in out_of_memory.WORDS):
                 raise
             self._most = 0
             program.message(f"training goes on without CUDA graphs: {str(error).splitlines()[0]}")
