@@ -6,10 +6,11 @@ Runs in the train environment. BASE is a Hugging Face folder (benchmarks/make_ll
 trains the same rows in the same order with the same NF4 base (double quantization), LoRA r=16 on all linear layers,
 alpha 32, dropout 0.05 and 8-bit paged AdamW, and starts from the same adapter seed:
 
-  plain        rows padded to the longest, bf16 autocast, sdpa, every layer checkpointed (non-reentrant)
+  plain        rows padded to the longest, prepare_model_for_kbit_training, bf16 autocast, sdpa, every layer checkpointed
+               (non-reentrant)
   plain-open   the same without checkpointing
   ours         pipeline.finetune with the same rows in each step, within --memory GiB where that is given
-  ours-eager, ours-graphs   the same without CUDA graphs, and with them, whatever it would choose
+  ours-eager   the same without CUDA graphs
   trl          TRL's SFTTrainer as its documents show QLoRA, with Liger's kernels (finetune_peers.py)
   unsloth      Unsloth as its documents show it: no dropout, its own checkpoints
   ours-full    the same as ours with --fill times as many rows a step and all of the card's memory: no comparison of curves
@@ -46,7 +47,7 @@ if sys.argv[-2:] == ["--only", "unsloth"]:
     finetune_peers.ready_unsloth()  # it patches what comes now
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -118,12 +119,12 @@ def plain(it: Work, *, checkpointed: bool) -> tuple[Step, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         it.base, dtype=torch.bfloat16, quantization_config=four, attn_implementation="sdpa", device_map={"": 0}
     )
+    model = prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=checkpointed, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
     torch.manual_seed(SEED)
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted: Any = get_peft_model(model, config).train()
-    if checkpointed:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        adapted.enable_input_require_grads()
     weights = [weight for weight in adapted.parameters() if weight.requires_grad]
     optimizer = bitsandbytes.optim.PagedAdamW8bit(weights, lr=RATE, weight_decay=0.0)
 
@@ -144,15 +145,15 @@ def plain(it: Work, *, checkpointed: bool) -> tuple[Step, Any]:
     return step, adapted
 
 
-def ours(it: Work, optimizer: str, graphs: bool | None = None) -> tuple[Step, Any]:
+def ours(it: Work, optimizer: str, *, eager: bool = False) -> tuple[Step, Any]:
     """pipeline.finetune's own step, over the same rows."""
     batch = len(it.batches[0])
     settings = FinetuneConfig(
         micro_batch_size=batch, optimizer=optimizer, learning_rate=RATE, lr_scheduler="constant", logging_steps=1,
     )  # fmt: skip
     model, hardware = finetune_model.load(it.base, settings, it.sequence_len)
-    if graphs is not None:
-        hardware = replace(hardware, cuda_graphs=graphs)
+    if eager:
+        hardware = replace(hardware, cuda_graphs=False)
     model = finetune_model.with_lora(model, settings, hardware, "0" * 64, seed=SEED)
     training = finetune.Training(
         model, hardware, settings, finetune_rows.Rows(it.rows, [], 0, 0),
@@ -185,7 +186,7 @@ def flop_a_token(it: Work) -> float:
 def measure(name: str, it: Work, args: argparse.Namespace) -> Measured:
     """Train every batch of `it` on one side."""
     began = time.perf_counter()
-    if name in ("ours", "ours-eager", "ours-graphs") and args.memory:
+    if name in ("ours", "ours-eager") and args.memory:
         torch.cuda.set_per_process_memory_fraction(args.memory * 2**30 / torch.cuda.mem_get_info()[1])
     if name in PEERS:
         train, _model = PEERS[name](it)
@@ -195,8 +196,7 @@ def measure(name: str, it: Work, args: argparse.Namespace) -> Measured:
             "plain": lambda: plain(it, checkpointed=True),
             "plain-open": lambda: plain(it, checkpointed=False),
             "ours": lambda: ours(it, args.optimizer),
-            "ours-eager": lambda: ours(it, args.optimizer, graphs=False),
-            "ours-graphs": lambda: ours(it, args.optimizer, graphs=True),
+            "ours-eager": lambda: ours(it, args.optimizer, eager=True),
             "ours-full": lambda: ours(it, args.optimizer),
         }[name]()
         print(f"{name}: loaded after {time.perf_counter() - began:.0f} s", flush=True)

@@ -1,8 +1,9 @@
-"""A small model's passes as CUDA graphs: one launch where there were thousands, each longer in the making than in the doing.
+"""Passes as CUDA graphs: one launch where there were thousands, which take a CPU longer to say than a GPU to do.
 
 A graph replays the same kernels on the same addresses, so passes are padded to a few shapes: tokens that nobody
-attends to, targets that carry no loss. A shape is recorded when it comes a second time; the first time, and shapes beyond
-the number kept, run as they are. Dropout has new masks at every replay, because its seeds are data.
+attends to, targets that carry no loss. The first pass of all runs as it is, so that every kernel is there; from then on each
+shape is recorded when it first comes. All graphs share their memory, which holds what the largest needs. Dropout has new
+masks at every replay, because its seeds are data.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pipeline.packing import IGNORED, Row
 if TYPE_CHECKING:
     import torch
 
-TOKENS, TRAINED, ROWS = 512, 256, 64
-KEPT = 12
-WARM_UPS = 2
+TOKENS, ROWS = 256, 64
+TOKENS_OF_LONG_PASSES, LONG = 1024, 4096
+KEPT = 32
 
 
 class Shape(NamedTuple):
@@ -31,12 +32,16 @@ class Shape(NamedTuple):
 
 
 def shape_of(it: Pass) -> Shape:
-    """The shape that a pass is padded to: the next multiples, with one row at least for the padding."""
-    return Shape(_next(len(it.ids), TOKENS), _next(len(it.at), TRAINED), _next(len(it.ends), ROWS))
+    """The shape that a pass is padded to: the next multiples, with one row at least for the padding.
+
+    Trained tokens come in quarters of all tokens.
+    """
+    tokens = _next(len(it.ids), TOKENS if len(it.ids) <= LONG else TOKENS_OF_LONG_PASSES)
+    return Shape(tokens, _next(len(it.at), tokens // 4), _next(len(it.ends), ROWS))
 
 
 def padded(it: Pass, shape: Shape, longest: int) -> Pass:
-    """The pass in this shape: further rows of padding, none longer than TOKENS, and targets that carry no loss."""
+    """The pass in this shape: one more row of padding, and targets that carry no loss; `longest` row a pass may have."""
     import torch
 
     tokens, rows = len(it.ids), len(it.ends) - 1
@@ -50,7 +55,7 @@ def padded(it: Pass, shape: Shape, longest: int) -> Pass:
         ends=ends,
         at=pad(it.at, (0, shape.trained - len(it.at))),
         targets=pad(it.targets, (0, shape.trained - len(it.targets)), value=IGNORED),
-        longest=max(longest, TOKENS),
+        longest=max(longest, TOKENS_OF_LONG_PASSES),
     )
 
 
@@ -71,39 +76,60 @@ class Graphs:
     ) -> None:
         self._model, self._weights, self._gradients = model, list(weights), list(gradients)
         self._hardware, self._longest = hardware, longest
-        self._most = KEPT
-        self._seen: set[Shape] = set()
+        self._warm, self._works = False, True
         self._recorded: dict[Shape, _Recorded] = {}
         self._pool: Any = None
 
     def __call__(self, rows: Sequence[Row], trained: int) -> torch.Tensor:
         """The rows' loss summed over their trained tokens, a `trained`-th of it, its gradient added; a scalar on the GPU."""
+        import torch
+
         it = finetune_loss.inputs(rows, self._hardware)
-        shape = shape_of(it)
         finetune_lora.draw(self._model)
-        recorded = self._recorded.get(shape) or self._recorded_now(it, shape)
+        shape = shape_of(it)
+        if self._warm and self._works and shape not in self._recorded:
+            self._try(it, shape)
+        recorded = self._recorded.get(shape)
         if recorded is None:
-            return self._add(finetune_loss.to_device(it, self._hardware.device), 1 / trained)
+            loss = self._add(finetune_loss.to_device(it, self._hardware.device), 1 / trained)
+            if not self._warm:
+                torch.cuda.empty_cache()  # the graphs' memory is their own
+            self._warm = True
+            return loss
         for place, tensor in zip(recorded.inputs.tensors, padded(it, shape, self._longest).tensors, strict=True):
             place.copy_(tensor, non_blocking=True)
         recorded.scale.fill_(1 / trained)
         recorded.graph.replay()
         return recorded.loss.clone()
 
-    def _recorded_now(self, it: Pass, shape: Shape) -> _Recorded | None:
-        """The shape's graph if it is time for one; a model that can't be recorded runs as it is from then on."""
-        if shape not in self._seen or len(self._recorded) >= self._most:
-            self._seen.add(shape)
-            return None
+    def _try(self, it: Pass, shape: Shape) -> None:
+        """Record the shape; a model that can't be recorded runs as it is from then on, in the memory of the graphs."""
+        import torch
+
+        if len(self._recorded) == KEPT:
+            del self._recorded[next(iter(self._recorded))]
         try:
             self._recorded[shape] = self._record(padded(it, shape, self._longest))
         except RuntimeError as error:
             if any(words in str(error) for words in out_of_memory.WORDS):
                 raise
-            self._most = 0
+            self._works, self._pool = False, None
+            self._recorded.clear()
+            torch.cuda.empty_cache()
             program.message(f"training goes on without CUDA graphs: {str(error).splitlines()[0]}")
-            return None
-        return self._recorded[shape]
+
+    def _record(self, it: Pass) -> _Recorded:
+        """Capture a padded pass; it adds nothing yet. Kernels that it alone needs may be loaded meanwhile."""
+        import torch
+
+        static = finetune_loss.to_device(it, self._hardware.device)
+        scale = torch.ones((), device=self._hardware.device)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="relaxed"):
+            loss = self._add(static, scale)
+        self._pool = graph.pool()
+        return _Recorded(graph, static, scale, loss)
 
     def _add(self, it: Pass, scale: float | torch.Tensor) -> torch.Tensor:
         import torch
@@ -112,28 +138,6 @@ class Graphs:
         found = torch.autograd.grad(loss, self._weights)
         torch._foreach_add_(self._gradients, found)
         return loss.detach()
-
-    def _record(self, it: Pass) -> _Recorded:
-        """Capture a padded pass; nothing is added to the gradients yet."""
-        import torch
-
-        static = finetune_loss.to_device(it, self._hardware.device)
-        scale = torch.ones((), device=self._hardware.device)
-        kept = [gradient.clone() for gradient in self._gradients]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what kernels make for themselves when they first run isn't to be recorded
-            for _ in range(WARM_UPS):
-                self._add(static, scale)
-        torch.cuda.current_stream().wait_stream(side)
-        torch._foreach_copy_(self._gradients, kept)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # a graph's memory is its own
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            loss = self._add(static, scale)
-        self._pool = graph.pool()
-        return _Recorded(graph, static, scale, loss)
 
 
 class _Recorded(NamedTuple):

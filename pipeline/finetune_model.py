@@ -85,12 +85,11 @@ def load(
         ) from error
     model.requires_grad_(False)
     model.config.use_cache = False
-    weights, small = _weights(model, settings, dtype, device, before)
+    weights = _weights(model, settings, dtype, device, before)
     finetune_attention.register()
     attention = finetune_attention.choose(model.config, device, sequence_len)
     if attention:
         model.set_attn_implementation(attention)
-    graphs = small and attention == finetune_attention.CUDA and settings.gradient_checkpointing is not True
     liger = device == "cuda" and _use_liger(model)
     adapts_head = "lm_head" in (settings.lora_target_modules or ())
     fused_loss = device == "cuda" and not adapts_head and finetune_head.take_over(model)
@@ -109,7 +108,7 @@ def load(
         shares_prefixes=attention == finetune_attention.CPU,
         kernels=("liger" if liger else "torch") + (", fused LoRA" if device == "cuda" else ""),
         fused_loss=fused_loss,
-        cuda_graphs=graphs and not checkpointing,
+        cuda_graphs=attention == finetune_attention.CUDA and fused_loss and not checkpointing,
         frozen_weights=weights,
         gradient_checkpointing=checkpointing,
         tokens_a_pass=tokens_a_pass,
@@ -117,23 +116,16 @@ def load(
     return model, hardware
 
 
-def _weights(
-    model: Any, settings: FinetuneConfig, dtype: torch.dtype, device: str, before: Hardware | None
-) -> tuple[str, bool]:
-    """How the frozen weights are kept, and whether the model is small for its GPU.
-
-    A small one's 4-bit weights are unpacked, and launching its kernels takes longer than they do.
-    """
+def _weights(model: Any, settings: FinetuneConfig, dtype: torch.dtype, device: str, before: Hardware | None) -> str:
+    """How the frozen weights are kept; a small model's 4-bit ones are unpacked."""
     import torch
 
+    if not settings.load_in_4bit:
+        return "bf16" if dtype == torch.bfloat16 else "float32"
     most = UNPACK_UP_TO[device] * _free_memory(device)
     if before is not None:
-        most = math.inf if before.frozen_weights.endswith(UNPACKED) or before.cuda_graphs else 0.0
-    if not settings.load_in_4bit:
-        small = UNPACKED_BYTES * sum(weight.numel() for weight in model.parameters()) <= most
-        return "bf16" if dtype == torch.bfloat16 else "float32", device == "cuda" and small
-    unpacked = unpack(model, dtype, most)
-    return settings.bnb_4bit_quant_type + (UNPACKED if unpacked else ""), device == "cuda" and unpacked
+        most = math.inf if before.frozen_weights.endswith(UNPACKED) else 0.0
+    return settings.bnb_4bit_quant_type + (UNPACKED if unpack(model, dtype, most) else "")
 
 
 def compute_dtype(device: str) -> torch.dtype:
