@@ -29,9 +29,10 @@ def test_too_little_memory_names_what_needed_it_and_what_to_change(error: Except
 
 def test_a_librarys_advice_gives_way_to_torchs_words():
     """llm-compressor names settings of its own, which nobody can set here."""
-    torchs = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    advice = RuntimeError("Sequential pipeline ran out of memory. Consider `sequential_targets`")
+    advice.__cause__ = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
     with pytest.raises(ResourceError) as raised, out_of_memory.named("quantizing", "key", "remedy"):
-        raise RuntimeError("Sequential pipeline ran out of memory. Consider `sequential_targets`") from torchs
+        raise advice
     assert raised.value.problems[0].what == "quantizing ran out of memory: CUDA out of memory. Tried to allocate 2 GiB"
 
 

@@ -1,6 +1,6 @@
-"""pipeline.quantize_autoawq on a GPU: `python -m pytest -m gpu` in the autoawq environment, with TUNEGATE's folder on its path.
+"""pipeline.quantize_autoawq on a GPU: `python -m pytest -m gpu` in the autoawq environment.
 
-test_quantize.py has its pure functions, test_quantize_awq.py runs it on a CPU.
+test_quantize.py has its pure functions, test_quantize_batches.py what it asks a GPU, test_quantize_awq.py runs it on a CPU.
 """
 
 from __future__ import annotations

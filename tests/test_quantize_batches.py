@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline import quantize_autoawq, quantize_llmcompressor
 from pipeline.quantize_batches import MOST_TOKENS, Shape, batch_tokens, cut
 
 LLAMA = Shape(4096, 14336, 32)
@@ -52,3 +55,53 @@ def test_without_a_budget_samples_keep_their_order():
 def test_a_sample_above_the_budget_stands_alone():
     """It can't be cut here."""
     assert cut([9, 50, 9], 20) == [[1], [0, 2]]
+
+
+class Model:
+    """An 8 B Llama's config, on a GPU of which it takes 15 GiB, or on the CPU; so much is free beside it."""
+
+    config = SimpleNamespace(hidden_size=4096, intermediate_size=14336, num_attention_heads=32)
+
+    def __init__(self, device: str, free: float) -> None:
+        self.device, self.free = SimpleNamespace(type=device), free
+
+    def to(self, device: str) -> None:
+        """Give the GPU back what it took."""
+        self.device, self.free = SimpleNamespace(type=device), self.free + 15
+
+    def placed(self, monkeypatch: pytest.MonkeyPatch, *, gpu: bool = True) -> Model:
+        """The torch that is imported sees this GPU."""
+        cuda = SimpleNamespace(
+            is_available=lambda: gpu, empty_cache=lambda: None, mem_get_info=lambda: (int(self.free * GIB), 80 * GIB)
+        )
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+        return self
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "tokens", "ends"),
+    [
+        ("cuda", 60, MOST_TOKENS, "cuda"),
+        ("cuda", 8, MOST_TOKENS, "cpu"),
+        ("cpu", 22, MOST_TOKENS, "cpu"),
+        ("cpu", 8, 0, "cpu"),
+    ],
+)
+def test_a_model_without_room_beside_it_leaves_the_gpu(monkeypatch, device, free, tokens, ends):
+    """Batches come first: they save more than the model's way to the GPU and back costs."""
+    model = Model(device, free).placed(monkeypatch)
+    assert quantize_llmcompressor._place(model, [[1] * 512] * 128) == tokens
+    assert model.device.type == ends
+
+
+def test_without_a_gpu_it_is_a_sample_at_a_time(monkeypatch):
+    """As it always was on a CPU."""
+    assert quantize_llmcompressor._place(Model("cpu", 0).placed(monkeypatch, gpu=False), [[1] * 512] * 128) == 0
+
+
+@pytest.mark.parametrize(("free", "gpu", "blocks"), [(60, True, None), (22, True, 73), (8, True, 1), (0, False, None)])
+def test_autoawq_takes_the_blocks_that_there_is_room_for(monkeypatch, free, gpu, blocks):
+    """All at once where they fit or there is no GPU, never none; of 22 GiB, (15.4 - 5.25 - 1.78) GiB by 116 MiB a block."""
+    model = Model("cpu", free).placed(monkeypatch, gpu=gpu)
+    found = quantize_autoawq._at_once(model, [[1] * 512] * 128)
+    assert found == blocks
