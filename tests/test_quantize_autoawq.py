@@ -12,21 +12,22 @@ import sys
 
 import pytest
 from stages import TESTS
-from test_quantize_awq import asked, conversation
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580)]
 
+QUANTIZE = {"method": "autoawq", "num_calibration_samples": 8, "max_calibration_tokens": 48}
+SENTENCE = "my card was charged twice for order A-1042 please refund the second payment of 19.99 to my account"
 STAGE = """
 import json, sys
 from pathlib import Path
 import torch
 import quantize_proofs
 from pipeline import quantize, quantize_autoawq
-folder, raw, few = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+folder, asked, few = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
 quantize_proofs.make(folder / "merge" / "payload")
 if few:
     quantize_autoawq._at_once = lambda *_: few
-detail = quantize.run(quantize_proofs.request(folder, "autoawq", "first", raw))
+detail = quantize.run(quantize_proofs.request(folder, "autoawq", "first", {"model": "merge", "quantize": asked}))
 print(json.dumps({**detail, "peak": torch.cuda.max_memory_allocated()}))
 """
 
@@ -37,14 +38,14 @@ def test_on_a_gpu_the_result_is_near_the_original(tmp_path, few):
     pytest.importorskip("awq")
     (tmp_path / "prepare" / "payload").mkdir(parents=True)
     (tmp_path / "autoawq").mkdir()
-    lines = [json.dumps(conversation(number)) + "\n" for number in range(12)]
+    lines = [json.dumps({"text": SENTENCE[number:]}) + "\n" for number in range(12)]
     (tmp_path / "prepare" / "payload" / "calibration.jsonl").write_text("".join(lines))
     environment = {
         **os.environ,
         "PYTHONPATH": ":".join([str(TESTS), str(TESTS.parent), *sys.path]),
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-c", STAGE, str(tmp_path), json.dumps(asked("autoawq")["first"]), str(few)]
+    command = [sys.executable, "-c", STAGE, str(tmp_path), json.dumps(QUANTIZE), str(few)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560)
     assert done.returncode == 0, done.stderr
     detail = json.loads(done.stdout.splitlines()[-1])
