@@ -217,7 +217,7 @@ def said(level: Side) -> str:
     gpu = f"{level['gpu_gib']} GiB, GPU {level['gpu_utilisation']} %" if "gpu_gib" in level else "no GPU seen"
     lost = f", {level['failed']} FAILED" if level["failed"] else ""
     times = "  ".join(
-        f"{name.upper()} " + "/".join(f"{level[f'p{p}_{name}_ms']:.0f}" for p in (50, 95, 99))
+        f"{name.upper()} " + "/".join(f"{level[f'p{p}_{name}_ms']:.1f}" for p in (50, 95, 99))
         for name in ("ttft", "itl")
     )
     return (
