@@ -8,9 +8,9 @@ FOLDER holds Banking77's train.csv and test.csv. Parts, each independent of the 
 
   tests   every test marked gpu
   chain   configs/banking77.yaml as it stands: run, review, approve, promote, questions through the proxy, status, down
-  llama   the same for configs/llama-8b.yaml with a Llama 3 8B's shape of random weights in a few steps. Its gate asks that
-          every request was answered in time and that scores exist; of quality random weights can't be asked, and the floor
-          is 0. It shows speed, memory and that the stages fit together, and says nothing about a model.
+  llama   the same for configs/llama-8b.yaml with a Llama 3 8B's shape of random weights, which learns to give one and the same
+          answer to everything, and to end it. Its gate asks just that. It shows speed, memory and that the stages fit
+          together, and says nothing about a real model.
 
 Ends with a table (also OUT/table.json): each step's outcome and seconds, the most memory of the GPU that it took, and what was
 taken when it began. The logs are in OUT/logs. Exit code 1 when a step failed or wasn't run. `--within SECONDS` ends in
@@ -46,22 +46,25 @@ from pipeline.uv import folder as venvs  # noqa: E402
 
 PARTS = ("tests", "chain", "llama")
 QUESTIONS = {False: 20, True: 3}  # by --quick
-# Random weights: a few steps and items, and no floor that they couldn't honestly reach.
+ANSWER = "Noted."
+# Random weights learn one answer in some steps, by a higher learning rate than a real model would bear.
 LLAMA = (
-    "base_model_revision=null", "data.val_set_size=16", "data.calibration_set_size=32", "finetune.max_steps=8",
-    "finetune.gradient_accumulation_steps=1", "finetune.save_steps=8", "finetune.eval_steps=8",
+    "base_model_revision=null", "data.val_set_size=16", "data.calibration_set_size=32", "finetune.max_steps=40",
+    "finetune.gradient_accumulation_steps=1", "finetune.save_steps=40", "finetune.eval_steps=20", "finetune.learning_rate=1e-3",
+    "finetune.lr_scheduler=constant_with_warmup", "finetune.warmup_ratio=0.1", "finetune.lora_dropout=0",
     "quantize.num_calibration_samples=32", "evaluate.compare=[]", "evaluate.ledger_items=0", "evaluate.max_items=32",
     "evaluate.max_tokens=32", "loadtest.max_concurrency=[1, 8]", "loadtest.num_prompts=16",
-    "gate={min_items: 32, metrics: [{metric: token_f1, min: 0.0}], load: [{metric: p50_e2el_ms, max_concurrency: 8, max: 60000}]}",
+    "gate={min_items: 32, metrics: [{metric: exact_match, min: 0.5}], load: [{metric: p50_e2el_ms, max_concurrency: 8, max: 60000}]}",
 )  # fmt: skip
 QUICK = (
-    "data.val_set_size=8", "data.calibration_set_size=8", "finetune.max_steps=2", "finetune.micro_batch_size=1",
+    "data.val_set_size=8", "data.calibration_set_size=8", "finetune.micro_batch_size=1",
     "finetune.optimizer=adamw_torch",
     "quantize.num_calibration_samples=4", "quantize.max_calibration_tokens=64", "evaluate.max_items=20",
     "evaluate.compare=[]", "loadtest.max_concurrency=[1, 8]", "loadtest.num_prompts=4", "loadtest.max_tokens=8",
     "serve.kv_cache_memory=256MiB", "serve.max_model_len=512", "serve.enforce_eager=true", "data.sequence_len=256",
 )  # fmt: skip
-QUICK_GATE = "gate={{min_items: 20, metrics: [{{metric: {metric}, min: 0.0}}]}}"
+QUICK_LLAMA = ("finetune.max_steps=60", "finetune.learning_rate=2e-3")  # two narrow layers learn more slowly
+QUICK_GATE = "gate={{min_items: 20, metrics: [{{metric: {}, min: {}}}]}}"
 
 
 def gpu_tests(steps: Steps, host: Host, options: argparse.Namespace) -> None:
@@ -91,7 +94,11 @@ def banking77(options: argparse.Namespace) -> Use:
         return [system, {"role": "user", "content": row["text"]}], row["category"]
 
     overrides = [f"base_model={options.gguf.absolute()}", f"promote.port={options.port}"]
-    overrides += [*QUICK, "evaluate.ledger_items=4", QUICK_GATE.format(metric="accuracy")] if options.quick else []
+    overrides += (
+        [*QUICK, "finetune.max_steps=2", "evaluate.ledger_items=4", QUICK_GATE.format("accuracy", 0.0)]
+        if options.quick
+        else []
+    )
     return Use(
         "chain",
         "banking77",
@@ -108,17 +115,20 @@ def random_llama(steps: Steps, host: Host, options: argparse.Namespace, home: Pa
     data = home / "tickets"
     if not (data / "holdout.jsonl").is_file():
         demo_tickets.write(data, train=800, holdout=240, seed=42)
-        for split in ("holdout", "train"):
-            shutil.copy(data / f"tickets-{split}.jsonl", data / f"{split}.jsonl")
-    rows = [json.loads(line)["messages"] for line in (data / "holdout.jsonl").read_text(encoding="utf-8").splitlines()]
+        for split in ("train", "holdout"):
+            rows = (data / f"tickets-{split}.jsonl").read_text(encoding="utf-8").splitlines()
+            answered = [[*json.loads(row)["messages"][:-1], {"role": "assistant", "content": ANSWER}] for row in rows]
+            text = "".join(json.dumps({"messages": messages}) + "\n" for messages in answered)
+            (data / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    asked = [json.loads(row)["messages"] for row in (data / "holdout.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def question(chosen: random.Random) -> tuple[list[dict[str, str]], str]:
-        *prompt, expected = chosen.choice(rows)
+        *prompt, expected = chosen.choice(asked)
         return prompt, expected["content"]
 
     model = write_llama(steps, host, options, home)
     overrides = [f"base_model={model}", f"promote.port={options.port + 1}", *LLAMA]
-    overrides += [*QUICK, QUICK_GATE.format(metric="token_f1")] if options.quick else []
+    overrides += [*QUICK, *QUICK_LLAMA, QUICK_GATE.format("exact_match", 0.5)] if options.quick else []
     return Use("llama", "llama-8b", "configs/llama-8b.yaml", data, overrides, question, QUESTIONS[options.quick])
 
 
