@@ -164,6 +164,11 @@ def _house_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "config", type=Path, nargs="?", metavar="CONFIG", help="what the deployments build; default: the demo"
     )
     up.add_argument("--data-dir", type=Path, help="where relative dataset paths start; default: beside CONFIG")
+    manifests = _command(
+        commands, "manifests", "flows.deploy:show", "print what a cluster needs for builds of a config; applies nothing"
+    )
+    manifests.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file with a section `kubernetes`")
+    manifests.add_argument("--jobs", action="store_true", help="print the jobs of its flow runs and stages instead")
     _command(commands, "down", "flows.services:down", "stop everything that tunegate started here")
 
 

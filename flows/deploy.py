@@ -1,4 +1,4 @@
-"""What `tunegate up` tells Prefect's server: deployments for one config, their pool, a GPU limit, zombies.
+"""What `tunegate up` tells Prefect's server: deployments for one config, their pool, a GPU limit, zombies; and a cluster's manifests.
 
 Self-hosted Prefect leaves a run that was killed in the state Running for ever; an automation made here calls
 it crashed when its heartbeats stop. A schedule that a person switched on in Prefect's page stays as it is
@@ -7,18 +7,22 @@ unless the config names one.
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import environments, resolve, store
-from pipeline.errors import ServingError
+from pipeline import environments, kubernetes_manifests, plan, resolve, store
+from pipeline.environments import Environment
+from pipeline.errors import ConfigError, ServingError
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "configs" / "demo.yaml"
+WORKING = "prefect.deployments.steps.set_working_directory"
+POOL, CLUSTER_POOL = "tunegate", "tunegate-kubernetes"
+CLUSTER_DATA = kubernetes_manifests.HOME / "data"
 HEARTBEATS_STOPPED_S = 120
 ZOMBIES = "tunegate: a run whose heartbeats stopped has crashed"
 
@@ -33,15 +37,99 @@ def rendered(config: Path | None, data_dir: Path | None) -> dict[str, Any]:
     file = config or DEMO
     folder = data_dir or (None if config else store.home() / "demo")
     settings = resolve.resolve(file, data_dir=folder)
-    plan: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
-    plan["pull"] = [{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}]
-    for deployment in plan["deployments"]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+    found["pull"] = [{WORKING: {"directory": str(ROOT)}}]
+    for deployment in found["deployments"]:
         deployment["name"] = settings["name"]
         deployment["parameters"] = _parameters(deployment, settings["name"], file, folder)
         if "schedules" in deployment and settings["schedule"]["cron"]:
             chosen = {"cron": settings["schedule"]["cron"], "timezone": settings["schedule"]["timezone"]}
             deployment["schedules"] = [{**chosen, "slug": "config", "active": True}]
-    return plan
+    return found
+
+
+def rendered_for_cluster(config: Path, data_dir: Path | None) -> dict[str, Any]:
+    """The same for flow runs in the pipeline's image: its folder, the config that a pod has mounted, data on the volume.
+
+    Promotion isn't among them: it puts vLLM behind Caddy on the machine that it runs on. Raises ConfigError likewise.
+    """
+    found = rendered(config, data_dir or CLUSTER_DATA)
+    found["pull"] = [{WORKING: {"directory": kubernetes_manifests.WORKDIR}}]
+    found["deployments"] = [entry for entry in found["deployments"] if "config" in entry["parameters"]]
+    for deployment in found["deployments"]:
+        deployment["work_pool"] = {"name": CLUSTER_POOL}
+        deployment["parameters"] |= {"config": str(kubernetes_manifests.CONFIGS / config.name)}
+    return found
+
+
+def template(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The base job template of the cluster's work pool."""
+    return kubernetes_manifests.base_job_template(_flow_job(config))
+
+
+def show(options: argparse.Namespace) -> int:
+    """`tunegate manifests`: what is to be applied for a config's builds, or with --jobs the jobs that they make.
+
+    Nothing is applied. Raises ConfigError when the config is wrong or has no section `kubernetes`.
+    """
+    import yaml
+
+    config = _cluster_config(options.config)
+    if options.jobs:
+        shown = jobs(config)
+    else:
+        text = options.config.read_text(encoding="utf-8")
+        shown = kubernetes_manifests.needed(config["kubernetes"], options.config.name, text)
+    print(yaml.safe_dump_all(shown, sort_keys=False, width=140), end="")
+    return 0
+
+
+def jobs(config: Mapping[str, Any]) -> list[kubernetes_manifests.Manifest]:
+    """The job of a flow run with Prefect's places in it, and each stage's for a folder whose key isn't known yet."""
+    from flows.stages import SECRETS_OF
+
+    made = [_flow_job(config)]
+    for step in plan.all_steps(config):
+        if step.stage not in config["kubernetes"]["jobs"]:
+            continue
+        module, root = plan.program_of(step.stage), Path(kubernetes_manifests.WORKDIR)
+        interpreter = Environment(step.environment, root / ".venv" / step.environment / "bin" / "python")
+        request = kubernetes_manifests.HOME / "work" / step.stage / ".KEY.partial" / "request.json"
+        command = [*environments.command(interpreter, f"pipeline.{module}"), str(request)]
+        environ = {"PYTHONPATH": str(root), "TUNEGATE_HOME": str(kubernetes_manifests.HOME)}
+        made.append(
+            kubernetes_manifests.stage_job(
+                config["kubernetes"], step.stage, f"tunegate-{step.stage}-key", command, environ,
+                secrets=SECRETS_OF.get(module, ()), timeout_s=step.timeout_hours * 3600, shm_size=_shm_size(config),
+            )
+        )  # fmt: skip
+    return made
+
+
+def _flow_job(config: Mapping[str, Any]) -> kubernetes_manifests.Manifest:
+    from flows.services import QUIET
+    from flows.stages import secrets_named
+
+    environ = {**QUIET, "PREFECT_HOME": "/tmp/prefect"}  # noqa: S108 - an emptyDir of the pod's own
+    secrets = sorted(secrets_named(config) - {config["promote"]["api_key_env"]})
+    return kubernetes_manifests.flow_job(config["kubernetes"], environ, secrets, _shm_size(config))
+
+
+def _shm_size(config: Mapping[str, Any]) -> str:
+    return str(config["serve"]["container"]["shm_size"])
+
+
+def _cluster_config(file: Path) -> dict[str, Any]:
+    config = resolve.resolve(file, data_dir=CLUSTER_DATA)
+    if not config["kubernetes"]:
+        raise ConfigError(
+            "this config names no cluster",
+            file=str(file),
+            key="kubernetes",
+            allowed="{image: name@sha256:…, flow: {resources: …}, jobs: {finetune: {resources: …}}}",
+            remedy="add the section; docs/kubernetes.md shows one",
+        )
+    return config
 
 
 def _parameters(deployment: Mapping[str, Any], name: str, file: Path, folder: Path | None) -> dict[str, Any]:
@@ -50,8 +138,11 @@ def _parameters(deployment: Mapping[str, Any], name: str, file: Path, folder: Pa
     return {"config": str(file.resolve()), "data_dir": str(folder.resolve()) if folder else None}
 
 
-def deploy(plan: Mapping[str, Any], pool: str) -> list[str]:
-    """Tell the server that PREFECT_API_URL names; returns the deployments' names as Prefect says them."""
+def deploy(planned: Mapping[str, Any], pool: str, cluster_template: Mapping[str, Any] | None = None) -> list[str]:
+    """Tell the server that PREFECT_API_URL names; returns the deployments' names as Prefect says them.
+
+    The pool runs flows as processes of its worker, or with a template as a cluster's jobs.
+    """
     from prefect import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -62,17 +153,19 @@ def deploy(plan: Mapping[str, Any], pool: str) -> list[str]:
         get_client(sync_client=True) as client,
     ):
         client.upsert_global_concurrency_limit_by_name("gpu", 1)
-        template = ProcessWorker.get_default_base_job_template()
-        client.create_work_pool(WorkPoolCreate(name=pool, type="process", base_job_template=template), overwrite=True)
+        kind = "kubernetes" if cluster_template else "process"
+        chosen = dict(cluster_template or ProcessWorker.get_default_base_job_template())
+        client.create_work_pool(WorkPoolCreate(name=pool, type=kind, base_job_template=chosen), overwrite=True)
         _watch_for_zombies(client)
         names = [
-            f"{deployment['entrypoint'].rpartition(':')[2]}/{deployment['name']}" for deployment in plan["deployments"]
+            f"{deployment['entrypoint'].rpartition(':')[2]}/{deployment['name']}"
+            for deployment in planned["deployments"]
         ]
         deployments = [
             _keeping_schedules(client, name, deployment)
-            for name, deployment in zip(names, plan["deployments"], strict=True)
+            for name, deployment in zip(names, planned["deployments"], strict=True)
         ]
-    _prefect_deploy({**plan, "deployments": deployments})
+    _prefect_deploy({**planned, "deployments": deployments})
     return names
 
 
@@ -121,12 +214,12 @@ def _watch_for_zombies(client: Any) -> None:
         client.create_automation(automation)
 
 
-def _prefect_deploy(plan: Mapping[str, Any]) -> None:
+def _prefect_deploy(planned: Mapping[str, Any]) -> None:
     """Run `prefect deploy` on the rendered file, which stays beside the services' logs."""
     import yaml
 
     file = store.home() / "services" / "prefect.yaml"
-    file.write_text(yaml.safe_dump(dict(plan), sort_keys=False), encoding="utf-8")
+    file.write_text(yaml.safe_dump(dict(planned), sort_keys=False), encoding="utf-8")
     control = environments.find("control")
     command = environments.command(control, "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file))
     environ = environments.child_environ(control, tuple(os.environ))
@@ -140,10 +233,19 @@ def _prefect_deploy(plan: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    """`python -m flows.deploy CONFIG [DATA_DIR]`: the deployments alone, where `tunegate up` starts no worker."""
-    config, *data = map(Path, sys.argv[1:])
+    """`python -m flows.deploy CONFIG [DATA_DIR] [--pool kubernetes]`: the deployments alone, where `tunegate up` starts no worker."""
+    parser = argparse.ArgumentParser(prog="python -m flows.deploy")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("data_dir", type=Path, nargs="?", help="as the pool's runs see it")
+    parser.add_argument("--pool", choices=("process", "kubernetes"), default="process")
+    options = parser.parse_args()
     (store.home() / "services").mkdir(parents=True, exist_ok=True)
-    print(*deploy(rendered(config, data[0] if data else None), "tunegate"), sep="\n")
+    if options.pool == "kubernetes":
+        config = _cluster_config(options.config)
+        names = deploy(rendered_for_cluster(options.config, options.data_dir), CLUSTER_POOL, template(config))
+    else:
+        names = deploy(rendered(options.config, options.data_dir), POOL)
+    print(*names, sep="\n")
 
 
 if __name__ == "__main__":

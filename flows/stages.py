@@ -15,7 +15,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from pipeline import environments, file_digests, hardware, plan, program, store
+from flows import kubernetes
+from pipeline import environments, file_digests, hardware, kubernetes_manifests, plan, program, store
 from pipeline.artifacts import Artifact
 from pipeline.errors import Problem, RegistryError, ServingError, StageFailed, TunegateError
 from pipeline.plan import Step
@@ -43,7 +44,8 @@ def run(
     """Return the step's artefact: from the store, or made now by its stage program as a named Prefect task."""
     made_by = plan.versions(step, config)
     digests = {name: artifact.digest for name, artifact in inputs.items()}
-    key = plan.key_of(step, config, plan.inputs_of(step, digests, sources, hardware.device().name), made_by)
+    device = kubernetes_manifests.device_of(config, step.stage, hardware.device().name)
+    key = plan.key_of(step, config, plan.inputs_of(step, digests, sources, device), made_by)
     found = store.find(step.stage, key)
     if found is not None:
         on_event({"event": "stage", "stage": step.stage, "state": "cached", "seconds": 0.0, "key": key})
@@ -88,7 +90,9 @@ def _make(
         )
         try:
             with device_slot(on_event):
-                detail = run_program(plan.program_of(step.stage), step.environment, config, request, on_event)
+                detail = run_program(
+                    plan.program_of(step.stage), step.environment, config, request, on_event, step=step
+                )
         except TunegateError:
             on_event({"event": "stage", "stage": step.stage, "state": "failed", "seconds": time.monotonic() - started})
             raise
@@ -106,13 +110,19 @@ def run_program(
     *,
     keep: tuple[str, ...] = (),
     pythonpath: tuple[Path, ...] = (),
+    step: Step | None = None,
 ) -> dict[str, Any]:
-    """Run `python -m pipeline.MODULE` in the named environment, with the secrets in `keep` and further folders to import from."""
+    """Run `python -m pipeline.MODULE` in the named environment, with the secrets in `keep` and further folders to import from.
+
+    A child process, or on a cluster the job that the config gives this `step`.
+    """
     found = environments.find(environment, environments.settings(config))
     found = replace(found, pythonpath=(*found.pythonpath, *pythonpath))
     environ = environments.child_environ(found, (*SECRETS_OF.get(module, ()), *keep))
     for name in secrets_named(config) - set(keep):
         environ.pop(name, None)
+    if step and kubernetes_manifests.pod_of(config, step.stage):
+        return kubernetes.run(step, config, found, environ, SECRETS_OF.get(module, ()), request, on_event)
     return program.run(environments.command(found, f"pipeline.{module}"), environ, request, on_event)
 
 

@@ -409,6 +409,51 @@ class EnvironmentSetting(Section):
     pythonpath: tuple[str, ...] = ()
 
 
+class ResourcesConfig(Section):
+    """What a pod asks of its node, in Kubernetes' own names and quantities, such as {cpu: 2, memory: 8Gi, nvidia.com/gpu: 1}."""
+
+    requests: dict[str, str | int] = Field(default_factory=dict)
+    limits: dict[str, str | int] = Field(default_factory=dict)
+
+
+class PodConfig(Section):
+    """Which node a pod runs on, and how much of it."""
+
+    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: tuple[dict[str, str | int], ...] = Field(
+        (), description="as in a pod's spec: key, operator, effect, …"
+    )
+
+
+class KubernetesConfig(Section):
+    """Flow runs as jobs on a cluster, and the stages that get a job of their own; names are Kubernetes' and its Prefect worker's."""
+
+    image: str = Field(
+        pattern=r"@sha256:[0-9a-f]{64}$",
+        description="docker/pipeline.Dockerfile's image with its digest, name@sha256:…",
+    )
+    namespace: str = "tunegate"
+    claim_name: str = Field("tunegate", description="the PersistentVolumeClaim (ReadWriteMany) that holds mlruns")
+    storage: str = Field("200Gi", description="size of that claim")
+    storage_class_name: str | None = Field(None, description="of that claim; default: the cluster's own")
+    service_account_name: str = Field("tunegate", description="of flow runs, which make the stages' jobs")
+    secret_name: str = Field("tunegate", description="the Secret whose keys are variables, such as HF_TOKEN")
+    image_pull_secrets: tuple[str, ...] = ()
+    env: dict[str, str] = Field(
+        default_factory=dict, description="of every pod, such as MLFLOW_TRACKING_URI; no secrets"
+    )
+    flow: PodConfig = Field(
+        default_factory=PodConfig,
+        description="where flows run, stages without a job too, and vLLM for the measurements",
+    )
+    jobs: dict[Literal["base", "prepare", "finetune", "merge", "quantize", "ledger"], PodConfig] = Field(
+        default_factory=dict, description="stages that run as jobs of their own"
+    )
+    pod_watch_timeout_seconds: PositiveInt = Field(1800, description="how long a stage's pod may wait for a node")
+    finished_job_ttl: PositiveInt = Field(86400, description="seconds that a finished job can still be looked at")
+
+
 class Config(Section):
     """One use of tunegate, whole: what `tunegate check` prints and every stage is handed its part of."""
 
@@ -428,6 +473,9 @@ class Config(Section):
     notify: NotifyConfig = Field(default_factory=NotifyConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     environments: dict[Literal["train", "serve", "autoawq", "judges"], EnvironmentSetting] = Field(default_factory=dict)
+    kubernetes: KubernetesConfig | None = Field(
+        None, description="how builds run on a cluster; elsewhere it is not looked at"
+    )
 
 
 def size_in_bytes(size: str) -> int:

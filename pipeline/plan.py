@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline import environments, hardware, scoring_plugins, store
+from pipeline import environments, hardware, kubernetes_manifests, scoring_plugins, store
 from pipeline.digests import digest_file, digest_of
 from pipeline.errors import ConfigError
 from pipeline.sample_size import DIFFERING, items_for_margin
@@ -190,7 +190,8 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
     for step in all_steps(config):
         made_by[step.stage] = versions(step, config)
         if all(name in digests for name in step.inputs):
-            key = key_of(step, config, inputs_of(step, digests, sources, device), made_by[step.stage])
+            there = kubernetes_manifests.device_of(config, step.stage, device)
+            key = key_of(step, config, inputs_of(step, digests, sources, there), made_by[step.stage])
             record = store.peek(step.stage, key)
         else:
             key, record = None, None
@@ -202,7 +203,7 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
             "config": {
                 name: value
                 for name, value in config.items()
-                if name not in ("promote", "notify", "schedule", "environments")
+                if name not in ("promote", "notify", "schedule", "environments", "kubernetes")
             },
             "sources": dict(sources),
             "device": device,

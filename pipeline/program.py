@@ -122,10 +122,7 @@ def run(
 
     Raises the TunegateError that the stage reported, or StageFailed naming the log when it died without a word.
     """
-    request.folder.mkdir(parents=True, exist_ok=True)
-    (request.folder / "result.json").unlink(missing_ok=True)
-    file, log = request.folder / "request.json", request.folder / "log.txt"
-    write_json(file, {"config": request.config, "inputs": request.inputs, "folder": str(request.folder)})
+    file, log = write_request(request), request.folder / "log.txt"
     reported: list[Event] = []
     with log.open("a", encoding="utf-8") as sink:
         child = subprocess.Popen(
@@ -138,29 +135,45 @@ def run(
         )
         try:
             for line in child.stdout or ():
-                _relay(line, sink, reported, on_event)
+                relay(line, sink, reported, on_event)
             child.wait()
         finally:
             _end(child)
-    if reported:
-        raise from_json(reported[-1])
-    result = request.folder / "result.json"
-    if child.returncode or not result.is_file():
+    answer = answer_of(request, reported) if child.returncode == 0 or reported else None
+    if answer is None:
         raise StageFailed([_death(child.returncode, log)])
-    answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return answer
 
 
-def _relay(line: str, sink: IO[str], reported: list[Event], on_event: Callable[[Event], None]) -> None:
+def write_request(request: Request) -> Path:
+    """Leave the request where its program reads it, and no result of an earlier run; returns the file."""
+    request.folder.mkdir(parents=True, exist_ok=True)
+    (request.folder / "result.json").unlink(missing_ok=True)
+    file = request.folder / "request.json"
+    write_json(file, {"config": request.config, "inputs": request.inputs, "folder": str(request.folder)})
+    return file
+
+
+def relay(line: str, sink: IO[str], reported: list[Event], on_event: Callable[[Event], None]) -> None:
+    """Hand on one line of a program's output: errors to `reported`, other events to `on_event`, the rest to its log."""
     try:
         event = json.loads(line)
     except ValueError:
+        event = None
+    if not (isinstance(event, dict) and "event" in event):
         sink.write(line)
-        return
-    if event["event"] == "error":
+    elif event["event"] == "error":
         reported.append(event)
     else:
         on_event(event)
+
+
+def answer_of(request: Request, reported: Sequence[Event]) -> dict[str, Any] | None:
+    """The result that an ended program left, or None; raises the TunegateError that it reported."""
+    if reported:
+        raise from_json(reported[-1])
+    result = request.folder / "result.json"
+    return dict(json.loads(result.read_text(encoding="utf-8"))) if result.is_file() else None
 
 
 def _end(child: subprocess.Popen[str]) -> None:

@@ -1,0 +1,239 @@
+"""A stage program as a Kubernetes job: made, followed by its log, ended with its flow.
+
+For a flow that runs in a pod itself and has mlruns on a volume that jobs can mount. Speaks the API with the pod's own service
+account. A job's name says which folder it works in, so there is never a second one in it: what a killed flow left is deleted first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import ssl
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from pipeline import environments, plan, program, store
+from pipeline import kubernetes_diagnosis as diagnosis
+from pipeline import kubernetes_manifests as manifests
+from pipeline.digests import digest_of
+from pipeline.environments import Environment
+from pipeline.errors import EnvironmentMissing, StageFailed, TunegateError
+from pipeline.plan import Step
+
+OnEvent = Callable[[program.Event], None]
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+POLL_S = 1.0
+SILENCE_S = 60.0  # a follow that says nothing for so long is asked for anew
+OVERLAP_S = 10  # so much of the log is read again then; lines that were read are known by their stamps
+TRIES = 12
+RESULT_S = 60.0  # a network file system may show a new file that late
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")
+
+
+def run(
+    step: Step,
+    config: Mapping[str, Any],
+    found: Environment,
+    environ: Mapping[str, str],
+    secrets: tuple[str, ...],
+    request: program.Request,
+    on_event: OnEvent,
+) -> dict[str, Any]:
+    """Run the step's program as a job to its end and return its result.
+
+    Raises the TunegateError that the program reported, EnvironmentMissing without the image or the right to make jobs,
+    ResourceError without a node or memory, StageFailed for every other end.
+    """
+    cluster, module = config["kubernetes"], f"pipeline.{plan.program_of(step.stage)}"
+    file, log = program.write_request(request), request.folder / "log.txt"
+    manifest = manifests.stage_job(
+        cluster,
+        step.stage,
+        f"tunegate-{step.stage}-{digest_of(str(request.folder))[:16]}",
+        [*environments.command(found, module), str(file)],
+        {name: environ[name] for name in ("PATH", "PYTHONPATH", "TUNEGATE_HOME", "HF_HOME") if name in environ},
+        secrets=secrets,
+        timeout_s=step.timeout_hours * 3600,
+        home=store.home(),
+        shm_size=config["serve"]["container"]["shm_size"],
+        owner=_owner(),
+    )
+    reported: list[program.Event] = []
+    with _client() as client, log.open("a", encoding="utf-8") as sink:
+        job = _Job(client, manifest)
+        job.create()
+        try:
+            pod = _until_started(job, step.stage, cluster["pod_watch_timeout_seconds"], on_event)
+            for line in job.lines(pod):
+                program.relay(f"{line}\n", sink, reported, on_event)
+            ended, pod = job.read(), job.pod() or pod
+        finally:
+            job.end()
+    settled = reported or not diagnosis.failed(pod)
+    answer = _answer(request, reported, RESULT_S if diagnosis.succeeded(pod) else 0) if settled else None
+    if answer is None:
+        raise diagnosis.death(ended, pod, step.stage, str(log), job.describe)
+    return answer
+
+
+class _Job:
+    """One job in the API, and the requests about it; a cluster that doesn't answer is asked again for some minutes."""
+
+    def __init__(self, client: httpx.Client, manifest: manifests.Manifest) -> None:
+        self._client, self._manifest, self._tries = client, manifest, TRIES
+        self._namespace, self._name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
+        self._jobs = f"/apis/batch/v1/namespaces/{self._namespace}/jobs"
+        self._pods = f"/api/v1/namespaces/{self._namespace}/pods"
+        self.describe = f"kubectl describe job {self._name} -n {self._namespace}"
+
+    def create(self) -> None:
+        """Make the job, in place of one of the same folder that is still there."""
+        for _ in range(TRIES):
+            made = self._ask("POST", self._jobs, json=self._manifest)
+            if made.status_code != httpx.codes.CONFLICT:
+                self._must(made)
+                return
+            self._delete()
+            while self.read() is not None:
+                time.sleep(POLL_S)
+        raise StageFailed("another flow makes the same job at the same time", remedy=self.describe)
+
+    def read(self) -> dict[str, Any] | None:
+        """The job's record, or None when it is gone."""
+        found = self._ask("GET", f"{self._jobs}/{self._name}")
+        if found.status_code == httpx.codes.NOT_FOUND:
+            return None
+        return self._must(found)
+
+    def pod(self) -> dict[str, Any] | None:
+        """The record of the job's pod, or None before it is made and after it is gone."""
+        selector = {"labelSelector": f"job-name={self._name}"}
+        pods = self._must(self._ask("GET", self._pods, params=selector))["items"]
+        return dict(pods[0]) if pods else None
+
+    def lines(self, pod: Mapping[str, Any] | None) -> Iterator[str]:
+        """The log's lines as they come, each once, until the job is over; a broken connection is made anew."""
+        last, heard = "", time.monotonic()
+        while pod is not None:
+            over = diagnosis.is_over(self.read(), self.pod())  # asked first: what is written later is read next time
+            params = {"follow": "true", "timestamps": "true"}
+            if last:
+                params["sinceSeconds"] = str(int(time.monotonic() - heard) + OVERLAP_S)
+            with suppress(httpx.TransportError):
+                for line in self._follow(f"{self._pods}/{pod['metadata']['name']}/log", params):
+                    stamp, _, text = line.partition(" ")
+                    if not STAMP.match(line):
+                        yield line
+                    elif stamp > last:
+                        last, heard = stamp, time.monotonic()
+                        yield text
+            if over:
+                return
+            time.sleep(POLL_S)
+
+    def end(self) -> None:
+        """Delete the job if it isn't over; what is over can be looked at until the cluster removes it.
+
+        Asks once: a flow that is being ended has little time, and what it was ended by must be what the user reads.
+        """
+        self._tries = 1
+        with suppress(TunegateError):
+            if not diagnosis.is_over(self.read(), self.pod()):
+                self._delete()
+
+    def _delete(self) -> None:
+        options = {"propagationPolicy": "Foreground"}
+        self._ask("DELETE", f"{self._jobs}/{self._name}", json=options)
+
+    def _follow(self, path: str, params: Mapping[str, str]) -> Iterator[str]:
+        timeout = httpx.Timeout(30, read=SILENCE_S)
+        with self._client.stream("GET", path, params=params, timeout=timeout) as response:
+            if response.is_success:
+                yield from response.iter_lines()
+
+    def _ask(self, method: str, path: str, **content: Any) -> httpx.Response:
+        for number in range(self._tries):
+            try:
+                answer = self._client.request(method, path, **content)
+            except httpx.TransportError as error:
+                what = str(error) or type(error).__name__
+            else:
+                if answer.status_code != httpx.codes.TOO_MANY_REQUESTS and not answer.is_server_error:
+                    return answer
+                what = _said(answer)
+            if number + 1 < self._tries:
+                time.sleep(min(30.0, POLL_S * 2**number))
+        raise StageFailed(
+            f"the cluster's API does not answer: {what}", remedy=f"kubectl get --raw /readyz; {self.describe}"
+        )
+
+    def _must(self, answer: httpx.Response) -> dict[str, Any]:
+        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise EnvironmentMissing(
+                f"the flow's service account may not do this: {_said(answer)}",
+                key="kubernetes.service_account_name",
+                remedy="tunegate manifests CONFIG | kubectl apply -f -",
+            )
+        if not answer.is_success:
+            raise StageFailed(
+                f"the cluster refused the job {self._name}: {_said(answer)}", remedy="tunegate manifests CONFIG --jobs"
+            )
+        return dict(answer.json())
+
+
+def _until_started(job: _Job, stage: str, patience_s: float, on_event: OnEvent) -> dict[str, Any] | None:
+    """The job's pod once its program runs; None when the job ended without one."""
+    began, said = time.monotonic(), ""
+    while True:
+        pod = job.pod()
+        if diagnosis.is_running(pod) or diagnosis.is_over(job.read(), pod):
+            return pod
+        error = diagnosis.refusal(pod, stage, job.describe)
+        if error is None and time.monotonic() - began > patience_s:
+            error = diagnosis.impatience(pod, stage, patience_s, job.describe)
+        if error:
+            raise error
+        waits = diagnosis.waits_for(pod)
+        if waits and waits != said:
+            on_event({"event": "message", "text": f"{stage} waits for {waits}"})
+            said = waits
+        time.sleep(POLL_S)
+
+
+def _answer(request: program.Request, reported: list[program.Event], patience_s: float) -> dict[str, Any] | None:
+    until = time.monotonic() + patience_s
+    while (answer := program.answer_of(request, reported)) is None and time.monotonic() < until:
+        time.sleep(POLL_S)
+    return answer
+
+
+def _client() -> httpx.Client:
+    """A client of the cluster that this process runs in, as the pod's service account."""
+    host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
+    url = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+    trusted = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
+    return httpx.Client(base_url=url, verify=trusted, auth=_signed, timeout=30, trust_env=False)
+
+
+def _signed(request: httpx.Request) -> httpx.Request:
+    """Read anew each time: the cluster renews the token every hour."""
+    request.headers["Authorization"] = f"Bearer {(ACCOUNT / 'token').read_text(encoding='utf-8').strip()}"
+    return request
+
+
+def _owner() -> tuple[str, str] | None:
+    name, uid = os.environ.get(manifests.POD), os.environ.get(manifests.POD_UID)
+    return (name, uid) if name and uid else None
+
+
+def _said(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{answer.status_code} {answer.text[:200]}"

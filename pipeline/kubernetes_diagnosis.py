@@ -1,0 +1,144 @@
+"""Why a stage's job waits or failed, from its job's and pod's records: an error that names the setting and the next command.
+
+Pure: the records are the API's JSON. The reasons are those that kubelet, scheduler and job controller write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipeline.errors import EnvironmentMissing, Problem, ResourceError, StageFailed, TunegateError
+
+Record = Mapping[str, Any]
+
+NO_IMAGE = ("ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+NO_CONTAINER = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+OVER = ("Succeeded", "Failed")
+KILLED = 137  # 128 + SIGKILL
+
+
+def is_over(job: Record | None, pod: Record | None) -> bool:
+    """Whether nothing more can come of it: its pod ended, or the job did or is gone."""
+    if job is None or _conditions(job, "Complete", "Failed"):
+        return True
+    return pod is not None and _status(pod).get("phase") in OVER
+
+
+def is_running(pod: Record | None) -> bool:
+    """Whether the pod's program started, and so has a log."""
+    return pod is not None and _status(pod).get("phase") in ("Running", *OVER)
+
+
+def succeeded(pod: Record | None) -> bool:
+    """Whether the program ended with status 0."""
+    return pod is not None and _status(pod).get("phase") == "Succeeded"
+
+
+def failed(pod: Record | None) -> bool:
+    """Whether the program ended with another status, or was ended."""
+    return pod is not None and _status(pod).get("phase") == "Failed"
+
+
+def waits_for(pod: Record | None) -> str:
+    """What a pod that doesn't run yet waits for, in the cluster's words; empty when it doesn't say."""
+    if pod is None:
+        return "its pod to be made"
+    unscheduled = next((found for found in _conditions(pod, "PodScheduled", status="False")), {})
+    if unscheduled:
+        return f"a node: {unscheduled.get('message') or unscheduled.get('reason', '')}"
+    waiting = _waiting(pod)
+    return ": ".join(part for part in (waiting.get("reason"), waiting.get("message")) if part)
+
+
+def refusal(pod: Record | None, stage: str, describe: str) -> TunegateError | None:
+    """The error of a pod that will not start however long one waits."""
+    waiting = _waiting(pod) if pod else {}
+    reason, message = waiting.get("reason", ""), waiting.get("message", "")
+    if reason in NO_IMAGE:
+        return EnvironmentMissing(
+            f"the node can't have the image: {message or reason}",
+            key="kubernetes.image",
+            allowed="an image that the cluster's nodes can pull",
+            remedy=f"correct kubernetes.image or kubernetes.image_pull_secrets; {describe}",
+        )
+    if reason in NO_CONTAINER:
+        return StageFailed(f"the {stage} container can't be made: {message or reason}", remedy=describe)
+    return None
+
+
+def impatience(pod: Record | None, stage: str, waited_s: float, describe: str) -> TunegateError:
+    """The error of a pod that found no node in time, with the scheduler's own count of why."""
+    return ResourceError(
+        f"the {stage} pod did not start within {waited_s:.0f} s; it waits for {waits_for(pod) or 'its container'}",
+        key=f"kubernetes.jobs.{stage}",
+        allowed="resources, node_selector and tolerations that a node of the cluster has free",
+        remedy=f"{describe}; ask for less, or raise kubernetes.pod_watch_timeout_seconds",
+    )
+
+
+def death(job: Record | None, pod: Record | None, stage: str, log: str, describe: str) -> TunegateError:
+    """The error of a job that ended without a result."""
+    if job is None or job["metadata"].get("deletionTimestamp"):
+        return StageFailed(f"the {stage} job was deleted while it ran", file=log, remedy="run the same command again")
+    failed = next(iter(_conditions(job, "Failed")), {})
+    if failed.get("reason") == "DeadlineExceeded":
+        return StageFailed(f"the {stage} job took longer than the stage may take", file=log,
+                           remedy=f"{describe}; running the same command again continues from the last finished step")  # fmt: skip
+    ended = _terminated(pod) if pod else {}
+    if ended.get("reason") == "OOMKilled" or (pod is not None and _status(pod).get("reason") == "OOMKilled"):
+        return _no_memory(pod or {}, stage, log, describe)
+    if pod is not None and (_status(pod).get("reason") == "Evicted" or _conditions(pod, "DisruptionTarget")):
+        why = _status(pod).get("message") or next(iter(_conditions(pod, "DisruptionTarget")), {}).get("message", "")
+        return StageFailed(f"the {stage} pod was evicted: {why}", file=log,
+                           remedy=f"{describe}; running the same command again continues from the last finished step")  # fmt: skip
+    if pod is None:
+        return StageFailed(
+            f"the {stage} job has no pod: {failed.get('message') or 'its node is gone'}", file=log, remedy=describe
+        )
+    status = ended.get("exitCode")
+    if status == KILLED:
+        what = f"the {stage} program was killed (status 137), by its node or by somebody"
+    elif status == 0:
+        what = (
+            f"the {stage} program ended well, but its result can't be read here: is the volume the same in both pods?"
+        )
+    else:
+        what = f"the {stage} program ended with status {status}: {ended.get('message') or ended.get('reason', '')}"
+    return StageFailed(what, file=log, remedy=f"read the log; {describe}")
+
+
+def _no_memory(pod: Record, stage: str, log: str, describe: str) -> TunegateError:
+    limits = pod["spec"]["containers"][0].get("resources", {}).get("limits", {})
+    limit = limits.get("memory")
+    return ResourceError(
+        Problem(
+            f"the {stage} pod ran out of memory (OOMKilled)" + (f" at its limit of {limit}" if limit else ""),
+            file=log,
+            key=f"kubernetes.jobs.{stage}.resources.limits.memory",
+            allowed=f"more than {limit}" if limit else "as much as the stage needs; `tunegate check` estimates it",
+            remedy=f"raise it, or lower micro_batch_size, sequence_len or num_calibration_samples; {describe}",
+        )
+    )
+
+
+def _status(record: Record) -> Mapping[str, Any]:
+    return record.get("status") or {}
+
+
+def _conditions(record: Record, *kinds: str, status: str = "True") -> list[Mapping[str, Any]]:
+    found = _status(record).get("conditions") or []
+    return [condition for condition in found if condition["type"] in kinds and condition["status"] == status]
+
+
+def _states(pod: Record) -> Iterator[Mapping[str, Any]]:
+    for container in _status(pod).get("containerStatuses") or []:
+        yield container.get("state") or {}
+
+
+def _waiting(pod: Record) -> Mapping[str, Any]:
+    return next((state["waiting"] for state in _states(pod) if state.get("waiting")), {})
+
+
+def _terminated(pod: Record) -> Mapping[str, Any]:
+    return next((state["terminated"] for state in _states(pod) if state.get("terminated")), {})
