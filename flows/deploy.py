@@ -96,7 +96,7 @@ def jobs(config: Mapping[str, Any]) -> list[kubernetes_manifests.Manifest]:
         interpreter = Environment(step.environment, root / ".venv" / step.environment / "bin" / "python")
         request = kubernetes_manifests.HOME / "work" / step.stage / ".KEY.partial" / "request.json"
         command = [*environments.command(interpreter, f"pipeline.{module}"), str(request)]
-        environ = {"PYTHONPATH": str(root), "TUNEGATE_HOME": str(kubernetes_manifests.HOME)}
+        environ = {"PYTHONPATH": str(root), **kubernetes_manifests.PLACES}
         made.append(
             kubernetes_manifests.stage_job(
                 config["kubernetes"], step.stage, f"tunegate-{step.stage}-key", command, environ,

@@ -33,6 +33,7 @@ SILENCE_S = 60.0  # a follow that says nothing for so long is asked for anew
 OVERLAP_S = 10  # so much of the log is read again then; lines that were read are known by their stamps
 TRIES = 12
 RESULT_S = 60.0  # a network file system may show a new file that late
+POD_LABEL = "batch.kubernetes.io/controller-uid"
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")
 
 
@@ -75,8 +76,7 @@ def run(
             ended, pod = job.read(), job.pod() or pod
         finally:
             job.end()
-    settled = reported or not diagnosis.failed(pod)
-    answer = _answer(request, reported, RESULT_S if diagnosis.succeeded(pod) else 0) if settled else None
+    answer = _answer(request, reported) if reported or diagnosis.went_well(ended, pod) else None
     if answer is None:
         raise diagnosis.death(ended, pod, step.stage, str(log), job.describe)
     return answer
@@ -87,6 +87,7 @@ class _Job:
 
     def __init__(self, client: httpx.Client, manifest: manifests.Manifest) -> None:
         self._client, self._manifest, self._tries = client, manifest, TRIES
+        self._uid = ""
         self._namespace, self._name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
         self._jobs = f"/apis/batch/v1/namespaces/{self._namespace}/jobs"
         self._pods = f"/api/v1/namespaces/{self._namespace}/pods"
@@ -97,35 +98,34 @@ class _Job:
         for _ in range(TRIES):
             made = self._ask("POST", self._jobs, json=self._manifest)
             if made.status_code != httpx.codes.CONFLICT:
-                self._must(made)
+                self._uid = self._must(made)["metadata"]["uid"]
                 return
             self._delete()
-            while self.read() is not None:
+            while self._get().status_code != httpx.codes.NOT_FOUND:
                 time.sleep(POLL_S)
         raise StageFailed("another flow makes the same job at the same time", remedy=self.describe)
 
     def read(self) -> dict[str, Any] | None:
-        """The job's record, or None when it is gone."""
-        found = self._ask("GET", f"{self._jobs}/{self._name}")
-        if found.status_code == httpx.codes.NOT_FOUND:
-            return None
-        return self._must(found)
+        """The job's record, or None when it is gone, also when another one has its name by now."""
+        found = self._get()
+        record = None if found.status_code == httpx.codes.NOT_FOUND else self._must(found)
+        return record if record and record["metadata"]["uid"] == self._uid else None
 
     def pod(self) -> dict[str, Any] | None:
         """The record of the job's pod, or None before it is made and after it is gone."""
-        selector = {"labelSelector": f"job-name={self._name}"}
+        selector = {"labelSelector": f"{POD_LABEL}={self._uid}"}
         pods = self._must(self._ask("GET", self._pods, params=selector))["items"]
         return dict(pods[0]) if pods else None
 
     def lines(self, pod: Mapping[str, Any] | None) -> Iterator[str]:
         """The log's lines as they come, each once, until the job is over; a broken connection is made anew."""
-        last, heard = "", time.monotonic()
-        while pod is not None:
+        last, heard, broken = "", time.monotonic(), 0
+        while pod is not None and broken < TRIES:
             over = diagnosis.is_over(self.read(), self.pod())  # asked first: what is written later is read next time
             params = {"follow": "true", "timestamps": "true"}
             if last:
                 params["sinceSeconds"] = str(int(time.monotonic() - heard) + OVERLAP_S)
-            with suppress(httpx.TransportError):
+            try:
                 for line in self._follow(f"{self._pods}/{pod['metadata']['name']}/log", params):
                     stamp, _, text = line.partition(" ")
                     if not STAMP.match(line):
@@ -133,8 +133,11 @@ class _Job:
                     elif stamp > last:
                         last, heard = stamp, time.monotonic()
                         yield text
-            if over:
-                return
+            except httpx.TransportError:
+                broken += over  # the end of a finished log is worth some tries
+            else:
+                if over:
+                    return
             time.sleep(POLL_S)
 
     def end(self) -> None:
@@ -145,11 +148,13 @@ class _Job:
         self._tries = 1
         with suppress(TunegateError):
             if not diagnosis.is_over(self.read(), self.pod()):
-                self._delete()
+                self._delete(preconditions={"uid": self._uid})
 
-    def _delete(self) -> None:
-        options = {"propagationPolicy": "Foreground"}
-        self._ask("DELETE", f"{self._jobs}/{self._name}", json=options)
+    def _get(self) -> httpx.Response:
+        return self._ask("GET", f"{self._jobs}/{self._name}")
+
+    def _delete(self, **options: Any) -> None:
+        self._ask("DELETE", f"{self._jobs}/{self._name}", json={"propagationPolicy": "Foreground", **options})
 
     def _follow(self, path: str, params: Mapping[str, str]) -> Iterator[str]:
         timeout = httpx.Timeout(30, read=SILENCE_S)
@@ -206,8 +211,8 @@ def _until_started(job: _Job, stage: str, patience_s: float, on_event: OnEvent) 
         time.sleep(POLL_S)
 
 
-def _answer(request: program.Request, reported: list[program.Event], patience_s: float) -> dict[str, Any] | None:
-    until = time.monotonic() + patience_s
+def _answer(request: program.Request, reported: list[program.Event]) -> dict[str, Any] | None:
+    until = time.monotonic() + RESULT_S
     while (answer := program.answer_of(request, reported)) is None and time.monotonic() < until:
         time.sleep(POLL_S)
     return answer

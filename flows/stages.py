@@ -89,7 +89,8 @@ def _make(
             {name.rpartition(".")[2]: plan.section(config, name) for name in step.sections}, inputs, partial
         )
         try:
-            with device_slot(on_event):
+            job = kubernetes_manifests.pod_of(config, step.stage)  # with a GPU of its own
+            with nullcontext() if job else device_slot(on_event):
                 detail = run_program(
                     plan.program_of(step.stage), step.environment, config, request, on_event, step=step
                 )

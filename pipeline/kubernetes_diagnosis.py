@@ -30,14 +30,11 @@ def is_running(pod: Record | None) -> bool:
     return pod is not None and _status(pod).get("phase") in ("Running", *OVER)
 
 
-def succeeded(pod: Record | None) -> bool:
+def went_well(job: Record | None, pod: Record | None) -> bool:
     """Whether the program ended with status 0."""
-    return pod is not None and _status(pod).get("phase") == "Succeeded"
-
-
-def failed(pod: Record | None) -> bool:
-    """Whether the program ended with another status, or was ended."""
-    return pod is not None and _status(pod).get("phase") == "Failed"
+    return (job is not None and bool(_conditions(job, "Complete"))) or (
+        pod is not None and _status(pod).get("phase") == "Succeeded"
+    )
 
 
 def waits_for(pod: Record | None) -> str:
@@ -103,6 +100,8 @@ def death(job: Record | None, pod: Record | None, stage: str, log: str, describe
         what = (
             f"the {stage} program ended well, but its result can't be read here: is the volume the same in both pods?"
         )
+    elif status is None:
+        what = f"the {stage} job ended without a status of its program"
     else:
         what = f"the {stage} program ended with status {status}: {ended.get('message') or ended.get('reason', '')}"
     return StageFailed(what, file=log, remedy=f"read the log; {describe}")

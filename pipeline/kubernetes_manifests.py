@@ -20,6 +20,7 @@ USER = 65532  # docker/pipeline.Dockerfile's
 WORKDIR = "/tunegate"
 HOME = Path("/mlruns")
 CONFIGS = Path("/config")
+PLACES = {"TUNEGATE_HOME": str(HOME), "HF_HOME": str(HOME / "hub")}  # both on the volume
 # Set in a flow's pod alone: the claim mounted as its mlruns, and the pod that its jobs go with.
 CLAIM, POD, POD_UID = "TUNEGATE_CLAIM", "TUNEGATE_POD", "TUNEGATE_POD_UID"
 # What a flow's own run must be told beside the secrets that the config names.
@@ -77,7 +78,7 @@ def flow_job(
     cluster: Mapping[str, Any], environ: Mapping[str, str], secrets: Sequence[str], shm_size: str = "1GiB"
 ) -> Manifest:
     """The job of a flow run, as Prefect's worker takes it: with its places for what it knows only then."""
-    named = {**cluster["env"], **environ, "TUNEGATE_HOME": str(HOME), CLAIM: cluster["claim_name"]}
+    named = {**cluster["env"], **environ, **PLACES, CLAIM: cluster["claim_name"]}
     env = _variables(named, cluster, [*SECRETS, *secrets])
     for variable, field in ((POD, "metadata.name"), (POD_UID, "metadata.uid")):
         env.append({"name": variable, "valueFrom": {"fieldRef": {"fieldPath": field}}})

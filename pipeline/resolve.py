@@ -56,6 +56,7 @@ def judge(config: Config) -> Iterator[Problem]:
     yield from judges_problems(config.evaluate)
     yield from argument_problems(config.serve.extra_args)
     yield from env_problems(config.serve.env)
+    yield from cluster_problems(config)
     if config.merge.merge_base == "dequantized" and not config.finetune.load_in_4bit:
         yield Problem(
             "there is no dequantized base where training is in 16 bits",
@@ -64,6 +65,18 @@ def judge(config: Config) -> Iterator[Problem]:
             remedy="set merge.merge_base: auto, or finetune.adapter: qlora",
         )
     yield from gate_policy.problems(config.gate, config.evaluate, config.loadtest, config.data.columns)
+
+
+def cluster_problems(config: Config) -> Iterator[Problem]:
+    """Secrets in a cluster's plain variables: they would stand in manifests, and in Prefect's page."""
+    for name in config.kubernetes.env if config.kubernetes else ():
+        if environments.SECRET.search(name):
+            yield Problem(
+                "is a secret",
+                key=f"kubernetes.env.{name}",
+                allowed="variables that anybody may read",
+                remedy=f"kubectl create secret generic {config.kubernetes.secret_name} --from-literal={name}=…",  # type: ignore[union-attr]
+            )
 
 
 def judges_problems(evaluate: EvaluateConfig) -> Iterator[Problem]:
