@@ -2,10 +2,12 @@
 #
 #   docker build -f docker/pipeline.Dockerfile -t tunegate-pipeline .      # in the project's folder
 #
-# About 6 GB with all environments; ENVIRONMENTS=control alone (1 GB) serves the pages and the proxy, and runs no build.
+# --build-arg DEVICE=cuda for a machine or a cluster with NVIDIA GPUs, whose driver its container runtime brings in.
+# About 6 GB with all environments for a CPU; ENVIRONMENTS=control alone (1 GB) serves the pages and the proxy, and runs no build.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 FROM ${BASE}
 ARG ENVIRONMENTS="control train serve"
+ARG DEVICE=cpu
 RUN apt-get update -q \
     && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends g++ libnuma1 make \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*.log /var/log/apt \

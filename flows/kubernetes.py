@@ -32,6 +32,7 @@ POLL_S = 1.0
 SILENCE_S = 60.0  # a follow that says nothing for so long is asked for anew
 OVERLAP_S = 10  # so much of the log is read again then; lines that were read are known by their stamps
 TRIES = 12
+GOING_S = 600.0  # a pod on a node that is gone takes five minutes
 RESULT_S = 60.0  # a network file system may show a new file that late
 POD_LABEL = "batch.kubernetes.io/controller-uid"
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")
@@ -100,10 +101,18 @@ class _Job:
             if made.status_code != httpx.codes.CONFLICT:
                 self._uid = self._must(made)["metadata"]["uid"]
                 return
-            self._delete()
-            while self._get().status_code != httpx.codes.NOT_FOUND:
-                time.sleep(POLL_S)
+            self._replace()
         raise StageFailed("another flow makes the same job at the same time", remedy=self.describe)
+
+    def _replace(self) -> None:
+        """Delete the job of this name and wait until its pod is gone too, which may still write into the folder."""
+        self._delete()
+        until = time.monotonic() + GOING_S
+        while (found := self._get()).status_code != httpx.codes.NOT_FOUND:
+            self._must(found)
+            if time.monotonic() > until:
+                raise StageFailed("an earlier job of the same stage doesn't go away", remedy=self.describe)
+            time.sleep(POLL_S)
 
     def read(self) -> dict[str, Any] | None:
         """The job's record, or None when it is gone, also when another one has its name by now."""
@@ -122,7 +131,7 @@ class _Job:
         last, heard, broken = "", time.monotonic(), 0
         while pod is not None and broken < TRIES:
             over = diagnosis.is_over(self.read(), self.pod())  # asked first: what is written later is read next time
-            params = {"follow": "true", "timestamps": "true"}
+            params = {"container": manifests.CONTAINER, "follow": "true", "timestamps": "true"}
             if last:
                 params["sinceSeconds"] = str(int(time.monotonic() - heard) + OVERLAP_S)
             try:

@@ -106,7 +106,7 @@ def base_job_template(job: Manifest) -> Manifest:
     }
     names = {name: f"{{{{ {name} }}}}" for name in properties}
     return {
-        "job_configuration": {**names, "namespace": namespace, "stream_output": True, "job_manifest": job},
+        "job_configuration": {**names, "namespace": namespace, "job_manifest": job},
         "variables": {"type": "object", "properties": properties},
     }
 

@@ -241,7 +241,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _log(self, name: str, asked: Mapping[str, str]) -> None:
         pod, fate = self.server.pods.get(name), self.server.fate
-        if pod is None:
+        if pod is None or asked["container"] != pod.container["name"]:
             self._refuse(404, f'pods "{name}-pod" not found')
             return
         self.send_response(200)

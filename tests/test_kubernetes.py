@@ -100,6 +100,17 @@ def test_a_stage_runs_as_a_job_and_its_result_is_read_from_the_volume(world, clu
     assert job["spec"]["activeDeadlineSeconds"] == 7200
 
 
+def test_a_job_goes_with_the_pod_of_its_flow(world, cluster_of, monkeypatch):
+    """A flow that can't say goodbye leaves it to the cluster."""
+    monkeypatch.setenv(manifests.POD, "tickets-abc")
+    monkeypatch.setenv(manifests.POD_UID, "1-2-3")
+    with cluster_of() as server:
+        world.run(server, WELL)
+    (job,) = server.made
+    owner = {"apiVersion": "v1", "kind": "Pod", "name": "tickets-abc", "uid": "1-2-3"}
+    assert job["metadata"]["ownerReferences"] == [owner]
+
+
 def test_the_programs_environment_is_the_manifests(world, cluster_of, monkeypatch):
     """A variable of the flow's pod isn't handed on; where the code and mlruns lie is."""
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "x")
