@@ -122,11 +122,31 @@ class FinetuneConfig(Section):
     eval_steps: PositiveInt = 50
     logging_steps: PositiveInt = 1
     load_best_model_at_end: bool = Field(True, description="keep the checkpoint of the lowest validation loss")
+    num_processes: PositiveInt = Field(
+        1,
+        description="processes on this host, one a GPU, that share each step's rows: micro_batch_size and"
+        " gradient_accumulation_steps count for all of them together, so that their number leaves the batch as it is",
+    )
+    fsdp_version: Literal[2] | None = Field(
+        None, description="2: the frozen base is split over the processes, for one that leaves a GPU too little memory"
+    )
 
     @model_validator(mode="after")
     def _qlora_is_four_bit(self) -> FinetuneConfig:
         if (self.adapter == "qlora") != self.load_in_4bit:
             raise ValueError("adapter: qlora goes with load_in_4bit: true, adapter: lora with load_in_4bit: false")
+        return self
+
+    @model_validator(mode="after")
+    def _each_process_has_something_to_do(self) -> FinetuneConfig:
+        rows = self.micro_batch_size * self.gradient_accumulation_steps
+        if not self.sample_packing and self.num_processes > rows:
+            raise ValueError(
+                f"num_processes: {self.num_processes} goes with at least as many rows a step, and micro_batch_size times"
+                f" gradient_accumulation_steps is {rows} for all processes together"
+            )
+        if self.fsdp_version and self.num_processes == 1:
+            raise ValueError("fsdp_version: 2 splits the base over processes, and num_processes is 1")
         return self
 
 

@@ -60,6 +60,10 @@ SETTLED = {
     "resume_from_checkpoint": "running the same command again resumes",
     "tokenizer_type": "the tokenizer is the base model's own",
     "chat_template": "the chat template is the base model's own",
+    "fsdp": "fsdp_version: 2 with num_processes splits the base over the GPUs",
+    "fsdp_config": "fsdp_version: 2 splits the base layer by layer and gathers a layer when it is used",
+    "deepspeed": "fsdp_version: 2 with num_processes splits the base over the GPUs",
+    "distributed_type": "num_processes, and fsdp_version: 2 where the base is to be split, say it",
     "model_type": "the architecture is read from the base model's config.json",
 }
 

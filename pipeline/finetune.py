@@ -6,7 +6,8 @@ Payload: peft's adapter_model.safetensors and adapter_config.json. The loss of a
 (micro_batch_size times gradient_accumulation_steps bins or rows) is the mean over all its trained tokens,
 however it is cut into passes through the model. Every step seeds its own random numbers, so a run that is
 killed and started again ends with the same bytes as one that wasn't, on the same machine, thread count
-and packages (proved on a CPU; CUDA kernels don't promise it). One device; no distributed training.
+and packages (proved on a CPU; CUDA kernels don't promise it). On one device, or on several of one host:
+finetune_distributed says what they share.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from pipeline import (
     finetune_lora,
     finetune_loss,
     finetune_model,
+    finetune_processes,
     finetune_rows,
+    finetune_shards,
     out_of_memory,
     packing,
     program,
@@ -40,46 +43,62 @@ from pipeline.artifacts import Artifact
 from pipeline.config import FinetuneConfig
 from pipeline.errors import StageFailed
 from pipeline.finetune_checkpoints import Best, State
+from pipeline.finetune_distributed import Group
 from pipeline.packing import Row
 
 if TYPE_CHECKING:
     import torch
 
 HARDWARE = "hardware.json"
-STEP_SEED = 1_000_003
+STEP_SEED, PROCESS_SEED = 1_000_003, 1_000_000_007
 
 
 def run(request: program.Request) -> dict[str, Any]:
-    """Train an adapter; detail: steps, tokens, losses, tokens/s, hardware, rows left out.
+    """Train an adapter, in this process or in as many as the config names; detail: as `train` has it."""
+    processes = FinetuneConfig(**request.config["finetune"]).num_processes
+    return train(request, Group()) if processes == 1 else finetune_processes.launch(request, processes)
 
-    `train_loss` is the mean of the last tenth of the logged steps, `eval_loss` that of the adapter that
-    is kept.
+
+def train(request: program.Request, group: Group) -> dict[str, Any]:
+    """Train an adapter with the others of the group, the first of which writes the files.
+
+    Detail: steps, tokens, losses, tokens/s, hardware, rows left out. `train_loss` is the mean of the last tenth of the
+    logged steps, `eval_loss` that of the adapter that is kept, `effective_batch_size` the bins or rows of a step of all
+    processes together.
     """
     settings = FinetuneConfig(**request.config["finetune"])
     sequence_len, seed = request.config["sequence_len"], request.config["seed"]
     base, prepared = (Artifact(**request.inputs[name]) for name in ("base", "prepare"))
-    rows = finetune_rows.read(base.payload, prepared.payload, request.folder / "extra", settings, sequence_len)
+    extra = request.folder / "extra" if group.rank == 0 else None
+    rows = finetune_rows.read(base.payload, prepared.payload, extra, settings, sequence_len)
     keep_freed_memory()
     with _out_of_memory_named(settings):
         checkpoints = request.folder / "checkpoints"
-        model, hardware = finetune_model.load(base.payload, settings, sequence_len, _begun_with(checkpoints))
-        program.write_json(checkpoints / HARDWARE, asdict(hardware))
+        before = _begun_with(checkpoints)
+        _tell_how_rows_are_shared(settings, before)
+        model, hardware = finetune_model.load(base.payload, settings, sequence_len, before)
+        if group.rank == 0:
+            program.write_json(checkpoints / HARDWARE, asdict(hardware))
         model = finetune_model.with_lora(model, settings, hardware, base.digest, seed)
+        if hardware.split:
+            finetune_shards.split(model, hardware.device, group.size)
         training = Training(
             model, hardware, settings, rows,
-            sequence_len=sequence_len, seed=seed, checkpoints=checkpoints,
+            sequence_len=sequence_len, seed=seed, checkpoints=checkpoints, group=group,
         )  # fmt: skip
         done = training.run()
-    finetune_model.save_adapter(model, training.best_weights(), request.payload)
     best = done.best.step if done.best else None
-    finetune_curve.write_lines(request.folder / "extra" / "history.jsonl", done.history)
-    finetune_curve.draw(request.folder / "extra" / "loss.png", done.history, best)
+    if extra:
+        finetune_model.save_adapter(model, training.best_weights(), request.payload)
+        finetune_curve.write_lines(extra / "history.jsonl", done.history)
+        finetune_curve.draw(extra / "loss.png", done.history, best)
     losses = [entry["train_loss"] for entry in done.history if "train_loss" in entry]
     last = losses[-max(1, len(losses) // 10) :]
     return {
         "steps": done.step,
         "rows": len(rows.train),
         "tokens": done.tokens,
+        "effective_batch_size": settings.micro_batch_size * settings.gradient_accumulation_steps,
         "truncated_rows": rows.truncated,
         "rows_without_answer": rows.without_answer,
         "train_loss": sum(last) / len(last),
@@ -98,6 +117,21 @@ def _begun_with(checkpoints: Path) -> finetune_model.Hardware | None:
     return finetune_model.Hardware(**json.loads((checkpoints / HARDWARE).read_text(encoding="utf-8")))
 
 
+def _tell_how_rows_are_shared(settings: FinetuneConfig, before: finetune_model.Hardware | None) -> None:
+    """What a person used to a batch that grows with the processes, or who changed their number, should know."""
+    processes, batch = settings.num_processes, settings.micro_batch_size * settings.gradient_accumulation_steps
+    what = "bins" if settings.sample_packing else "rows"
+    if processes > 1:
+        program.message(
+            f"{processes} processes share the {batch} {what} of each step: the batch is that of one process"
+        )
+    if before is not None and before.processes != processes:
+        program.message(
+            f"this run began in {before.processes} processes and goes on in {processes}: the same rows a step,"
+            " their sums in another order, and other dropout"
+        )
+
+
 class Training:
     """A training run: what it trains on, and where it stands."""
 
@@ -111,7 +145,9 @@ class Training:
         sequence_len: int,
         seed: int,
         checkpoints: Path,
+        group: Group | None = None,
     ) -> None:
+        self.group = group or Group()
         self.model, self.hardware, self.settings = model, hardware, settings
         self.rows, self.seed, self.checkpoints = rows, seed, checkpoints
         self.weights = {name: it for name, it in model.named_parameters() if it.requires_grad}
@@ -147,7 +183,7 @@ class Training:
                 if self.rows.validation and self._due(state, self.settings.eval_steps):
                     self._evaluate(state)
                 if self._due(state, self.settings.save_steps):
-                    finetune_checkpoints.save(self.checkpoints, state, self.weights, self.optimizer)
+                    self._save(state)
         return state
 
     def best_weights(self) -> dict[str, torch.Tensor]:
@@ -184,14 +220,18 @@ class Training:
         """One optimizer step over the training rows of these numbers."""
         import torch
 
-        torch.manual_seed(self.seed * STEP_SEED + state.step)
+        torch.manual_seed(self.seed * STEP_SEED + state.step + self.group.rank * PROCESS_SEED)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(state.step)
         rows = [self.rows.train[number] for number in numbers]
         trained = sum(row.trained for row in rows)
         loss = torch.zeros((), device=self.hardware.device)
-        for some in self._passes(rows):
+        mine, idle = self._shared(rows)
+        for some in mine:
             loss += self.backward(some, trained)
+        for some in idle:
+            (0.0 * finetune_loss.summed_loss(self.model, some, self.hardware)).backward()
+        self.group.add_up([self.flat.grad, loss])
         norm = torch.nn.utils.clip_grad_norm_([self.flat], self.settings.max_grad_norm)
         state.step += 1
         state.tokens += sum(len(row.input_ids) for row in rows)
@@ -213,6 +253,17 @@ class Training:
     def _passes(self, rows: Sequence[Row]) -> list[list[Row]]:
         most = None if self.settings.sample_packing else self.settings.micro_batch_size
         return finetune_loss.passes(rows, self.hardware, most)
+
+    def _shared(self, rows: Sequence[Row]) -> tuple[list[list[Row]], list[list[Row]]]:
+        """This process's passes over its part of the rows, and passes that count for nothing.
+
+        Those are for a base that is split, while others with more passes still need this process's part of it.
+        """
+        mine = self._passes(self.group.share(rows))
+        if not self.hardware.split:
+            return mine, []
+        missing = self.group.most(len(mine), self.hardware.device) - len(mine)
+        return mine, [[min(rows, key=lambda row: len(row.input_ids))]] * missing
 
     def _must_be_finite(self, state: State, entry: dict[str, float]) -> None:
         if math.isfinite(entry["train_loss"]) and math.isfinite(entry["grad_norm"]):
@@ -237,12 +288,23 @@ class Training:
     def _evaluate(self, state: State) -> None:
         """Validation loss; the adapter is kept when it is the best so far."""
         rows = self.rows.validation
-        loss = finetune_loss.mean_loss(self.model, self._passes(rows), self.hardware)
+        mine, idle = self._shared(rows)
+        trained = sum(row.trained for some in mine for row in some)
+        total = finetune_loss.mean_loss(self.model, mine, self.hardware) * trained if mine else 0.0
+        if idle:
+            finetune_loss.mean_loss(self.model, idle, self.hardware)
+        loss = self.group.total(total, self.hardware.device) / sum(row.trained for row in rows)
         state.history.append({"step": state.step, "eval_loss": loss})
         program.metric("eval_loss", loss, state.step)
         if self.settings.load_best_model_at_end and (state.best is None or loss < state.best.loss):
             state.best = Best(state.step, loss)
-            finetune_checkpoints.save_best(self.checkpoints, state.step, self.weights)
+            if self.group.rank == 0:
+                finetune_checkpoints.save_best(self.checkpoints, state.step, self.weights)
+
+    def _save(self, state: State) -> None:
+        self.group.must_agree(self.weights, state.step)
+        if self.group.rank == 0:
+            finetune_checkpoints.save(self.checkpoints, state, self.weights, self.optimizer)
 
 
 def make_optimizer(weights: list[torch.Tensor], settings: FinetuneConfig) -> torch.optim.Optimizer:
@@ -286,6 +348,9 @@ def _out_of_memory_named(settings: FinetuneConfig) -> AbstractContextManager[Non
 def _smaller(settings: FinetuneConfig) -> str:
     """The settings to change when memory doesn't suffice."""
     also = "" if settings.gradient_checkpointing is True else ", or set finetune.gradient_checkpointing: true"
+    if settings.fsdp_version is None:
+        more = "" if settings.num_processes > 1 else "more finetune.num_processes and "
+        also += f", or, with several GPUs, set {more}finetune.fsdp_version: 2 (the base is split over them)"
     if settings.micro_batch_size == 1:
         return "lower data.sequence_len" + also
     micro = settings.micro_batch_size // 2

@@ -87,7 +87,7 @@ def resume(folder: Path, weights: dict[str, torch.Tensor], optimizer: torch.opti
     from safetensors.torch import load_file
 
     for left in folder.glob(".*.partial"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)  # another process of this run may be at it
     steps = _steps(folder, "step")
     if not steps:
         return State()

@@ -16,11 +16,11 @@ SEEDS = 2**31 - 1
 SEED = "lora_dropout_seed"
 
 
-def fuse(model: Any) -> tuple[int, int]:
+def fuse(model: Any, device: str = "cpu") -> tuple[int, int]:
     """Give the LoRA layers of a peft model with one adapter, `default`, the forward pass of here.
 
     Returns how many layers have it, and in how many gated blocks (Llama's, Qwen's, Mistral's …) the product isn't kept.
-    Each of them draws the same mask until `draw` is called.
+    Each of them draws the same mask until `draw` is called. `device` is where they will compute.
     """
     import torch
     from peft.tuners.lora import Linear, LoraLayer
@@ -28,7 +28,6 @@ def fuse(model: Any) -> tuple[int, int]:
     function = _function()
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     fusible = [layer for layer in layers if isinstance(layer, Linear) or type(layer).__name__ == "Linear4bit"]
-    device = fusible[0].lora_A["default"].weight.device if fusible else "cpu"
     model.register_buffer(SEED, torch.zeros(len(fusible), dtype=torch.int64, device=device), persistent=False)
     for layer, seed in zip(fusible, getattr(model, SEED), strict=True):
         layer.forward = _forward_of(layer, function, seed)
@@ -82,7 +81,8 @@ def _forward_of(layer: Any, function: Any, seed: torch.Tensor) -> Any:
 
 def weight_of(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """The frozen weight, (out, in): unpacked when it is kept in 4 bits."""
-    state = getattr(layer.weight, "quant_state", None)
+    # a weight that was split over processes and gathered has lost it; the layer keeps it
+    state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:
         weight: torch.Tensor = layer.weight
         return weight.to(dtype)

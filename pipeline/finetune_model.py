@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import finetune_attention, finetune_head, finetune_lora, hardware
+from pipeline import finetune_attention, finetune_distributed, finetune_head, finetune_lora, finetune_shards, hardware
 from pipeline.config import FinetuneConfig
 from pipeline.errors import ConfigError, ModelError
 
@@ -48,6 +48,8 @@ class Hardware:
     frozen_weights: str
     gradient_checkpointing: bool
     tokens_a_pass: int
+    processes: int = 1
+    split: bool = False
 
 
 def load(
@@ -72,10 +74,12 @@ def load(
             remedy="set finetune.optimizer: adamw_torch",
         )
     dtype = compute_dtype(device)
+    split, processes = settings.fsdp_version is not None, finetune_distributed.size()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, quantization_config=four_bit(settings, dtype), local_files_only=True,
-            trust_remote_code=False, use_safetensors=True, device_map={"": 0} if device == "cuda" else None,
+            base, dtype=dtype, quantization_config=None if split else four_bit(settings, dtype), local_files_only=True,
+            trust_remote_code=False, use_safetensors=True,
+            device_map={"": torch.cuda.current_device()} if device == "cuda" and not split else None,
         )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
@@ -91,14 +95,15 @@ def load(
     if attention:
         model.set_attn_implementation(attention)
     liger = device == "cuda" and _use_liger(model)
-    adapts_head = "lm_head" in (settings.lora_target_modules or ())
-    fused_loss = device == "cuda" and not adapts_head and finetune_head.take_over(model)
+    head_is_ours = device == "cuda" and not split and "lm_head" not in (settings.lora_target_modules or ())
+    fused_loss = head_is_ours and finetune_head.take_over(model)
     tokens = settings.micro_batch_size * sequence_len
-    checkpointing, tokens_a_pass = (
-        (before.gradient_checkpointing, before.tokens_a_pass)
-        if before is not None
-        else passes(settings, model.config, device, tokens, sequence_len, fused_loss=fused_loss)
-    )
+    with finetune_shards.held_free(model, settings, device, processes) if split else nullcontext():
+        checkpointing, tokens_a_pass = (
+            (before.gradient_checkpointing, before.tokens_a_pass)
+            if before is not None
+            else passes(settings, model.config, device, tokens, sequence_len, fused_loss=fused_loss)
+        )
     hardware = Hardware(
         device=device,
         name=torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -112,6 +117,8 @@ def load(
         frozen_weights=weights,
         gradient_checkpointing=checkpointing,
         tokens_a_pass=tokens_a_pass,
+        processes=processes,
+        split=split,
     )
     return model, hardware
 
@@ -122,6 +129,9 @@ def _weights(model: Any, settings: FinetuneConfig, dtype: torch.dtype, device: s
 
     if not settings.load_in_4bit:
         return "bf16" if dtype == torch.bfloat16 else "float32"
+    if settings.fsdp_version is not None:
+        finetune_shards.pack(model, settings, dtype)
+        return settings.bnb_4bit_quant_type
     most = UNPACK_UP_TO[device] * _free_memory(device)
     if before is not None:
         most = math.inf if before.frozen_weights.endswith(UNPACKED) else 0.0
@@ -179,16 +189,17 @@ def unpack(model: Any, dtype: torch.dtype, most: float = math.inf) -> bool:
 
 
 def _free_memory(device: str) -> float:
-    """Bytes that the system, or the GPU within this process's share of it, could give now."""
+    """Bytes that the system, or the GPU within this process's share of it, could give now; of several processes, the least."""
     if device == "cpu":
         meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
-        return min(int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024, hardware.memory())
+        free = min(int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024, hardware.memory())
+        return finetune_distributed.least(free / finetune_distributed.size(), device)
     import torch
 
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     share = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
-    return float(min(free, share))
+    return finetune_distributed.least(min(free, share), device)
 
 
 def _use_liger(model: Any) -> bool:
@@ -271,7 +282,7 @@ def with_lora(model: Any, settings: FinetuneConfig, hardware: Hardware, base_dig
     if hardware.device == "cpu":
         _quicken_dropout(adapted)
     else:
-        finetune_lora.fuse(adapted)
+        finetune_lora.fuse(adapted, hardware.device)
     if hardware.gradient_checkpointing:
         adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         adapted.enable_input_require_grads()

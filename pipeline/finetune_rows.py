@@ -30,16 +30,17 @@ class Rows:
     without_answer: int
 
 
-def read(base: Path, prepared: Path, extra: Path, settings: FinetuneConfig, sequence_len: int) -> Rows:
+def read(base: Path, prepared: Path, extra: Path | None, settings: FinetuneConfig, sequence_len: int) -> Rows:
     """The prepared rows as the base model's chat template and tokenizer write them.
 
-    The first of them go to extra/seen_tokens.jsonl, token by token.
+    The first of them go to extra/seen_tokens.jsonl, token by token, where `extra` is given.
 
     Raises DataError when no row is left that carries loss.
     """
     encoded = encoder(base, settings, sequence_len)
     train, validation = encoded(prepared / "train.jsonl"), encoded(prepared / "val.jsonl")
-    write_lines(extra / "seen_tokens.jsonl", _seen(_lines(prepared / "train.jsonl"), train))
+    if extra:
+        write_lines(extra / "seen_tokens.jsonl", _seen(_lines(prepared / "train.jsonl"), train))
     kept = [row for row in train if row.trained]
     if not kept:
         raise DataError(

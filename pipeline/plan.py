@@ -287,7 +287,7 @@ def _programs(config: Mapping[str, Any]) -> list[str]:
 
 
 def memory(config: Mapping[str, Any], planned: list[PlannedStep]) -> dict[str, int]:
-    """Estimated peak bytes of fine-tuning, quantizing and serving; empty until the base model's shape is known.
+    """Estimated peak bytes of fine-tuning (a process), quantizing and serving; empty until the base model's shape is known.
 
     Weights: 0.55 bytes a parameter in NF4 with double quantization, 2 in bf16. Activations: 34 bytes a token, layer and hidden
     unit without checkpointing (Korthikanti et al. 2022, eq. 2, without the attention scores, which sdpa doesn't keep), 2 with it.
@@ -297,9 +297,10 @@ def memory(config: Mapping[str, Any], planned: list[PlannedStep]) -> dict[str, i
         return {}
     parameters, hidden, layers = shape
     train = config["finetune"]
-    tokens = train["micro_batch_size"] * config["data"]["sequence_len"]
+    processes = train["num_processes"]
+    tokens = train["micro_batch_size"] * config["data"]["sequence_len"] // processes
     per_unit = 2 if train["gradient_checkpointing"] is True else 34
-    weights = int(parameters * (0.55 if train["load_in_4bit"] else 2))
+    weights = int(parameters * (0.55 if train["load_in_4bit"] else 2) / (processes if train["fsdp_version"] else 1))
     # adapter weights with gradients and two moments in fp32; 7 linear layers of about 3 times the hidden size a side
     adapter = layers * 7 * 4 * hidden * train["lora_r"] * 16
     served = served_weights(config, parameters, hardware.device())

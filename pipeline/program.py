@@ -88,16 +88,21 @@ def finished_lines(path: Path) -> list[bytes]:
     return whole.splitlines()
 
 
+def begin() -> Request:
+    """Claim standard output for events, and read the request whose file is argv[1]."""
+    global _events  # noqa: PLW0603 - the one place where standard output is claimed for events
+    _events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    raw = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    return Request(config=raw["config"], inputs=raw["inputs"], folder=Path(raw["folder"]))
+
+
 def main(stage: Callable[[Request], dict[str, Any]]) -> None:
     """Run a stage program: read argv[1], call `stage`, leave its returned details in result.json.
 
     Exits 0 with a result, or with the error's exit code after an `error` event; a traceback goes to the log.
     """
-    global _events  # noqa: PLW0603 - the one place where standard output is claimed for events
-    _events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    raw = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    request = Request(config=raw["config"], inputs=raw["inputs"], folder=Path(raw["folder"]))
+    request = begin()
     for left in request.folder.rglob(".*.*"):
         if HALF_WRITTEN.fullmatch(left.name):  # by a run that was killed: it would count as part of the payload
             left.unlink()

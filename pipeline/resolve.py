@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import environments, store
+from pipeline import environments, hardware, store
 from pipeline.digests import digest_file, digest_of
 from pipeline.errors import ConfigError, Problem
 from pipeline.program import write_json
@@ -93,7 +94,17 @@ def judges_problems(evaluate: EvaluateConfig) -> Iterator[Problem]:
 
 def warnings(config: Mapping[str, Any], path: Path) -> list[Problem]:
     """What is allowed and still keeps a build of this resolved config from passing its gate, or from starting here."""
-    return [*_undecided(config, path), *_keyless(config, path)]
+    return [*_undecided(config, path), *_keyless(config, path), *_short_of_gpus(config, path)]
+
+
+def _short_of_gpus(config: Mapping[str, Any], path: Path) -> Iterator[Problem]:
+    """More training processes than GPUs here: fine-tuning would refuse to start."""
+    from pipeline import finetune_processes
+
+    try:
+        finetune_processes.check(config["finetune"]["num_processes"], hardware.device())
+    except ConfigError as error:
+        yield from (replace(problem, file=str(path)) for problem in error.problems)
 
 
 def _keyless(config: Mapping[str, Any], path: Path) -> Iterator[Problem]:

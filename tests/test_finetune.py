@@ -298,6 +298,7 @@ def test_out_of_memory_names_the_settings_to_change():
     remedy = raised.value.problems[0].remedy or ""
     assert "micro_batch_size: 3 and finetune.gradient_accumulation_steps: 4" in remedy
     assert "gradient_checkpointing: true" in remedy
+    assert "finetune.fsdp_version: 2" in remedy
 
 
 def test_end_tokens_come_from_generation_and_tokenizer(tmp_path: Path):

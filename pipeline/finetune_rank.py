@@ -1,0 +1,54 @@
+"""One process of a training over several GPUs: python -m pipeline.finetune_rank REQUEST.json, started by finetune_processes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from pipeline import finetune, finetune_distributed, finetune_processes, program
+from pipeline.errors import TunegateError
+from pipeline.finetune_distributed import Group
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(train: Callable[[program.Request, Group], dict[str, Any]] = finetune.train) -> None:
+    """Train this process's share; the first one hands the detail to the launcher, and errors come from any."""
+    end_with_the_launcher()
+    request = program.begin()
+    try:
+        group = finetune_distributed.join()
+        detail = train(request, group)
+        finetune_distributed.leave()
+    except TunegateError as error:
+        program.emit("error", **error.to_json())
+        end(error.exit_code)
+    except RuntimeError as error:
+        if not finetune_distributed.is_loss_of_a_partner(error):
+            raise
+        traceback.print_exc()
+        end(finetune_processes.LOST)
+    if group.rank == 0:
+        program.emit("result", detail=detail)
+
+
+def end_with_the_launcher() -> None:
+    """Be killed when the launcher is: it could no longer end this process, which would wait for its partners for ever."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[finetune_processes.LAUNCHER]):
+        sys.exit(finetune_processes.LOST)
+
+
+def end(status: int) -> None:
+    """Exit at once: a communicator whose partners are gone may wait for them in its destructor."""
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
