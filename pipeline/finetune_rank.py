@@ -35,6 +35,7 @@ def main(train: Callable[[program.Request, Group], dict[str, Any]] = finetune.tr
         end(finetune_processes.LOST)
     if group.rank == 0:
         program.emit("result", detail=detail)
+    end(0)
 
 
 def end_with_the_launcher() -> None:
@@ -45,7 +46,8 @@ def end_with_the_launcher() -> None:
 
 
 def end(status: int) -> None:
-    """Exit at once: a communicator whose partners are gone may wait for them in its destructor."""
+    """Exit at once: a communicator may wait in its destructor for partners that are gone, or fail there after all is done."""
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
