@@ -1,7 +1,7 @@
 """Serving one model: plain transformers, vLLM in bf16, and vLLM on its AWQ weights, at growing concurrency.
 
     python benchmarks/serving_cuda.py --bf16 FOLDER --awq FOLDER [--concurrency 1,8,32,64,128,256] [--input-len 256]
-        [--output-len 128] [--sides transformers,bf16,awq] [--time-limit 300] [--python INTERPRETER] [--out FOLDER]
+        [--output-len 128] [--sides transformers,bf16,awq] [--starts 3] [--time-limit 300] [--python INTERPRETER] [--out FOLDER]
 
 Needs the control environment's packages here, and the serve environment (or INTERPRETER, with this shell's PYTHONPATH)
 for vLLM and transformers. vLLM is started as tunegate starts it, through pipeline.serving, with a KV cache of what the GPU
@@ -80,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, default=256)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES))
+    parser.add_argument("--starts", type=int, choices=(1, 2, 3), default=3, help="how many of the three starts")
     parser.add_argument("--time-limit", type=float, default=300, help="seconds for the levels of a side")
     parser.add_argument("--python", type=Path, help="an interpreter with vLLM; default: the serve environment")
     parser.add_argument("--out", type=Path, default=Path("serving-benchmark"))
@@ -126,7 +127,7 @@ def vllm(side: str, options: argparse.Namespace) -> Side:
     with tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
         os.environ["TUNEGATE_HOME"] = str(Path(work, "home"))
         moved = shutil.copytree(folder, Path(work, "moved"), copy_function=link_or_copy)
-        for start, model in (("cold", folder), ("warm", folder), ("moved", moved)):
+        for start, model in (("cold", folder), ("warm", folder), ("moved", moved))[: options.starts]:
             began = time.monotonic()
             serving_digests.model_digests(model)
             digests = time.monotonic() - began
