@@ -108,8 +108,10 @@ def _state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor]
     """The optimizer's tensors by "place of the parameter/part", and its plain numbers by the place."""
     import torch
 
+    # not its state_dict: bitsandbytes' puts the tensors of 8-bit states into a dictionary of their own
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     tensors, numbers = {}, {}
-    for place, entry in optimizer.state_dict()["state"].items():
+    for place, entry in enumerate(optimizer.state[weight] for weight in weights):
         tensors.update({f"{place}/{part}": it for part, it in entry.items() if isinstance(it, torch.Tensor)})
         numbers[str(place)] = {part: it for part, it in entry.items() if not isinstance(it, torch.Tensor)}
     return tensors, numbers
