@@ -9,6 +9,7 @@ alpha 32, dropout 0.05 and 8-bit paged AdamW, and starts from the same adapter s
   plain        rows padded to the longest, prepare_model_for_kbit_training, bf16 autocast, sdpa, every layer checkpointed
                (non-reentrant)
   plain-open   the same without checkpointing
+  plain-bf16   as plain without that preparation: bfloat16 between the layers, as TRL, Unsloth and pipeline.finetune have it
   ours         pipeline.finetune with the same rows in each step, within --memory GiB where that is given
   ours-eager   the same without CUDA graphs
   trl          TRL's SFTTrainer as its documents show QLoRA, with Liger's kernels (finetune_peers.py)
@@ -110,7 +111,7 @@ def work(base: Path, file: Path | None, steps: int, fill: int = 1) -> Work:
     return Work(base, rows, batches, sequence_len)
 
 
-def plain(it: Work, *, checkpointed: bool) -> tuple[Step, Any]:
+def plain(it: Work, *, checkpointed: bool = True, prepared: bool = True) -> tuple[Step, Any]:
     """The loop that peft's and bitsandbytes' documents show."""
     import bitsandbytes
 
@@ -119,9 +120,14 @@ def plain(it: Work, *, checkpointed: bool) -> tuple[Step, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         it.base, dtype=torch.bfloat16, quantization_config=four, attn_implementation="sdpa", device_map={"": 0}
     )
-    model = prepare_model_for_kbit_training(
-        model, use_gradient_checkpointing=checkpointed, gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
+    checkpointing = {"use_reentrant": False}
+    if prepared:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=checkpointed, gradient_checkpointing_kwargs=checkpointing
+        )
+    elif checkpointed:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+        model.enable_input_require_grads()
     torch.manual_seed(SEED)
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted: Any = get_peft_model(model, config).train()
@@ -140,7 +146,7 @@ def plain(it: Work, *, checkpointed: bool) -> tuple[Step, Any]:
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     return step, adapted
 
@@ -193,7 +199,8 @@ def measure(name: str, it: Work, args: argparse.Namespace) -> Measured:
         seconds, losses = timed_by_itself(train)
     else:
         step, _model = {
-            "plain": lambda: plain(it, checkpointed=True),
+            "plain": lambda: plain(it),
+            "plain-bf16": lambda: plain(it, prepared=False),
             "plain-open": lambda: plain(it, checkpointed=False),
             "ours": lambda: ours(it, args.optimizer),
             "ours-eager": lambda: ours(it, args.optimizer, eager=True),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 
-MORE_MEMORY = "end what else uses the memory or the GPU and run again; the original base is merged on the CPU"
+MORE_MEMORY = "end what else uses the memory or the GPU and run again; one layer at a time is all that it takes"
 
 
 @dataclass
@@ -159,7 +159,7 @@ def _merge(base: Path, shapes: dict[str, tuple[int, ...]], adapter: Adapter, nf4
             value, result = pair(name)
             if name in adapter.pairs:
                 tally.add(name, value, result)
-            return result
+            return result.cpu()
 
         weights.write(folder, shapes, merged, lambda done, total: program.progress(done >> 20, total >> 20, "MiB"))
     if tally.moved == 0:

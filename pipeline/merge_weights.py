@@ -118,17 +118,22 @@ def _pairs(
 
 @contextmanager
 def merging(base: Path, adapter: Adapter, nf4: Nf4 | None) -> Iterator[Pair]:
-    """Yield a function of a tensor's name: the base's tensor (by `nf4` where given), and the same with the adapter in it."""
+    """Yield a function of a tensor's name: the base's tensor (by `nf4` where given), and the same with the adapter in it.
+
+    Adapted ones lie on the GPU where there is one.
+    """
     import torch
     from safetensors import safe_open
 
+    device = _device()
     with weights.Reader(base) as read, safe_open(adapter.file, framework="pt") as lora:
 
         def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             value = read(name) if nf4 is None else nf4(name, read(name))
             if name not in adapter.pairs:
                 return value, value
-            a, b = (lora.get_tensor(part).to(torch.float32) for part in adapter.pairs[name])
+            value = value.to(device)
+            a, b = (lora.get_tensor(part).to(device, torch.float32) for part in adapter.pairs[name])
             return value, (value.to(torch.float32) + adapter.scaling * (b @ a)).to(torch.bfloat16)
 
         yield pair
@@ -150,8 +155,6 @@ class Nf4:
     """
 
     def __init__(self, base: Path, settings: FinetuneConfig) -> None:
-        import torch
-
         if not settings.load_in_4bit:
             raise ConfigError(
                 "dequantized merges into what 4-bit training saw, and load_in_4bit is false",
@@ -161,7 +164,7 @@ class Nf4:
             )
         self._kind, self._nested = settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant
         self._names = _linear_layers(base)
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = _device()
 
     def __call__(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """The weight of that name as training saw it; untouched where training left it in bf16."""
@@ -176,7 +179,13 @@ class Nf4:
             quant_type=self._kind,
             compress_statistics=self._nested,
         )
-        return dequantize_4bit(packed, state).to("cpu", torch.bfloat16).reshape(value.shape)
+        return dequantize_4bit(packed, state).to(torch.bfloat16).reshape(value.shape)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _linear_layers(base: Path) -> set[str]:
