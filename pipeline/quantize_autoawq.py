@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import quantize_batches
 from pipeline.errors import ModelError, Problem, StageFailed
 
-SHARD_SIZE = "5GB"
+SHARD_SIZE = "1GB"  # files are read side by side when what serves is held against its digest
 EFFORT = {"cpu": {"search_tokens": 1024}, "cuda": {"search_tokens": 2**31}}
 """Tokens on which each of the 20 points of AutoAWQ's search for scales is tried."""
 

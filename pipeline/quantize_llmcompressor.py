@@ -18,7 +18,7 @@ from pipeline import quantize_batches, weights
 from pipeline.errors import StageFailed
 from pipeline.quantize_check import decoder_layers, quantization_of
 
-SHARD_SIZE = "5GB"
+SHARD_SIZE = "1GB"  # files are read side by side when what serves is held against its digest
 EFFORT = {
     "cpu": {"grid_points": 10, "search_tokens": 2048},
     "cuda": {"grid_points": 20, "search_tokens": 2**31},
