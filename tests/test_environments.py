@@ -209,6 +209,17 @@ def test_a_host_says_once_where_its_packages_are(host_file, tmp_path):
         environments.find("autoawq")
 
 
+def test_a_hosts_paths_are_meant_from_its_file(host_file, tmp_path, monkeypatch):
+    """Whatever folder a command runs in; an interpreter may be left out, or be a command's name."""
+    file = host_file("train: {interpreter: ./python, pythonpath: [sites/train]}\nserve: {interpreter: null}\n")
+    (file.parent / "python").symlink_to(sys.executable)
+    (file.parent / "sites" / "train").mkdir(parents=True)
+    monkeypatch.chdir("/")
+    found = environments.find("train")
+    assert found == environments.Environment("train", file.parent / "python", (file.parent / "sites" / "train",))
+    assert environments.of_host()["serve"].interpreter is None
+
+
 @pytest.mark.parametrize(
     ("text", "key", "allowed"),
     [

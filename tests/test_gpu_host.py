@@ -23,6 +23,14 @@ def test_a_part_that_lacks_its_files_is_refused_before_anything_runs(tmp_path, c
     assert "part chain needs --gguf: not given" in capsys.readouterr().err
 
 
+def test_parts_that_nobody_named_are_left_out_without_their_files(tmp_path, capsys, monkeypatch):
+    """`make test-gpu` runs what it can and says what it can't."""
+    monkeypatch.setenv("TUNEGATE_VENVS", str(tmp_path))
+    (tmp_path / "model.gguf").touch()
+    assert gpu_host.parsed(["--gguf", str(tmp_path / "model.gguf")]).only == ["tests", "llama"]
+    assert "left out: part chain needs --data: not given" in capsys.readouterr().out
+
+
 def test_a_model_that_has_no_room_is_not_begun(steps, tmp_path):
     """A Llama 3 8B's shape with SmolLM2's vocabulary has 7.4 B weights; on a small disk the part ends with the way out."""
     assert gpu_host.parameters(32, 4096) == pytest.approx(7.4e9, rel=0.01)

@@ -82,3 +82,13 @@ def test_the_least_is_counted_by_what_is_stored_and_how_it_is_served(model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
     assert serving_room.least(unit_of(model), model) == 2000 + kv
+
+
+def test_weights_that_vllm_makes_smaller_as_it_reads_them_count_nothing(model):
+    """They take less than their files by a share that is vLLM's affair; what is quantized already takes what it takes."""
+    (model / "model.safetensors").write_bytes(b"x" * 4000)
+    online = unit_of(model, SERVE.model_copy(update={"extra_args": {"quantization": "fp8"}}))
+    assert serving_room.least(online, model) == 20 * 2**30
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert serving_room.least(online, model) == 4000 + 20 * 2**30
