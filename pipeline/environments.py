@@ -192,6 +192,8 @@ def child_environ(env: Environment, keep: Sequence[str] = ()) -> dict[str, str]:
     found = {key: value for key, value in os.environ.items() if key in keep or not SECRET.search(key)}
     for foreign in ("VIRTUAL_ENV", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"):
         found.pop(foreign, None)
+    if os.environ.get("TUNEGATE_DEVICE") == "cpu":
+        found["CUDA_VISIBLE_DEVICES"] = ""
     found["PYTHONPATH"] = os.pathsep.join(str(entry) for entry in (ROOT, *env.pythonpath))
     found["PATH"] = os.pathsep.join([str(env.interpreter.parent), found.get("PATH", os.defpath)])
     return found

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +75,7 @@ def train(request: program.Request, group: Group) -> dict[str, Any]:
     with _out_of_memory_named(settings):
         checkpoints = request.folder / "checkpoints"
         before = _begun_with(checkpoints)
-        _tell_how_rows_are_shared(settings, before)
+        _tell_how_rows_are_shared(settings)
         model, hardware = finetune_model.load(base.payload, settings, sequence_len, before)
         if group.rank == 0:
             program.write_json(checkpoints / HARDWARE, asdict(hardware))
@@ -105,7 +105,7 @@ def train(request: program.Request, group: Group) -> dict[str, Any]:
         "eval_loss": done.best.loss if done.best else None,
         "best_step": best,
         "tokens_per_second": training.tokens_per_second,
-        "hardware": asdict(hardware),
+        "hardware": asdict(replace(hardware, cuda_graphs=training.used_graphs)),
     }
 
 
@@ -117,18 +117,13 @@ def _begun_with(checkpoints: Path) -> finetune_model.Hardware | None:
     return finetune_model.Hardware(**json.loads((checkpoints / HARDWARE).read_text(encoding="utf-8")))
 
 
-def _tell_how_rows_are_shared(settings: FinetuneConfig, before: finetune_model.Hardware | None) -> None:
-    """What a person used to a batch that grows with the processes, or who changed their number, should know."""
+def _tell_how_rows_are_shared(settings: FinetuneConfig) -> None:
+    """What a person used to a batch that grows with the processes should know."""
     processes, batch = settings.num_processes, settings.micro_batch_size * settings.gradient_accumulation_steps
     what = "bins" if settings.sample_packing else "rows"
     if processes > 1:
         program.message(
             f"{processes} processes share the {batch} {what} of each step: the batch is that of one process"
-        )
-    if before is not None and before.processes != processes:
-        program.message(
-            f"this run began in {before.processes} processes and goes on in {processes}: the same rows a step,"
-            " their sums in another order, and other dropout"
         )
 
 
@@ -186,6 +181,11 @@ class Training:
                     self._save(state)
         return state
 
+    @property
+    def used_graphs(self) -> bool:
+        """Whether passes ran as CUDA graphs to the end."""
+        return isinstance(self.backward, finetune_graphs.Graphs) and self.backward.works
+
     def best_weights(self) -> dict[str, torch.Tensor]:
         """The adapter to keep: of the lowest validation loss if that is asked for, else the last."""
         best = finetune_checkpoints.newest_state(self.checkpoints).best
@@ -235,11 +235,13 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_([self.flat], self.settings.max_grad_norm)
         state.step += 1
         state.tokens += sum(len(row.input_ids) for row in rows)
-        if self._due(state, self.settings.logging_steps):
+        logged, looked_at = (self.settings.logging_steps, (self.settings.save_steps, self.settings.eval_steps))
+        if self._due(state, logged) or any(self._due(state, every) for every in looked_at):
             rate = self.rate(state.step - 1)
             entry = {"train_loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
             self._must_be_finite(state, entry)
-            state.history.append({"step": state.step, **entry})
+            if self._due(state, logged):
+                state.history.append({"step": state.step, **entry})
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
 
@@ -353,11 +355,11 @@ def _smaller(settings: FinetuneConfig) -> str:
         also += f", or, with several GPUs, set {more}finetune.fsdp_version: 2 (the base is split over them)"
     if settings.micro_batch_size == 1:
         return "lower data.sequence_len" + also
-    micro = settings.micro_batch_size // 2
     batch = settings.micro_batch_size * settings.gradient_accumulation_steps
+    micro = max(size for size in range(1, settings.micro_batch_size // 2 + 1) if batch % size == 0)
     return (
         f"set finetune.micro_batch_size: {micro} and finetune.gradient_accumulation_steps:"
-        f" {math.ceil(batch / micro)} (the same effective batch){also}"
+        f" {batch // micro} (the same effective batch){also}"
     )
 
 

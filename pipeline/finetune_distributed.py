@@ -82,7 +82,8 @@ class Group:
             raise StageFailed(
                 f"step {step}: the adapter is no longer the same in all {self.size} processes",
                 key="finetune.num_processes",
-                remedy="run on GPUs of one kind, or set finetune.num_processes: 1; the last checkpoint is sound",
+                remedy="run the same command on GPUs of one kind, which goes on from the last checkpoint, or set"
+                " finetune.num_processes: 1, which begins anew",
             )
 
 

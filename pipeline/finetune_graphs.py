@@ -76,7 +76,7 @@ class Graphs:
     ) -> None:
         self._model, self._weights, self._gradients = model, list(weights), list(gradients)
         self._hardware, self._longest = hardware, longest
-        self._warm, self._works = False, True
+        self._warm, self.works = False, True
         self._recorded: dict[Shape, _Recorded] = {}
         self._pool: Any = None
 
@@ -87,10 +87,12 @@ class Graphs:
         it = finetune_loss.inputs(rows, self._hardware)
         finetune_lora.draw(self._model)
         shape = shape_of(it)
-        if self._warm and self._works and shape not in self._recorded:
+        if self._warm and self.works and shape not in self._recorded:
             self._try(it, shape)
-        recorded = self._recorded.get(shape)
-        if recorded is None:
+        recorded = self._recorded.pop(shape, None)
+        if recorded is not None:
+            self._recorded[shape] = recorded  # the last in order; the first is dropped when there are too many
+        else:
             loss = self._add(finetune_loss.to_device(it, self._hardware.device), 1 / trained)
             if not self._warm:
                 torch.cuda.empty_cache()  # the graphs' memory is their own
@@ -113,7 +115,7 @@ class Graphs:
         except RuntimeError as error:
             if any(words in str(error) for words in out_of_memory.WORDS):
                 raise
-            self._works, self._pool = False, None
+            self.works, self._pool = False, None
             self._recorded.clear()
             torch.cuda.empty_cache()
             program.message(f"training goes on without CUDA graphs: {str(error).splitlines()[0]}")

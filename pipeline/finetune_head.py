@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 LOGITS_AT_ONCE = 2**25
 # Architectures of transformers whose logits are the output layer's product and nothing more.
-PLAIN = {"llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2"}
+PLAIN = {"llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"}
 
 
 def take_over(model: Any) -> bool:
@@ -64,7 +64,7 @@ def _function() -> Any:
         @staticmethod
         def backward(ctx: Any, by_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             (gradient,) = ctx.saved_tensors
-            return gradient * by_loss.to(gradient.dtype), None, None
+            return gradient * by_loss, None, None  # by a number of its own, unrounded
 
     return Summed
 

@@ -102,7 +102,15 @@ def load(
         checkpointing, tokens_a_pass = (
             (before.gradient_checkpointing, before.tokens_a_pass)
             if before is not None
-            else passes(settings, model.config, device, tokens, sequence_len, fused_loss=fused_loss)
+            else passes(
+                settings,
+                model.config,
+                device,
+                tokens,
+                sequence_len,
+                fused_loss=fused_loss,
+                gated=_gated(model, settings),
+            )
         )
     hardware = Hardware(
         device=device,
@@ -214,8 +222,9 @@ def _use_liger(model: Any) -> bool:
 
 
 def passes(
-    settings: FinetuneConfig, config: Any, device: str, tokens: int, sequence_len: int, *, fused_loss: bool = False
-) -> tuple[bool, int]:
+    settings: FinetuneConfig, config: Any, device: str, tokens: int, sequence_len: int, *, fused_loss: bool = False,
+    gated: bool = False,
+) -> tuple[bool, int]:  # fmt: skip
     """Whether layers are checkpointed, and how many tokens go through the model at once, for a batch of `tokens`.
 
     `auto` checkpoints only when GPU_TOKENS_A_PASS.start tokens (or a whole row) wouldn't fit without: passing a batch
@@ -225,26 +234,34 @@ def passes(
         return settings.gradient_checkpointing is True, min(tokens, max(CPU_TOKENS_A_PASS, sequence_len))
     free = USED_BY_ACTIVATIONS * _free_memory(device)
     least = max(GPU_TOKENS_A_PASS.start, sequence_len)
-    kept = int(free / bytes_a_token(config, checkpointed=False, fused_loss=fused_loss))
+    kept = int(free / bytes_a_token(config, checkpointed=False, fused_loss=fused_loss, gated=gated))
     checkpointed = settings.gradient_checkpointing
     if checkpointed == "auto":
         checkpointed = kept < min(tokens, least)
-    fits = int(free / bytes_a_token(config, checkpointed=True, fused_loss=fused_loss)) if checkpointed else kept
+    again = bytes_a_token(config, checkpointed=True, fused_loss=fused_loss, gated=gated)
+    fits = int(free / again) if checkpointed else kept
     return checkpointed, min(tokens, max(sequence_len, min(fits, GPU_TOKENS_A_PASS.stop - 1)))
 
 
-def bytes_a_token(config: Any, *, checkpointed: bool, fused_loss: bool = False) -> int:
+def _gated(model: Any, settings: FinetuneConfig) -> bool:
+    """Whether finetune_lora computes the product in this model's gated blocks again instead of keeping it."""
+    parts = {"gate_proj", "up_proj", "down_proj"}
+    there = parts <= {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    adapted = settings.lora_target_modules is None or parts <= set(settings.lora_target_modules)
+    return there and adapted and getattr(model.config, "hidden_act", None) == "silu"
+
+
+def bytes_a_token(config: Any, *, checkpointed: bool, fused_loss: bool = False, gated: bool = False) -> int:
     """Memory that a token's activations take until its backward pass, in bytes.
 
     A layer keeps, in bf16: six rows as wide as the model (its two inputs, the norms' results, queries, the attention's
-    result), keys and values, and of the inner width what the gate and its partner are (and their product, where
-    finetune_lora doesn't compute it again). The logits: bf16, float32 and its gradient; a fused loss has none.
+    result), keys and values, and of the inner width the gate, its partner and their product, which isn't kept where a
+    block is `gated`. The logits: bf16, float32 and its gradient; a fused loss has none.
     """
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     heads = getattr(config, "num_attention_heads", 1)
     keys = config.hidden_size * (getattr(config, "num_key_value_heads", None) or heads) // heads
-    wide = 2 if getattr(config, "hidden_act", None) == "silu" else 3
-    layer = 2 * (6 * config.hidden_size + 2 * keys + wide * inner)
+    layer = 2 * (6 * config.hidden_size + 2 * keys + (2 if gated else 3) * inner)
     kept = (
         2 * config.hidden_size * config.num_hidden_layers + layer if checkpointed else layer * config.num_hidden_layers
     )
@@ -261,6 +278,13 @@ def with_lora(model: Any, settings: FinetuneConfig, hardware: Hardware, base_dig
 
     everything = "all-linear" if settings.lora_target_linear else None
     targets = list(settings.lora_target_modules or ()) or everything
+    if "lm_head" in (settings.lora_target_modules or ()) and model.config.tie_word_embeddings:
+        raise ConfigError(
+            "this base's output layer is its embedding, and no merged model could have one without the other",
+            key="finetune.lora_target_modules",
+            allowed=", ".join(name for name in _linear_names(model) if name != "lm_head"),
+            remedy="take lm_head out of it",
+        )
     torch.manual_seed(seed)
     try:
         adapted = get_peft_model(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,6 +60,7 @@ def launch(request: program.Request, processes: int, what: Sequence[str] = RANK)
     Raises the TunegateError that a process reported, or StageFailed naming the process that died without a word.
     """
     check(processes, hardware.device())
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
     with tempfile.TemporaryDirectory(prefix="tunegate-") as folder:
         file = Path(folder) / "request.json"
         program.write_json(file, {"config": request.config, "inputs": request.inputs, "folder": str(request.folder)})
@@ -73,8 +75,10 @@ def launch(request: program.Request, processes: int, what: Sequence[str] = RANK)
             _wait(ranks)
         finally:
             _end(ranks)
-        for listener in listeners:
-            listener.join(END_S)
+            signal.signal(signal.SIGTERM, before)
+        ended_well = not any(rank.child.returncode for rank in ranks)
+        for listener in listeners:  # what an ended process said ends, too, however slowly it is heard
+            listener.join(None if ended_well else END_S)
     if any(rank.child.returncode for rank in ranks) or ranks[0].result is None:
         raise _cause(ranks, request.folder)
     return ranks[0].result
@@ -94,6 +98,8 @@ def _listen(rank: Rank) -> None:
         try:
             event = json.loads(line)
         except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
             sys.stderr.write(line)
             continue
         kind = event.pop("event")

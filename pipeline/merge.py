@@ -136,7 +136,8 @@ def _losses(
     base: Path, adapter: Adapter, settings: FinetuneConfig, sequence_len: int, rows: list[Row]
 ) -> dict[Way, float]:
     """The validation loss of each way to merge, the original first; NaN where the adapter isn't finite."""
-    plain = settings.model_copy(update={"adapter": "lora", "load_in_4bit": False})
+    alone = {"num_processes": 1, "fsdp_version": None}
+    plain = settings.model_copy(update={"adapter": "lora", "load_in_4bit": False, **alone})
     with out_of_memory.named(
         "comparing both ways to merge", "merge.merge_base", "set merge.merge_base: original, or dequantized"
     ):

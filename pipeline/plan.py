@@ -22,6 +22,7 @@ from pipeline.sample_size import DIFFERING, items_for_margin
 
 HERE = Path(__file__).parent
 # Shared by all stages and free of decisions about a result: a change there makes nothing stale.
+STARTED_BY_NAME = {"finetune": ("finetune_rank",)}  # programs that a stage's program starts without importing them
 NOT_SOURCE = {"artifacts", "config", "digests", "environments", "errors", "program", "store"}
 
 IMPORT = re.compile(r"^[ \t]*from pipeline(?:\.(\w+) import| import \(([^)]*)\)| import ([\w, ]+))", re.MULTILINE)
@@ -132,7 +133,7 @@ def program_of(stage: str) -> str:
 def source_digest(module: str) -> str:
     """Digest of a stage program's own source: its file and the pipeline files it imports, by name."""
     seen: dict[str, str] = {}
-    waiting = [module]
+    waiting = [module, *STARTED_BY_NAME.get(module, ())]
     while waiting:
         name = waiting.pop()
         path = HERE / f"{name}.py"

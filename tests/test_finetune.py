@@ -275,13 +275,23 @@ def test_what_cannot_be_trained_is_said(made: Path):
     only_chats = {**inputs(made), "prepare": stages.artifact(made / "chats", "prepare", {})}
     requests = [
         (made / "wrong1", config(learning_rate=1e30, warmup_ratio=0.0, max_steps=6), inputs(made)),
+        (
+            made / "wrong5",
+            config(learning_rate=1e30, warmup_ratio=0.0, max_steps=6, logging_steps=6, save_steps=3),
+            inputs(made),
+        ),
+        (made / "wrong6", config(lora_target_modules=["lm_head"]), inputs(made)),
         (made / "wrong2", config(lora_target_modules=["query"]), inputs(made)),
         (made / "wrong3", config(optimizer="paged_adamw_8bit"), inputs(made)),
         (made / "wrong4", {**config(), "sequence_len": 8}, only_chats),
     ]
-    diverged, unknown, gpu, cut = stages.run_many("pipeline.finetune", requests, made)
+    diverged, before_saving, head, unknown, gpu, cut = stages.run_many("pipeline.finetune", requests, made)
     assert isinstance(diverged, StageFailed)
     assert "lower finetune.learning_rate (it was 1e+30)" in str(diverged)
+    assert "step 3: the loss is nan" in str(before_saving)
+    assert not list((made / "wrong5" / "checkpoints").glob("step-*")), "no checkpoint that isn't a number"
+    assert isinstance(head, ConfigError)
+    assert "take lm_head out of it" in str(head)
     assert isinstance(unknown, ConfigError)
     assert "down_proj, gate_proj, k_proj" in str(unknown)
     assert isinstance(gpu, ConfigError)
@@ -291,7 +301,7 @@ def test_what_cannot_be_trained_is_said(made: Path):
 
 
 def test_out_of_memory_names_the_settings_to_change():
-    """The remedy keeps the effective batch: half the micro batch, twice the accumulation."""
+    """The remedy keeps the effective batch, also an odd one."""
     settings = FinetuneConfig(micro_batch_size=6, gradient_accumulation_steps=2)
     with pytest.raises(ResourceError) as raised, finetune._out_of_memory_named(settings):
         raise MemoryError
@@ -299,6 +309,9 @@ def test_out_of_memory_names_the_settings_to_change():
     assert "micro_batch_size: 3 and finetune.gradient_accumulation_steps: 4" in remedy
     assert "gradient_checkpointing: true" in remedy
     assert "finetune.fsdp_version: 2" in remedy
+    with pytest.raises(ResourceError) as raised, finetune._out_of_memory_named(FinetuneConfig(micro_batch_size=5)):
+        raise MemoryError
+    assert "micro_batch_size: 1 and finetune.gradient_accumulation_steps: 5" in (raised.value.problems[0].remedy or "")
 
 
 def test_end_tokens_come_from_generation_and_tokenizer(tmp_path: Path):

@@ -47,8 +47,7 @@ def test_a_batch_is_passed_in_parts_before_layers_are_computed_twice(free, gib, 
 def test_what_is_computed_again_leaves_room_for_more_tokens(free) -> None:
     """A gated block's product and a fused loss's logits aren't kept."""
     free(10)
-    gated = SimpleNamespace(**vars(LLAMA), hidden_act="silu")
-    found = finetune_model.passes(FinetuneConfig(), gated, "cuda", 4096, 1024, fused_loss=True)
+    found = finetune_model.passes(FinetuneConfig(), LLAMA, "cuda", 4096, 1024, fused_loss=True, gated=True)
     assert found == (False, pytest.approx(8 * GIB / (32 * 2 * (6 * 4096 + 2 * 1024 + 2 * 14336)), abs=1))
 
 

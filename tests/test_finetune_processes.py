@@ -121,3 +121,17 @@ def test_a_partner_that_ignores_the_signal_is_killed(tmp_path: Path, monkeypatch
     with pytest.raises(StageFailed, match="process 2 of 2"):
         launch(tmp_path, code)
     assert not Path("/proc", (tmp_path / "0").read_text()).exists()
+
+
+def test_a_result_is_heard_however_slow_the_flow_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that ended well have said it; and what one prints beside its events is no event."""
+    monkeypatch.setattr(finetune_processes, "END_S", 0.1)
+    monkeypatch.setattr(finetune_processes.program, "emit", lambda *_, **__: time.sleep(0.05))
+    code = """
+print(1, flush=True)
+for step in range(30):
+    say("metric", name="loss", value=1.0, step=step)
+if rank == 0:
+    say("result", detail={"steps": 30})
+"""
+    assert launch(tmp_path, code) == {"steps": 30}

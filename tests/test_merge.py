@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import model_folder
 import pytest
 import stages
 
-from pipeline import merge_weights
+from pipeline import merge, merge_weights
+from pipeline.config import FinetuneConfig
 from pipeline.digests import digest_folder
 from pipeline.errors import ConfigError, ModelError
 
@@ -272,3 +274,22 @@ def test_an_adapter_cut_short_is_refused(adapter):
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(ModelError, match="the file holds"):
         merge_weights.read_adapter(folder, shapes)
+
+
+def test_both_ways_are_compared_on_one_whole_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """However many processes trained: a split model would wait for the others."""
+    seen = []
+
+    class Seen(Exception):
+        pass
+
+    def load(_base: Path, settings: FinetuneConfig, _length: int) -> None:
+        seen.append(settings)
+        raise Seen
+
+    monkeypatch.setattr(merge.finetune_model, "load", load)
+    trained = FinetuneConfig(num_processes=2, fsdp_version=2)
+    with pytest.raises(Seen):
+        merge._losses(tmp_path, None, trained, 64, [])
+    (settings,) = seen
+    assert (settings.num_processes, settings.fsdp_version, settings.load_in_4bit) == (1, None, False)
