@@ -108,14 +108,13 @@ def jobs(config: Mapping[str, Any]) -> list[kubernetes_manifests.Manifest]:
 
 def _flow_job(config: Mapping[str, Any]) -> kubernetes_manifests.Manifest:
     from flows.services import QUIET
-    from flows.stages import secrets_named
 
     environ = {
         **QUIET,
         "PREFECT_HOME": "/tmp/prefect",  # noqa: S108 - an emptyDir of the pod's own
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     }
-    secrets = sorted(secrets_named(config) - {config["promote"]["api_key_env"]})
+    secrets = sorted(environments.secrets_named(config) - {config["promote"]["api_key_env"]})
     return kubernetes_manifests.flow_job(config["kubernetes"], environ, secrets, _shm_size(config))
 
 

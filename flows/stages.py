@@ -120,17 +120,11 @@ def run_program(
     found = environments.find(environment, environments.settings(config))
     found = replace(found, pythonpath=(*found.pythonpath, *pythonpath))
     environ = environments.child_environ(found, (*SECRETS_OF.get(module, ()), *keep))
-    for name in secrets_named(config) - set(keep):
+    for name in environments.secrets_named(config) - set(keep):
         environ.pop(name, None)
     if step and kubernetes_manifests.pod_of(config, step.stage):
         return kubernetes.run(step, config, found, environ, SECRETS_OF.get(module, ()), request, on_event)
     return program.run(environments.command(found, f"pipeline.{module}"), environ, request, on_event)
-
-
-def secrets_named(config: Mapping[str, Any]) -> set[str]:
-    """Variables that the config says hold a secret, whatever they are called."""
-    judges = [entry["api_key_env"] for entry in config["evaluate"]["judges"]]
-    return {str(name) for name in (*judges, config["promote"]["api_key_env"], config["notify"]["webhook_env"]) if name}
 
 
 @contextmanager

@@ -33,6 +33,8 @@ SECRET = re.compile(
     r"(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|API_?KEYS?|AUTH_STRING|CREDENTIALS)$", re.IGNORECASE
 )
 
+PASSWORD_INSIDE = re.compile(r"://[^/?#\s]*:[^/?#\s]+@|\b(password|passwd|pwd)\s*=\s*\S", re.IGNORECASE)
+
 
 class EnvironmentSetting(Protocol):
     """The part of the config that replaces an environment's interpreter or adds to its import path."""
@@ -197,6 +199,12 @@ def child_environ(env: Environment, keep: Sequence[str] = ()) -> dict[str, str]:
     found["PYTHONPATH"] = os.pathsep.join(str(entry) for entry in (ROOT, *env.pythonpath))
     found["PATH"] = os.pathsep.join([str(env.interpreter.parent), found.get("PATH", os.defpath)])
     return found
+
+
+def secrets_named(config: Mapping[str, Any]) -> set[str]:
+    """Variables that a resolved config says hold a secret, whatever they are called."""
+    judges = [entry["api_key_env"] for entry in config["evaluate"]["judges"]]
+    return {str(name) for name in (*judges, config["promote"]["api_key_env"], config["notify"]["webhook_env"]) if name}
 
 
 def remedy(name: str) -> str:

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pipeline.config import Config, EvaluateConfig
 
 JUDGES = (
-    "config.py", "config_file.py", "gate_policy.py", "load_statistics.py", "resolve.py", "scoring.py", "scoring_plugins.py",
-    "serving_refusals.py", "slices.py", "statistics.py", "yaml_lines.py",
+    "config.py", "config_file.py", "environments.py", "gate_policy.py", "load_statistics.py", "resolve.py", "scoring.py",
+    "scoring_plugins.py", "serving_refusals.py", "slices.py", "statistics.py", "yaml_lines.py",
 )  # fmt: skip
 
 
@@ -57,6 +57,8 @@ def judge(config: Config) -> Iterator[Problem]:
     yield from judges_problems(config.evaluate)
     yield from argument_problems(config.serve.extra_args)
     yield from env_problems(config.serve.env)
+    for name, value in config.serve.env.items():
+        yield from password_problems(f"serve.env.{name}", value)
     yield from cluster_problems(config)
     if config.merge.merge_base == "dequantized" and not config.finetune.load_in_4bit:
         yield Problem(
@@ -69,15 +71,29 @@ def judge(config: Config) -> Iterator[Problem]:
 
 
 def cluster_problems(config: Config) -> Iterator[Problem]:
-    """Secrets in a cluster's plain variables: they would stand in manifests, and in Prefect's page."""
-    for name in config.kubernetes.env if config.kubernetes else ():
-        if environments.SECRET.search(name):
+    """Secrets in a cluster's plain variables: they would stand in manifests, in Prefect's page and in MLflow."""
+    if config.kubernetes is None:
+        return
+    named = environments.secrets_named(config.model_dump(mode="json"))
+    for name, value in config.kubernetes.env.items():
+        if name in named or environments.SECRET.search(name):
+            remedy = f"kubectl create secret generic {config.kubernetes.secret_name} --from-literal={name}=…"
             yield Problem(
-                "is a secret",
-                key=f"kubernetes.env.{name}",
-                allowed="variables that anybody may read",
-                remedy=f"kubectl create secret generic {config.kubernetes.secret_name} --from-literal={name}=…",  # type: ignore[union-attr]
+                "is a secret", key=f"kubernetes.env.{name}", allowed="variables that anybody may read", remedy=remedy
             )
+        else:
+            yield from password_problems(f"kubernetes.env.{name}", value)
+
+
+def password_problems(key: str, value: str) -> Iterator[Problem]:
+    """A password inside a variable's value, such as a URL's."""
+    if environments.PASSWORD_INSIDE.search(value):
+        yield Problem(
+            "holds a password",
+            key=key,
+            allowed="values that anybody may read",
+            remedy="take it out: MLflow has MLFLOW_TRACKING_USERNAME and, among the secrets, MLFLOW_TRACKING_PASSWORD",
+        )
 
 
 def judges_problems(evaluate: EvaluateConfig) -> Iterator[Problem]:

@@ -183,6 +183,40 @@ def test_a_secret_among_the_plain_variables_is_refused(file):
     assert "use.yaml:" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "variable", "words"),
+    [
+        ("kubernetes", "HOOK: https://hooks.example.com/T0/B0", "is a secret"),  # by notify.webhook_env alone
+        ("kubernetes", "JUDGE_KEY: j", "is a secret"),
+        ("kubernetes", "MLFLOW_TRACKING_URI: http://user:hunter2@mlflow:5000", "MLFLOW_TRACKING_PASSWORD"),
+        ("kubernetes", "DATABASE: postgresql://:hunter2@db/prefect", "holds a password"),
+        ("kubernetes", "DATABASE: host=db password=hunter2", "holds a password"),
+        ("serve", "VLLM_S3: http://user:hunter2@s3", "holds a password"),
+    ],
+)
+def test_a_secret_of_any_name_or_inside_a_url_is_refused(file, section, variable, words):
+    """It would stand in the ConfigMap, in each pod, in Prefect's pool and in MLflow; the error doesn't repeat it."""
+    text = file.read_text(encoding="utf-8")
+    if section == "kubernetes":
+        text = re.sub(r"  env:.*\n", "  env:\n", text)
+        text = text.replace("    MLFLOW_TRACKING_URI: http://mlflow.tunegate:5000\n", f"    {variable}\n")
+    else:
+        text += f"serve:\n  env:\n    {variable}\n"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=words) as error:
+        deploy._cluster_config(file)
+    assert f"{section}.env.{variable.partition(':')[0]}" in str(error.value)
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["http://mlflow:5000/a@b", "https://host/v1?x=1", "all"])
+def test_a_plain_address_is_no_secret(file, value):
+    """A port isn't a password."""
+    text = file.read_text(encoding="utf-8").replace("http://mlflow.tunegate:5000", value)
+    file.write_text(text, encoding="utf-8")
+    assert deploy._cluster_config(file)["kubernetes"]["env"] == {"MLFLOW_TRACKING_URI": value}
+
+
 def test_a_stages_job_is_its_program_on_the_node_that_the_config_asks_for(file, stage_jobs):
     """The command of a child process, the stage's own timeout, the GPU, and secrets for those that read the hub."""
     config = deploy._cluster_config(file)
