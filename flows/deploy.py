@@ -21,10 +21,15 @@ from pipeline.errors import ConfigError, ServingError
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "configs" / "demo.yaml"
 WORKING = "prefect.deployments.steps.set_working_directory"
-POOL, CLUSTER_POOL = "tunegate", "tunegate-kubernetes"
+POOL = "tunegate"
 CLUSTER_DATA = kubernetes_manifests.HOME / "data"
 HEARTBEATS_STOPPED_S = 120
 ZOMBIES = "tunegate: a run whose heartbeats stopped has crashed"
+
+
+def cluster_pool(name: str) -> str:
+    """The work pool of the config `name` on a cluster: its template is this config's."""
+    return kubernetes_manifests.named("tunegate-kubernetes", name)
 
 
 def rendered(config: Path | None, data_dir: Path | None) -> dict[str, Any]:
@@ -57,8 +62,8 @@ def rendered_for_cluster(config: Path, data_dir: Path | None) -> dict[str, Any]:
     found["pull"] = [{WORKING: {"directory": kubernetes_manifests.WORKDIR}}]
     found["deployments"] = [entry for entry in found["deployments"] if "config" in entry["parameters"]]
     for deployment in found["deployments"]:
-        deployment["work_pool"] = {"name": CLUSTER_POOL}
-        deployment["parameters"] |= {"config": str(kubernetes_manifests.CONFIGS / config.name)}
+        deployment["work_pool"] = {"name": cluster_pool(deployment["name"])}
+        deployment["parameters"] |= {"config": str(kubernetes_manifests.config_file(deployment["name"]))}
     return found
 
 
@@ -79,7 +84,7 @@ def show(options: argparse.Namespace) -> int:
         shown = jobs(config)
     else:
         text = options.config.read_text(encoding="utf-8")
-        shown = kubernetes_manifests.needed(config["kubernetes"], options.config.name, text)
+        shown = kubernetes_manifests.needed(config["kubernetes"], config["name"], text)
     print(yaml.safe_dump_all(shown, sort_keys=False, width=140), end="")
     return 0
 
@@ -115,7 +120,7 @@ def _flow_job(config: Mapping[str, Any]) -> kubernetes_manifests.Manifest:
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
     }
     secrets = sorted(environments.secrets_named(config) - {config["promote"]["api_key_env"]})
-    return kubernetes_manifests.flow_job(config["kubernetes"], environ, secrets, _shm_size(config))
+    return kubernetes_manifests.flow_job(config["kubernetes"], config["name"], environ, secrets, _shm_size(config))
 
 
 def _shm_size(config: Mapping[str, Any]) -> str:
@@ -245,7 +250,9 @@ def main() -> None:
     (store.home() / "services").mkdir(parents=True, exist_ok=True)
     if options.pool == "kubernetes":
         config = _cluster_config(options.config)
-        names = deploy(rendered_for_cluster(options.config, options.data_dir), CLUSTER_POOL, template(config))
+        pool = cluster_pool(config["name"])
+        names = deploy(rendered_for_cluster(options.config, options.data_dir), pool, template(config))
+        print(f"work pool {pool}:")
     else:
         names = deploy(rendered(options.config, options.data_dir), POOL)
     print(*names, sep="\n")

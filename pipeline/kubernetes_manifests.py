@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.digests import digest_of
+
 Manifest = dict[str, Any]
 
 USER = 65532  # docker/pipeline.Dockerfile's
@@ -41,6 +43,18 @@ def device_of(config: Mapping[str, Any], stage: str, here: str) -> str:
         return here
     asked = {name: count for name, count in pod["resources"]["limits"].items() if "/" in name}
     return json.dumps({"asked": asked, "node": dict(pod["node_selector"])}, sort_keys=True)
+
+
+def named(prefix: str, name: str) -> str:
+    """`prefix`-`name` as a DNS label (at most 63 of a-z, 0-9, -), another one for each name: one that it changes gets its digest."""
+    plain = re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-")
+    whole = f"{prefix}-{plain}"
+    return whole if plain == name and len(whole) <= 63 else f"{whole[:54].rstrip('-')}-{digest_of(name)[:8]}"
+
+
+def config_file(name: str) -> Path:
+    """Where a flow's pod has the config of this name mounted."""
+    return CONFIGS / f"{name}.yaml"
 
 
 def stage_job(
@@ -75,17 +89,17 @@ def stage_job(
 
 
 def flow_job(
-    cluster: Mapping[str, Any], environ: Mapping[str, str], secrets: Sequence[str], shm_size: str = "1GiB"
+    cluster: Mapping[str, Any], name: str, environ: Mapping[str, str], secrets: Sequence[str], shm_size: str = "1GiB"
 ) -> Manifest:
-    """The job of a flow run, as Prefect's worker takes it: with its places for what it knows only then."""
-    named = {**cluster["env"], **environ, **PLACES, CLAIM: cluster["claim_name"]}
-    env = _variables(named, cluster, [*SECRETS, *secrets])
+    """The job of a run of the config `name`, as Prefect's worker takes it: with its places for what it knows only then."""
+    plain = {**cluster["env"], **environ, **PLACES, CLAIM: cluster["claim_name"]}
+    env = _variables(plain, cluster, [*SECRETS, *secrets])
     for variable, field in ((POD, "metadata.name"), (POD_UID, "metadata.uid")):
         env.append({"name": variable, "valueFrom": {"fieldRef": {"fieldPath": field}}})
     container = _container(cluster, cluster["flow"], "prefect-job", env) | {"args": "{{ command }}"}
     pod = _pod(cluster, cluster["flow"], container, HOME, shm_size)
     pod["serviceAccountName"] = cluster["service_account_name"]
-    pod["volumes"].append({"name": "config", "configMap": {"name": "tunegate-config"}})
+    pod["volumes"].append({"name": "config", "configMap": {"name": named("tunegate-config", name)}})
     container["volumeMounts"].append({"name": "config", "mountPath": str(CONFIGS), "readOnly": True})
     pod |= {"parallelism": 1, "completions": 1}  # no fields of a pod; Prefect's worker refuses a template without them
     job = _job(cluster, "flow", pod)
@@ -111,8 +125,11 @@ def base_job_template(job: Manifest) -> Manifest:
     }
 
 
-def needed(cluster: Mapping[str, Any], file_name: str, config_text: str) -> list[Manifest]:
-    """What must be there before the first flow run: the volume, the config, and the right to make jobs; the Secret is the user's."""
+def needed(cluster: Mapping[str, Any], name: str, config_text: str) -> list[Manifest]:
+    """What must be there before the first run of the config `name`: the volume, the config, and the right to make jobs.
+
+    All but the config is shared by the configs of a namespace; the Secret is the user's.
+    """
     account = cluster["service_account_name"]
     claim: Manifest = {
         "accessModes": ["ReadWriteMany"],
@@ -132,7 +149,7 @@ def needed(cluster: Mapping[str, Any], file_name: str, config_text: str) -> list
     }
     return [
         _object(cluster, "v1", "PersistentVolumeClaim", cluster["claim_name"], spec=claim),
-        _object(cluster, "v1", "ConfigMap", "tunegate-config", data={file_name: config_text}),
+        _object(cluster, "v1", "ConfigMap", named("tunegate-config", name), data={config_file(name).name: config_text}),
         _object(cluster, "v1", "ServiceAccount", account),
         _object(cluster, f"{group}/v1", "Role", account, rules=rules),
         _object(cluster, f"{group}/v1", "RoleBinding", account, **binding),

@@ -114,13 +114,13 @@ def test_a_server_is_told_and_its_pool_makes_a_valid_job(file, tmp_path, monkeyp
         monkeypatch.setattr(sys, "argv", ["deploy", str(file), "/mlruns/rows", "--pool", "kubernetes"])
         deploy.main()
         with get_client(sync_client=True) as client:
-            pool = client.read_work_pool(deploy.CLUSTER_POOL)
+            pool = client.read_work_pool("tunegate-kubernetes-tickets")
             found = [client.read_deployment_by_name(f"{name}/tickets") for name in ("build", "retrain")]
         job = worker_job(pool.base_job_template, env={"PREFECT_API_URL": "http://prefect:4200/api"})
     assert pool.type == "kubernetes"
     for deployment in found:
-        assert deployment.work_pool_name == deploy.CLUSTER_POOL
-        assert deployment.parameters == {"config": "/config/use.yaml", "data_dir": "/mlruns/rows"}
+        assert deployment.work_pool_name == pool.name
+        assert deployment.parameters == {"config": "/config/tickets.yaml", "data_dir": "/mlruns/rows"}
         assert deployment.pull_steps == [{deploy.WORKING: {"directory": "/tunegate"}}]
     pod, container = pod_of(job)
     assert (pod.pop("parallelism"), pod.pop("completions")) == (1, 1)
@@ -249,9 +249,47 @@ def test_a_clusters_deployments_are_those_that_a_pod_can_run(file):
     found = deploy.rendered_for_cluster(file, None)
     assert [entry["entrypoint"].rpartition(":")[2] for entry in found["deployments"]] == ["build", "retrain"]
     for entry in found["deployments"]:
-        assert entry["work_pool"] == {"name": deploy.CLUSTER_POOL}
-        assert entry["parameters"] == {"config": "/config/use.yaml", "data_dir": "/mlruns/data"}
+        assert entry["work_pool"] == {"name": "tunegate-kubernetes-tickets"}
+        assert entry["parameters"] == {"config": "/config/tickets.yaml", "data_dir": "/mlruns/data"}
     assert found["pull"] == [{deploy.WORKING: {"directory": "/tunegate"}}]
+
+
+def test_two_configs_share_a_cluster(file, printed):
+    """Each has a ConfigMap and a pool of its own, and its pods mount its own; volume and rights are common."""
+    text = file.read_text(encoding="utf-8")
+    seen = []
+    for name in ("tickets", "Letters.v2"):
+        file.write_text(text.replace("name: tickets", f"name: {name}"), encoding="utf-8")
+        job = deploy.template(deploy._cluster_config(file))["job_configuration"]["job_manifest"]
+        (mounted,) = (volume["configMap"] for volume in pod_of(job)[0]["volumes"] if "configMap" in volume)
+        (deployment, *_) = deploy.rendered_for_cluster(file, None)["deployments"]
+        (shown, *shared) = sorted(printed(), key=lambda manifest: manifest["kind"])
+        assert shown["metadata"]["name"] == mounted["name"]
+        assert deployment["parameters"]["config"] == f"/config/{next(iter(shown['data']))}"
+        seen.append((mounted["name"], deployment["work_pool"]["name"], shared))
+    assert seen[0][0] == "tunegate-config-tickets"
+    assert seen[0][0] != seen[1][0]
+    assert seen[0][1] != seen[1][1]
+    assert seen[0][2] == seen[1][2]
+
+
+def test_a_name_becomes_a_label_of_its_own():
+    """As Kubernetes takes it, and two names never the same."""
+    names = ["a", "A", "a.b", "a-b", "a_b", "x" * 63, f"{'x' * 62}y", "a-", "-".join("abcdefghijklmnopqrstuvwxyz")]
+    made = [manifests.named("tunegate-kubernetes", name) for name in names]
+    assert all(re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", label) for label in made)
+    assert len(set(made)) == len(names)
+    assert made[3] == "tunegate-kubernetes-a-b"
+
+
+def test_a_files_name_is_no_name_in_a_cluster(file, monkeypatch, capsys):
+    """A ConfigMap's keys have no blank."""
+    other = file.with_name("my use.yaml")
+    other.write_text(file.read_text(encoding="utf-8").replace("name: tickets\n", ""), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        cli.main(["manifests", str(other)])
+    shown = {manifest["kind"]: manifest for manifest in yaml.safe_load_all(capsys.readouterr().out)}
+    assert list(shown["ConfigMap"]["data"]) == ["my-use.yaml"]
 
 
 def test_a_config_without_a_cluster_is_told_what_is_missing(tmp_path, monkeypatch, capsys):
