@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -68,6 +69,7 @@ class Request:
         return path
 
 
+EVENT = re.compile(r'\{"event": "')  # as `emit` begins one
 HALF_WRITTEN = re.compile(r"\..+\.\d+")
 
 
@@ -161,16 +163,25 @@ def write_request(request: Request) -> Path:
 
 def relay(line: str, sink: IO[str], reported: list[Event], on_event: Callable[[Event], None]) -> None:
     """Hand on one line of a program's output: errors to `reported`, other events to `on_event`, the rest to its log."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        event = None
-    if not (isinstance(event, dict) and "event" in event):
-        sink.write(line)
-    elif event["event"] == "error":
+    before, event = _split(line)
+    sink.write(before)
+    if event and event["event"] == "error":
         reported.append(event)
-    else:
+    elif event:
         on_event(event)
+
+
+def _split(line: str) -> tuple[str, Event | None]:
+    """What a line holds beside an event, and the event.
+
+    In a pod's log an event may stand behind what standard error left without a line's end, such as a progress bar.
+    """
+    for at in (0, *(found.start() for found in EVENT.finditer(line, 1))):
+        with suppress(ValueError):
+            event = json.loads(line[at:])
+            if isinstance(event, dict) and "event" in event:
+                return f"{line[:at]}\n" if at else "", event
+    return line, None
 
 
 def answer_of(request: Request, reported: Sequence[Event]) -> dict[str, Any] | None:

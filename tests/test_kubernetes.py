@@ -142,6 +142,19 @@ def test_the_programs_own_error_comes_back_as_it_was(world, cluster_of):
         world.run(server, f"{PROGRAM}\nprint(json.dumps({error!r}), flush=True); sys.exit(2)")
 
 
+def test_an_event_behind_a_progress_bar_is_heard(world, cluster_of):
+    """A pod's log is one stream: what standard error left without a line's end stands before the event."""
+    code = f"""{PROGRAM}
+bar = lambda text: (sys.stderr.write(text), sys.stderr.flush())
+bar("\\r 50%|# | 1/2"); emit(event="message", text='said {{"event": "message"}}')
+bar("\\r100%|##| 2/2"); emit(event="error", type="DataError", problems=[{{"what": "a bad row"}}]); sys.exit(2)
+"""
+    with cluster_of() as server, pytest.raises(DataError, match="a bad row"):
+        world.run(server, code)
+    assert [event["text"] for event in world.events] == ['said {"event": "message"}']
+    assert [line.strip() for line in world.log.splitlines() if line.strip()] == ["50%|# | 1/2", "100%|##| 2/2"]
+
+
 @pytest.mark.parametrize(
     ("fate", "kind", "words"),
     [
