@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -132,12 +133,13 @@ def device_slot(on_event: OnEvent) -> Iterator[None]:
     """One stage at a time on the GPUs, across all runs of this machine; a CPU is shared by the system itself.
 
     It is one slot for all GPUs, also while a stage uses one of several: a served model may take them all. Memory that
-    somebody else holds is told, so that a stage that finds too little isn't a riddle.
+    somebody else holds is told, so that a stage that finds too little isn't a riddle. A flow's pod on a cluster has GPUs of its own,
+    and the locks lie on a volume that it shares with others: it holds none.
     """
     if hardware.device().kind != "cuda":
         yield
         return
-    with store.lock("gpu"):
+    with nullcontext() if kubernetes_manifests.CLAIM in os.environ else store.lock("gpu"):
         for card in hardware.settled_gpu_memory(lambda card: card.free >= card.total // 2, GIVEN_BACK_S):
             if card.free < card.total // 2:
                 on_event({"event": "message", "text": f"GPU memory: {card.told()}"})

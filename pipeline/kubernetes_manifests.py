@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.digests import digest_of
+from pipeline.errors import ConfigError, Problem
 
 Manifest = dict[str, Any]
 
@@ -23,17 +24,40 @@ WORKDIR = "/tunegate"
 HOME = Path("/mlruns")
 CONFIGS = Path("/config")
 PLACES = {"TUNEGATE_HOME": str(HOME), "HF_HOME": str(HOME / "hub")}  # both on the volume
-# Set in a flow's pod alone: the claim mounted as its mlruns, and the pod that its jobs go with.
-CLAIM, POD, POD_UID = "TUNEGATE_CLAIM", "TUNEGATE_POD", "TUNEGATE_POD_UID"
+# Set in a flow's pod alone: the claim mounted as its mlruns, its image, and the pod that its jobs go with.
+CLAIM, IMAGE, POD, POD_UID = "TUNEGATE_CLAIM", "TUNEGATE_IMAGE", "TUNEGATE_POD", "TUNEGATE_POD_UID"
 # What a flow's own run must be told beside the secrets that the config names.
 SECRETS = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 CONTAINER = "stage"
 
 
 def pod_of(config: Mapping[str, Any], stage: str) -> Mapping[str, Any] | None:
-    """The pod that this stage gets for itself; None where it is a child process, as everywhere outside a cluster."""
+    """The pod that this stage gets for itself; None where it is a child process, as everywhere outside a cluster.
+
+    Raises ConfigError when its image or claim wouldn't be that of the flow's pod, which this process runs in.
+    """
     cluster = config.get("kubernetes")
-    return cluster["jobs"].get(stage) if cluster and CLAIM in os.environ else None
+    if not cluster or CLAIM not in os.environ or stage not in cluster["jobs"]:
+        return None
+    _raise_for_another(cluster)
+    return dict(cluster["jobs"][stage])
+
+
+def _raise_for_another(cluster: Mapping[str, Any]) -> None:
+    there = {"image": os.environ.get(IMAGE), "claim_name": os.environ[CLAIM]}
+    problems = [
+        Problem(
+            f"{cluster[name]} in the config, and this flow's pod has {found or 'none that it knows'}",
+            key=f"kubernetes.{name}",
+            allowed="the same for a flow and its stages: one code, one volume",
+            remedy="deploy again: tunegate manifests CONFIG | kubectl apply -f -, then"
+            " python -m flows.deploy CONFIG DATA --pool kubernetes",
+        )
+        for name, found in there.items()
+        if cluster[name] != found
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def device_of(config: Mapping[str, Any], stage: str, here: str) -> str:
@@ -92,7 +116,7 @@ def flow_job(
     cluster: Mapping[str, Any], name: str, environ: Mapping[str, str], secrets: Sequence[str], shm_size: str = "1GiB"
 ) -> Manifest:
     """The job of a run of the config `name`, as Prefect's worker takes it: with its places for what it knows only then."""
-    plain = {**cluster["env"], **environ, **PLACES, CLAIM: cluster["claim_name"]}
+    plain = {**cluster["env"], **environ, **PLACES, CLAIM: cluster["claim_name"], IMAGE: cluster["image"]}
     env = _variables(plain, cluster, [*SECRETS, *secrets])
     for variable, field in ((POD, "metadata.name"), (POD_UID, "metadata.uid")):
         env.append({"name": variable, "valueFrom": {"fieldRef": {"fieldPath": field}}})

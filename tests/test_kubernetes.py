@@ -15,7 +15,7 @@ from released import a_config
 from flows import kubernetes, stages
 from pipeline import environments, hardware, plan, program, store
 from pipeline import kubernetes_manifests as manifests
-from pipeline.errors import DataError, EnvironmentMissing, ResourceError, StageFailed
+from pipeline.errors import ConfigError, DataError, EnvironmentMissing, ResourceError, StageFailed
 
 IMAGE = f"registry.example.com/tunegate-pipeline@sha256:{'0' * 64}"
 # What a stage program does that isn't one of ours: speak the wire, then what the test asks for.
@@ -76,6 +76,7 @@ class World:
 def world(tmp_path, monkeypatch):
     monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv(manifests.CLAIM, "tunegate")
+    monkeypatch.setenv(manifests.IMAGE, IMAGE)
     monkeypatch.setattr(kubernetes, "ACCOUNT", tmp_path / "account")
     monkeypatch.setattr(kubernetes, "POLL_S", 0.02)
     monkeypatch.setattr(kubernetes, "RESULT_S", 0.2)
@@ -264,6 +265,17 @@ def test_a_server_of_another_certificate_gets_no_token(world, cluster_of, tmp_pa
     with cluster_of(), cluster(tmp_path / "other") as other, pytest.raises(StageFailed, match="CERTIFICATE"):
         world.run(other, WELL)
     assert other.asked == []
+
+
+def test_a_flow_makes_no_job_of_another_image_or_volume_than_its_own(world, cluster_of, monkeypatch):
+    """The config was changed, and the pool's template not: code and files would be others than the flow's."""
+    other = IMAGE.replace("0" * 64, "1" * 64)
+    with cluster_of() as server, pytest.raises(ConfigError) as error:
+        world.run(server, WELL, image=other, claim_name="another")
+    assert server.asked == []
+    assert {problem.key for problem in error.value.problems} == {"kubernetes.image", "kubernetes.claim_name"}
+    for word in (other, IMAGE, "another", "python -m flows.deploy"):
+        assert word in str(error.value)
 
 
 def test_outside_a_pod_with_the_volume_a_stage_is_a_child_process(world, cluster_of, monkeypatch):

@@ -129,6 +129,7 @@ def test_a_server_is_told_and_its_pool_makes_a_valid_job(file, tmp_path, monkeyp
     env = {entry["name"]: entry for entry in container["env"]}
     assert env["PREFECT_API_URL"]["value"] == "http://prefect:4200/api"
     assert env[manifests.CLAIM]["value"] == "tunegate"
+    assert env[manifests.IMAGE]["value"] == container["image"]
     assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "tunegate"
     assert job["spec"]["backoffLimit"] == 0
     assert job["metadata"]["generateName"].endswith("-")

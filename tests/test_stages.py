@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import fake_smi
@@ -9,9 +10,9 @@ import pytest
 from released import a_config
 
 from flows import stages
-from pipeline import environments, program, store
+from pipeline import environments, kubernetes_manifests, program, store
 from pipeline.artifacts import Artifact
-from pipeline.errors import StageFailed
+from pipeline.errors import Busy, StageFailed
 
 
 @pytest.fixture
@@ -67,6 +68,23 @@ def test_an_input_that_changed_since_stops_the_stage(made: dict[str, Artifact], 
     with pytest.raises(StageFailed, match="prepare artefact was changed") as error:
         stages.inputs_json(made, ("merge", "prepare"))
     assert f"rm -r {made['prepare'].path}" in str(error.value)
+
+
+@pytest.mark.parametrize("in_a_pod", [True, False])
+def test_flows_in_pods_do_not_wait_for_each_others_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_a_pod: bool
+) -> None:
+    """Each has its own, though their locks lie on one volume; on a machine there is one slot."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
+    fake_smi.install(monkeypatch, tmp_path, 70000)
+    if in_a_pod:
+        monkeypatch.setenv(kubernetes_manifests.CLAIM, "tunegate")
+    with (
+        stages.device_slot(lambda _event: None),
+        nullcontext() if in_a_pod else pytest.raises(Busy),
+        store.lock("gpu", wait=False),
+    ):
+        pass
 
 
 def test_who_holds_a_gpu_is_said_before_a_stage_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
