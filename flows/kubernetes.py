@@ -11,7 +11,6 @@ import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pipeline import kubernetes_diagnosis as diagnosis
 from pipeline import kubernetes_manifests as manifests
 from pipeline.digests import digest_of
 from pipeline.environments import Environment
-from pipeline.errors import EnvironmentMissing, StageFailed, TunegateError
+from pipeline.errors import StageFailed, TunegateError
 from pipeline.plan import Step
 
 OnEvent = Callable[[program.Event], None]
@@ -34,6 +33,7 @@ OVERLAP_S = 10  # so much of the log is read again then; lines that were read ar
 TRIES = 12
 GOING_S = 600.0  # a pod on a node that is gone takes five minutes
 RESULT_S = 60.0  # a network file system may show a new file that late
+DENIED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 POD_LABEL = "batch.kubernetes.io/controller-uid"
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")
 
@@ -68,7 +68,7 @@ def run(
     )
     reported: list[program.Event] = []
     with _client() as client, log.open("a", encoding="utf-8") as sink:
-        job = _Job(client, manifest)
+        job = _Job(client, manifest, step.stage)
         job.create()
         try:
             pod = _until_started(job, step.stage, cluster["pod_watch_timeout_seconds"], on_event)
@@ -76,7 +76,7 @@ def run(
                 program.relay(f"{line}\n", sink, reported, on_event)
             ended, pod = job.read(), job.pod() or pod
         finally:
-            job.end()
+            job.end(on_event)
     answer = _answer(request, reported) if reported or diagnosis.went_well(ended, pod) else None
     if answer is None:
         raise diagnosis.death(ended, pod, step.stage, str(log), job.describe)
@@ -86,8 +86,8 @@ def run(
 class _Job:
     """One job in the API, and the requests about it; a cluster that doesn't answer is asked again for some minutes."""
 
-    def __init__(self, client: httpx.Client, manifest: manifests.Manifest) -> None:
-        self._client, self._manifest, self._tries = client, manifest, TRIES
+    def __init__(self, client: httpx.Client, manifest: manifests.Manifest, stage: str) -> None:
+        self._client, self._manifest, self._stage, self._tries = client, manifest, stage, TRIES
         self._uid = ""
         self._namespace, self._name = manifest["metadata"]["namespace"], manifest["metadata"]["name"]
         self._jobs = f"/apis/batch/v1/namespaces/{self._namespace}/jobs"
@@ -149,27 +149,39 @@ class _Job:
                     return
             time.sleep(POLL_S)
 
-    def end(self) -> None:
+    def end(self, on_event: OnEvent) -> None:
         """Delete the job if it isn't over; what is over can be looked at until the cluster removes it.
 
-        Asks once: a flow that is being ended has little time, and what it was ended by must be what the user reads.
+        Asks once: a flow that is being ended has little time, and what it was ended by must be what the user reads. A job that may
+        be left is told.
         """
         self._tries = 1
-        with suppress(TunegateError):
+        try:
             if not diagnosis.is_over(self.read(), self.pod()):
                 self._delete(preconditions={"uid": self._uid})
+        except TunegateError as error:
+            remedy = f"kubectl delete job {self._name} -n {self._namespace}"
+            on_event(
+                {"event": "message", "text": f"{self._stage}'s job may go on ({error.problems[0].what}): {remedy}"}
+            )
 
     def _get(self) -> httpx.Response:
         return self._ask("GET", f"{self._jobs}/{self._name}")
 
     def _delete(self, **options: Any) -> None:
-        self._ask("DELETE", f"{self._jobs}/{self._name}", json={"propagationPolicy": "Foreground", **options})
+        options = {"propagationPolicy": "Foreground", **options}
+        answer = self._ask("DELETE", f"{self._jobs}/{self._name}", json=options)
+        if answer.status_code not in (httpx.codes.NOT_FOUND, httpx.codes.CONFLICT):  # gone, or another's by now
+            self._must(answer)
 
     def _follow(self, path: str, params: Mapping[str, str]) -> Iterator[str]:
         timeout = httpx.Timeout(30, read=SILENCE_S)
         with self._client.stream("GET", path, params=params, timeout=timeout) as response:
             if response.is_success:
                 yield from response.iter_lines()
+            elif response.status_code in DENIED:
+                response.read()
+                self._must(response)
 
     def _ask(self, method: str, path: str, **content: Any) -> httpx.Response:
         for number in range(self._tries):
@@ -188,12 +200,8 @@ class _Job:
         )
 
     def _must(self, answer: httpx.Response) -> dict[str, Any]:
-        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            raise EnvironmentMissing(
-                f"the flow's service account may not do this: {_said(answer)}",
-                key="kubernetes.service_account_name",
-                remedy="tunegate manifests CONFIG | kubectl apply -f -",
-            )
+        if answer.status_code in DENIED:
+            raise diagnosis.denial(_said(answer), self._stage, self._namespace, self.describe)
         if not answer.is_success:
             raise StageFailed(
                 f"the cluster refused the job {self._name}: {_said(answer)}", remedy="tunegate manifests CONFIG --jobs"

@@ -37,6 +37,24 @@ def went_well(job: Record | None, pod: Record | None) -> bool:
     )
 
 
+def denial(said: str, stage: str, namespace: str, describe: str) -> TunegateError:
+    """The error of a request that the API answered with 401 or 403: no right to it, a full quota, or an admission rule."""
+    if "exceeded quota" in said:
+        return ResourceError(
+            f"the namespace's quota has no room for the {stage} job: {said}",
+            key=f"kubernetes.jobs.{stage}.resources",
+            allowed="what the quota leaves",
+            remedy=f"kubectl describe quota -n {namespace}; ask for less, or wait until other jobs are over",
+        )
+    if " cannot " in said or said.startswith("Unauthorized"):
+        return EnvironmentMissing(
+            f"the flow's service account may not do this: {said}",
+            key="kubernetes.service_account_name",
+            remedy="tunegate manifests CONFIG | kubectl apply -f -",
+        )
+    return StageFailed(f"the cluster doesn't admit the {stage} job: {said}", remedy=describe)
+
+
 def waits_for(pod: Record | None) -> str:
     """What a pod that doesn't run yet waits for, in the cluster's words; empty when it doesn't say."""
     if pod is None:

@@ -47,6 +47,8 @@ class Fate:
     vanishes: bool = False  # somebody deletes the job at the first line of its log
     breaks_after: int = 0  # lines after which each follow of a log is cut off
     outages: int = 0  # answers with 503 before the next good one
+    forbids: str = ""  # what method and path must match to be answered with 403
+    why: str = 'jobs.batch "x" is forbidden: User "system:serviceaccount:tunegate:tunegate" cannot do this'
 
 
 @dataclass
@@ -158,6 +160,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.command, url.path))
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._refuse(403, 'jobs.batch is forbidden: User "system:anonymous" cannot create resource "jobs"')
+            return
+        if self.server.fate.forbids and re.search(self.server.fate.forbids, f"{self.command} {url.path}"):
+            self._refuse(403, self.server.fate.why)
             return
         if self.server.fate.outages:
             self.server.fate.outages -= 1

@@ -259,6 +259,49 @@ def test_a_service_account_without_the_right_is_told_what_to_apply(world, cluste
     assert "tunegate manifests CONFIG | kubectl apply" in str(error.value)
 
 
+def test_a_log_that_may_not_be_read_is_told(world, cluster_of):
+    """At once: the program would go on for hours, unheard."""
+    with cluster_of(Fate(forbids="/log$")) as server, pytest.raises(EnvironmentMissing, match="may not do this"):
+        world.run(server, ENDLESS)
+    assert server.pods == {}
+
+
+def test_a_job_that_may_not_be_deleted_is_told(world, cluster_of):
+    """What the flow was ended by stays the error; whoever runs it reads what is left, and the command."""
+
+    def stop(event):
+        world.events.append(event)
+        if event["text"] == "started":
+            raise KeyboardInterrupt
+
+    with cluster_of(Fate(forbids="^DELETE")) as server:
+        with pytest.raises(KeyboardInterrupt):
+            world.run(server, ENDLESS, on_event=stop)
+        assert "prepare's job may go on (the flow's service account may not" in world.events[-1]["text"]
+        assert "kubectl delete job tunegate-prepare-" in world.events[-1]["text"]
+        with pytest.raises(EnvironmentMissing, match="may not do this"):  # in place of the one that is left
+            world.run(server, WELL)
+
+
+@pytest.mark.parametrize(
+    ("why", "kind", "words"),
+    [
+        ("exceeded quota: gpus, requested: count/jobs.batch=1, used: count/jobs.batch=2, limited: count/jobs.batch=2",
+         ResourceError, ["kubernetes.jobs.prepare.resources", "kubectl describe quota -n tunegate", "exceeded quota: gpus"]),
+        ('violates PodSecurity "restricted:latest"', StageFailed, ["doesn't admit", "kubectl describe job"]),
+    ],
+)  # fmt: skip
+def test_a_quota_and_a_rule_are_no_missing_right(world, cluster_of, why, kind, words):
+    """Each is a 403, too."""
+    fate = Fate(forbids="^POST", why=f'jobs.batch "x" is forbidden: {why}')
+    with cluster_of(fate) as server, pytest.raises(kind) as error:
+        world.run(server, WELL)
+    assert type(error.value) is kind
+    assert "kubectl apply" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
 def test_a_server_of_another_certificate_gets_no_token(world, cluster_of, tmp_path, monkeypatch):
     """The cluster's own authority alone is trusted."""
     monkeypatch.setattr(kubernetes, "TRIES", 1)
