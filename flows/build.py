@@ -58,6 +58,7 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
     planned = plan.make(config, sources, hardware.device().name)
     if planned.finished and not again:
         return dict(planned.finished)
+    plan.raise_for_too_few_gpus(config)
     with store.lock(f"build/{planned.key}"), store.running(planned.name):
         if registry_client.is_new():
             on_event({"event": "message", "text": "MLflow makes its database, once; some seconds"})

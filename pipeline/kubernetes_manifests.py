@@ -65,8 +65,12 @@ def device_of(config: Mapping[str, Any], stage: str, here: str) -> str:
     pod = pod_of(config, stage)
     if pod is None:
         return here
-    asked = {name: count for name, count in pod["resources"]["limits"].items() if "/" in name}
-    return json.dumps({"asked": asked, "node": dict(pod["node_selector"])}, sort_keys=True)
+    return json.dumps({"asked": devices(pod), "node": dict(pod["node_selector"])}, sort_keys=True)
+
+
+def devices(pod: Mapping[str, Any]) -> dict[str, Any]:
+    """The devices that a pod of the config asks for, by their plugin's name, such as nvidia.com/gpu."""
+    return {name: count for name, count in pod["resources"]["limits"].items() if "/" in name}
 
 
 def named(prefix: str, name: str) -> str:

@@ -181,10 +181,7 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
 
     `sources` are the digests of what comes from outside, the base model's under "base" and the data files' under "prepare";
     `device` is the class of device, which decides how a model is trained.
-
-    Raises ConfigError when vLLM is to serve on more GPUs than are visible.
     """
-    _raise_for_too_few_gpus(config)
     planned: list[PlannedStep] = []
     digests: dict[str, str] = {}
     made_by: dict[str, dict[str, str]] = {}
@@ -225,7 +222,8 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
     )
 
 
-def _raise_for_too_few_gpus(config: Mapping[str, Any]) -> None:
+def raise_for_too_few_gpus(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError when vLLM is to serve on more GPUs than are visible to this process, which is to build."""
     here, wanted = hardware.device(), config["serve"]["tensor_parallel_size"]
     if here.kind == "cuda" and wanted > here.count:
         raise ConfigError(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import environments, hardware, store
+from pipeline import environments, hardware, kubernetes_manifests, store
 from pipeline.digests import digest_file, digest_of
 from pipeline.errors import ConfigError, Problem
 from pipeline.program import write_json
@@ -114,13 +114,26 @@ def warnings(config: Mapping[str, Any], path: Path) -> list[Problem]:
 
 
 def _short_of_gpus(config: Mapping[str, Any], path: Path) -> Iterator[Problem]:
-    """More training processes than GPUs here: fine-tuning would refuse to start."""
-    from pipeline import finetune_processes
+    """More GPUs wanted than are here, for training or for serving: a build would refuse to start.
 
-    try:
-        finetune_processes.check(config["finetune"]["num_processes"], hardware.device())
-    except ConfigError as error:
-        yield from (replace(problem, file=str(path)) for problem in error.problems)
+    Nothing where a cluster's pod asks for its own.
+    """
+    from pipeline import finetune_processes, plan
+
+    cluster = config["kubernetes"]
+    flow = cluster["flow"] if cluster else None
+    checks: tuple[tuple[Mapping[str, Any] | None, Callable[[], None]], ...] = (
+        (cluster["jobs"].get("finetune", flow) if cluster else None,
+         lambda: finetune_processes.check(config["finetune"]["num_processes"], hardware.device())),
+        (flow, lambda: plan.raise_for_too_few_gpus(config)),
+    )  # fmt: skip
+    for pod, check in checks:
+        if pod and kubernetes_manifests.devices(pod):
+            continue
+        try:
+            check()
+        except ConfigError as error:
+            yield from (replace(problem, file=str(path)) for problem in error.problems)
 
 
 def _keyless(config: Mapping[str, Any], path: Path) -> Iterator[Problem]:

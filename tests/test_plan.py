@@ -6,10 +6,12 @@ import ast
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_smi
 import pytest
 
+from flows import build
 from pipeline import plan
 from pipeline.environments import Environment
 from pipeline.errors import ConfigError
@@ -95,14 +97,16 @@ def test_served_weights_are_estimated_as_they_will_lie_in_memory(method, dtype, 
 
 
 @pytest.mark.parametrize(("gpus", "wanted", "refused"), [(1, 2, True), (2, 2, False), (0, 2, False)])
-def test_more_gpus_than_there_are_is_a_mistake_of_the_config(monkeypatch, tmp_path, gpus, wanted, refused):
+def test_a_build_on_more_gpus_than_there_are_is_a_mistake_of_the_config(monkeypatch, tmp_path, gpus, wanted, refused):
     """Told before anything runs, with the key; a CPU's parts are vLLM's to count."""
     fake_smi.install(monkeypatch, tmp_path, *[80000] * gpus)
     if not gpus:
         monkeypatch.setenv("TUNEGATE_DEVICE", "cpu")
-    monkeypatch.setattr(plan, "all_steps", lambda _: (_ for _ in ()).throw(LookupError))  # the rest isn't asked here
+    monkeypatch.setattr(build.resolve, "sources", lambda _: {})
+    monkeypatch.setattr(build.plan, "make", lambda *_: SimpleNamespace(finished=None, key="k"))
+    monkeypatch.setattr(build.store, "lock", lambda _: (_ for _ in ()).throw(LookupError))  # the rest isn't asked here
     with pytest.raises(ConfigError if refused else LookupError) as caught:
-        plan.make({"serve": {"tensor_parallel_size": wanted}}, {}, "x")
+        build.run({"serve": {"tensor_parallel_size": wanted}}, print)
     if refused:
         (problem,) = caught.value.problems
         assert (problem.key, problem.allowed) == ("serve.tensor_parallel_size", "1 to 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fake_smi
 import pytest
 
 from pipeline import resolve
@@ -114,3 +115,27 @@ def test_a_policy_that_can_pass_is_not(tmp_path: Path, check: str) -> None:
     """A floor or a comparison with the base applies to the first build too."""
     file = written(tmp_path, f"gate:\n  metrics:\n    - {{metric: exact_match, {check}}}\n")
     assert resolve.warnings(resolve.resolve(file), file) == []
+
+
+GPUS = "serve: {tensor_parallel_size: 4}\nfinetune: {num_processes: 4, micro_batch_size: 4}\n"
+POD = "{resources: {limits: {nvidia.com/gpu: 4}}}"
+
+
+@pytest.mark.parametrize(
+    ("pods", "keys"),
+    [
+        (None, ["finetune.num_processes", "serve.tensor_parallel_size"]),
+        ("", ["finetune.num_processes", "serve.tensor_parallel_size"]),
+        (f", flow: {POD}", []),
+        (f", jobs: {{finetune: {POD}}}", ["serve.tensor_parallel_size"]),
+        (f", flow: {POD}, jobs: {{finetune: {{}}}}", ["finetune.num_processes"]),
+    ],
+)
+def test_too_few_gpus_here_are_a_warning_unless_a_clusters_pod_asks_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pods: str | None, keys: list[str]
+) -> None:
+    """The plan of a cluster's config can be read on a workstation with one GPU."""
+    fake_smi.install(monkeypatch, tmp_path, 80000)
+    cluster = "" if pods is None else f"kubernetes: {{image: 'x@sha256:{'0' * 64}'{pods}}}\n"
+    file = written(tmp_path, f"{PASSABLE}{GPUS}{cluster}")
+    assert [warning.key for warning in resolve.warnings(resolve.resolve(file), file)] == keys
