@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import psutil
 
 from flows import progress, stages
 from flows import promote as promotion
@@ -71,8 +70,8 @@ def status(options: argparse.Namespace) -> int:
         candidate = waiting(name)
         if candidate:
             print(f"  v{candidate.version} waits for review: tunegate review {name}")
-    for pid, name in _running_builds():
-        print(f"build of {name} runs as process {pid}: tunegate cancel {name}")
+    for build in store.running_builds():
+        print(f"{build}: tunegate cancel {build.name}" if build.is_here else build)
     if not names:
         print("no model is registered yet; next: tunegate run CONFIG")
     return 0
@@ -194,24 +193,17 @@ def _stream(url: str, headers: dict[str, str], body: dict[str, object]) -> str:
 
 
 def cancel(options: argparse.Namespace) -> int:
-    """Stop a running build politely; what it finished stays, and the next run goes on."""
-    builds = [(pid, name) for pid, name in _running_builds() if options.name in (None, name)]
-    for pid, name in builds:
-        os.kill(pid, signal.SIGINT)
-        print(f"told the build of {name} (process {pid}) to stop; tunegate run goes on where it was")
+    """Stop a running build of this machine politely; what it finished stays, and the next run goes on."""
+    builds = [build for build in store.running_builds() if options.name in (None, build.name)]
+    for build in builds:
+        if not build.is_here:
+            print(f"the {build}: cancel it there, or its flow run on Prefect's page")
+            continue
+        os.kill(build.pid, signal.SIGINT)
+        print(f"told the build of {build.name} (process {build.pid}) to stop; tunegate run goes on where it was")
     if not builds:
         print("no build runs")
     return 0
-
-
-def _running_builds() -> list[tuple[int, str]]:
-    """Builds that run on this machine, by the notes they keep while they do: process id and name."""
-    found = []
-    for file in sorted((store.home() / "running").glob("*.json")):
-        note = json.loads(file.read_text(encoding="utf-8"))
-        if psutil.pid_exists(note["pid"]) and abs(psutil.Process(note["pid"]).create_time() - note["started"]) < 1:
-            found.append((int(note["pid"]), str(note["name"])))
-    return found
 
 
 def gc(options: argparse.Namespace) -> int:
@@ -234,8 +226,10 @@ def _garbage(keep_days: float) -> Iterator[tuple[Path, str]]:
 
     Kept are: artefacts of builds that a registered version came from, what is younger than `keep_days`, what a running build holds.
     """
-    if _running_builds():
-        raise ReviewError([Problem("a build runs", allowed="gc when none does", remedy="tunegate cancel, or wait")])
+    if builds := store.running_builds():
+        raise ReviewError(
+            [Problem(f"a {build}", allowed="gc when none does", remedy="tunegate cancel, or wait") for build in builds]
+        )
     kept = set()
     for name in registry.names():
         for version in registry.versions(name):

@@ -10,8 +10,10 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,20 +120,55 @@ def finish(
     return artifact
 
 
+@dataclass(frozen=True)
+class RunningBuild:
+    """A build that runs, on this machine or another one that has the same store."""
+
+    name: str
+    host: str
+    pid: int
+
+    @property
+    def is_here(self) -> bool:
+        """Whether `pid` is a process of this machine."""
+        return self.host == socket.gethostname()
+
+    def __str__(self) -> str:
+        return f"build of {self.name} runs as process {self.pid}" + ("" if self.is_here else f" on {self.host}")
+
+
 @contextmanager
 def running(name: str) -> Iterator[None]:
-    """Keep a note, for `status` and `cancel`, that this process runs a build of `name`."""
-    file = home() / "running" / f"{os.getpid()}.json"
+    """Keep a note, for `status`, `cancel` and `gc`, that this process runs a build of `name`.
+
+    The note is locked for as long as the process lives, so that one whose process was killed says nothing, whichever machine or
+    pod it ran in.
+    """
+    note = RunningBuild(name, socket.gethostname(), os.getpid())
+    file = home() / "running" / f"{note.host}-{note.pid}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    boot = next(
-        int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime")
-    )
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    write_json(file, {"pid": os.getpid(), "name": name, "started": boot + ticks / os.sysconf("SC_CLK_TCK")})
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
+    beside = file.with_name(f".{file.name}")
+    with beside.open("w", encoding="utf-8") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(json.dumps(asdict(note)))
+        held.flush()
+        beside.replace(file)
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def running_builds() -> list[RunningBuild]:
+    """The builds that work in this store now."""
+    found = []
+    for file in sorted((home() / "running").glob("*.json")):
+        with suppress(FileNotFoundError), file.open(encoding="utf-8") as note:  # it may end meanwhile
+            try:
+                fcntl.flock(note, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(RunningBuild(**json.load(note)))
+    return found
 
 
 def all_artifacts() -> Iterator[Artifact]:

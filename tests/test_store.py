@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from flows import operate
 from pipeline import file_digests, store
-from pipeline.errors import Busy
+from pipeline.errors import Busy, ReviewError
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +95,56 @@ def test_a_running_build_keeps_a_note_only_while_it_runs() -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert list(notes.glob("*.json")) == []
+
+
+BUILD = """
+import socket, sys, time
+socket.gethostname = lambda: sys.argv[1]
+from pipeline import store
+with store.running("demo"):
+    print("runs", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def build_on(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Builds that run on a machine of this name, in a process of their own."""
+    with ExitStack() as started:
+
+        def start(host: str) -> subprocess.Popen[str]:
+            child = started.enter_context(
+                subprocess.Popen([sys.executable, "-c", BUILD, host], stdout=subprocess.PIPE, text=True)
+            )
+            started.callback(child.kill)
+            assert child.stdout
+            assert child.stdout.readline() == "runs\n"
+            return child
+
+        yield start
+
+
+def test_a_build_on_another_machine_of_the_same_store_is_seen(build_on: Callable[[str], subprocess.Popen[str]]) -> None:
+    """Until it ends or is killed, by whatever process ids its machine and this one have; a note that was left says nothing."""
+    host = socket.gethostname()
+    there, here = build_on("another-pod"), build_on(host)
+    assert {(build.host, build.pid, build.is_here) for build in store.running_builds()} == {
+        ("another-pod", there.pid, False),
+        (host, here.pid, True),
+    }
+    there.kill()
+    there.wait()
+    assert [build.host for build in store.running_builds()] == [host]
+    assert len(list((store.home() / "running").glob("*.json"))) == 2
+
+
+def test_nothing_is_collected_or_stopped_under_a_build_elsewhere(
+    build_on: Callable[[str], subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its process id is another process here, or none."""
+    there = build_on("another-pod")
+    with pytest.raises(ReviewError, match=f"a build of demo runs as process {there.pid} on another-pod"):
+        operate.gc(argparse.Namespace(keep_days=0.0, dry_run=True))
+    operate.cancel(argparse.Namespace(name=None))
+    assert "cancel it there" in capsys.readouterr().out
+    assert there.poll() is None
