@@ -10,6 +10,7 @@ import os
 import re
 import ssl
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ OnEvent = Callable[[program.Event], None]
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 POLL_S = 1.0
 SILENCE_S = 60.0  # a follow that says nothing for so long is asked for anew
-OVERLAP_S = 10  # so much of the log is read again then; lines that were read are known by their stamps
+OVERLAP_S = 10  # so much of the log is read again then
 TRIES = 12
 GOING_S = 600.0  # a pod on a node that is gone takes five minutes
 RESULT_S = 60.0  # a network file system may show a new file that late
@@ -127,21 +128,27 @@ class _Job:
         return dict(pods[0]) if pods else None
 
     def lines(self, pod: Mapping[str, Any] | None) -> Iterator[str]:
-        """The log's lines as they come, each once, until the job is over; a broken connection is made anew."""
-        last, heard, broken = "", time.monotonic(), 0
+        """The log's lines as they come, each once, until the job is over; a broken connection is made anew.
+
+        A node's clock may be set back, and two lines may have one stamp: only a whole line that was read just before is left out.
+        """
+        recent: deque[tuple[float, str]] = deque()  # when a line came, and the line with its stamp
+        broken = 0
         while pod is not None and broken < TRIES:
             over = diagnosis.is_over(self.read(), self.pod())  # asked first: what is written later is read next time
             params = {"container": manifests.CONTAINER, "follow": "true", "timestamps": "true"}
-            if last:
-                params["sinceSeconds"] = str(int(time.monotonic() - heard) + OVERLAP_S)
+            if recent:
+                params["sinceSeconds"] = str(int(time.monotonic() - recent[-1][0]) + OVERLAP_S)
+            read = Counter(line for _, line in recent)
             try:
                 for line in self._follow(f"{self._pods}/{pod['metadata']['name']}/log", params):
-                    stamp, _, text = line.partition(" ")
-                    if not STAMP.match(line):
-                        yield line
-                    elif stamp > last:
-                        last, heard = stamp, time.monotonic()
-                        yield text
+                    if read[line]:
+                        read[line] -= 1
+                        continue
+                    recent.append((time.monotonic(), line))
+                    while recent[-1][0] - recent[0][0] > 2 * OVERLAP_S:
+                        recent.popleft()
+                    yield line.partition(" ")[2] if STAMP.match(line) else line
             except httpx.TransportError:
                 broken += over  # the end of a finished log is worth some tries
             else:

@@ -46,6 +46,8 @@ class Fate:
     job_reason: str = ""
     vanishes: bool = False  # somebody deletes the job at the first line of its log
     breaks_after: int = 0  # lines after which each follow of a log is cut off
+    set_back_after: int = 0  # lines after which the node's clock is an hour behind
+    coarse: bool = False  # a clock of whole seconds
     outages: int = 0  # answers with 503 before the next good one
     forbids: str = ""  # what method and path must match to be answered with 403
     why: str = 'jobs.batch "x" is forbidden: User "system:serviceaccount:tunegate:tunegate" cannot do this'
@@ -68,7 +70,7 @@ class Pod:
         """The one container."""
         return dict(self.manifest["spec"]["template"]["spec"]["containers"][0])
 
-    def start(self, secrets: Mapping[str, str]) -> None:
+    def start(self, secrets: Mapping[str, str], fate: Fate) -> None:
         """Run the container's command, with its variables alone."""
         env = {entry["name"]: entry["value"] for entry in self.container["env"] if "value" in entry}
         for entry in self.container["env"]:
@@ -79,15 +81,17 @@ class Pod:
             self.container["command"], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
-        self.reader = threading.Thread(target=self._read)
+        self.reader = threading.Thread(target=self._read, args=(fate,))
         self.reader.start()
 
-    def _read(self) -> None:
+    def _read(self, fate: Fate) -> None:
         assert self.child
         assert self.child.stdout
         for line in self.child.stdout:
-            now = dt.datetime.now(dt.UTC)
-            stamp = f"{now:%Y-%m-%dT%H:%M:%S}.{now.microsecond:06d}{len(self.lines) % 1000:03d}Z"
+            behind = fate.set_back_after and len(self.lines) >= fate.set_back_after
+            now = dt.datetime.now(dt.UTC) - dt.timedelta(hours=1 if behind else 0)
+            part = 0 if fate.coarse else now.microsecond * 1000 + len(self.lines) % 1000
+            stamp = f"{now:%Y-%m-%dT%H:%M:%S}.{part:09d}Z"
             self.lines.append(f"{stamp} {line.decode()}")
         self.child.wait()
 
@@ -239,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
         name, pod = found
         pod.asked += 1
         if pod.child is None and self.server.fate.waits is None and pod.asked > self.server.fate.waits_for:
-            pod.start(self.server.secrets)
+            pod.start(self.server.secrets, self.server.fate)
         record = {"metadata": {"name": f"{name}-pod"}, "spec": pod.manifest["spec"]["template"]["spec"],
                   "status": pod.status(self.server.fate)}  # fmt: skip
         self._answer(200, {"items": [record]})

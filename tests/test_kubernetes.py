@@ -121,13 +121,23 @@ def test_the_programs_environment_is_the_manifests(world, cluster_of, monkeypatc
     assert not {"MLFLOW_TRACKING_PASSWORD", "HF_TOKEN", manifests.CLAIM} & set(names)
 
 
-def test_a_log_that_breaks_off_is_followed_on_without_a_line_twice(world, cluster_of):
-    """Each connection is cut after seven lines."""
-    with cluster_of(Fate(breaks_after=7)) as server:
+@pytest.mark.parametrize("coarse", [False, True])
+def test_a_log_that_breaks_off_is_followed_on_without_a_line_twice(world, cluster_of, coarse):
+    """Each connection is cut after seven lines; also where many lines have one stamp."""
+    with cluster_of(Fate(breaks_after=7, coarse=coarse)) as server:
         world.run(server, WELL)
     assert [event["done"] for event in world.events if event["event"] == "progress"] == list(range(20))
     assert world.log.splitlines() == [*(f"noise {number}" for number in range(20)), "17"]
     assert len([path for _, path in server.asked if path.endswith("/log")]) > 5
+
+
+def test_a_clock_that_is_set_back_costs_no_line(world, cluster_of):
+    """Least of all the last one, which may be the program's error."""
+    error = 'emit(event="error", type="DataError", problems=[{"what": "a bad row"}]); sys.exit(2)'
+    with cluster_of(Fate(set_back_after=7)) as server, pytest.raises(DataError, match="a bad row"):
+        world.run(server, f"{WELL}\n{error}")
+    assert [event["done"] for event in world.events if event["event"] == "progress"] == list(range(20))
+    assert world.log.splitlines() == [*(f"noise {number}" for number in range(20)), "17"]
 
 
 def test_an_api_that_is_away_for_a_while_is_asked_again(world, cluster_of):
