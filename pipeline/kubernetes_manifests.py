@@ -29,6 +29,7 @@ CLAIM, IMAGE, POD, POD_UID = "TUNEGATE_CLAIM", "TUNEGATE_IMAGE", "TUNEGATE_POD",
 # What a flow's own run must be told beside the secrets that the config names.
 SECRETS = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 CONTAINER = "stage"
+FLOW_TTL_S = 900  # what a killed flow left running goes with its pod: not after a day on a GPU
 
 
 def pod_of(config: Mapping[str, Any], stage: str) -> Mapping[str, Any] | None:
@@ -131,6 +132,7 @@ def flow_job(
     container["volumeMounts"].append({"name": "config", "mountPath": str(CONFIGS), "readOnly": True})
     pod |= {"parallelism": 1, "completions": 1}  # no fields of a pod; Prefect's worker refuses a template without them
     job = _job(cluster, "flow", pod)
+    job["spec"] |= {"ttlSecondsAfterFinished": min(cluster["finished_job_ttl"], FLOW_TTL_S)}
     job["metadata"] |= {"generateName": "{{ name }}-", "labels": "{{ labels }}", "annotations": "{{ annotations }}"}
     return job
 

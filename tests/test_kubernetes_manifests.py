@@ -163,6 +163,12 @@ def test_each_pod_is_kept_in(file, flow_job, stage_jobs):
     assert not any("secrets" in rule["resources"] for rule in rules)
 
 
+def test_a_killed_flows_pod_and_so_its_stages_job_goes_soon(flow_job, stage_jobs):
+    """A stage's finished job stays as long as the config says."""
+    assert flow_job["spec"]["ttlSecondsAfterFinished"] == manifests.FLOW_TTL_S
+    assert {job["spec"]["ttlSecondsAfterFinished"] for job in stage_jobs.values()} == {86400}
+
+
 def test_no_secret_stands_in_a_manifest(file, flow_job, printed, monkeypatch):
     """Each is named by its key in the user's Secret, also when it is set where the manifests are made."""
     for name in ("HF_TOKEN", "JUDGE_KEY", "HOOK", "TUNEGATE_API_KEY", "MLFLOW_TRACKING_PASSWORD"):
@@ -253,6 +259,39 @@ def test_a_clusters_deployments_are_those_that_a_pod_can_run(file):
         assert entry["work_pool"] == {"name": "tunegate-kubernetes-tickets"}
         assert entry["parameters"] == {"config": "/config/tickets.yaml", "data_dir": "/mlruns/data"}
     assert found["pull"] == [{deploy.WORKING: {"directory": "/tunegate"}}]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("namespace", "Über"), ("namespace", "a.b"), ("claim_name", "my claim"), ("secret_name", "a_b"), ("storage", "200 GB"),
+        ("service_account_name", "-a"), ("storage_class_name", "Fast"), ("image_pull_secrets", ["x!"]), ("env", {"A-B": "x"}),
+        ("flow", {"node_selector": {"a": "b c!!"}}), ("flow", {"node_selector": {"b c!!": "a"}}),
+        ("flow", {"resources": {"limits": {"memory": "64 Gi"}}}), ("flow", {"resources": {"requests": {"cpu cores": 4}}}),
+    ],
+)  # fmt: skip
+def test_what_a_cluster_would_refuse_is_refused_in_the_config(file, key, value):
+    """With the key and the line, before anything is applied."""
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    config["kubernetes"][key] = value
+    file.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        deploy._cluster_config(file)
+    assert f"kubernetes.{key}" in str(error.value)
+    assert "use.yaml:" in str(error.value)
+
+
+def test_what_a_cluster_takes_is_taken(file):
+    """Quantities and names as they are common."""
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    quantities = {"cpu": "1.5", "memory": "1e9", "ephemeral-storage": "20Gi", "nvidia.com/mig-1g.5gb": 1}
+    config["kubernetes"] |= {"storage_class_name": "fast.nfs-4", "claim_name": "a.b"}
+    config["kubernetes"]["flow"] = {
+        "resources": {"limits": quantities, "requests": {"cpu": "500m"}},
+        "node_selector": {"topology.kubernetes.io/zone": "eu_1.A", "empty": ""},
+    }
+    file.write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert deploy._cluster_config(file)["kubernetes"]["flow"]["resources"]["limits"] == quantities
 
 
 def test_two_configs_share_a_cluster(file, printed):
