@@ -91,7 +91,8 @@ def load(
     model.config.use_cache = False
     weights = _weights(model, settings, dtype, device, before)
     finetune_attention.register()
-    attention = finetune_attention.choose(model.config, device, sequence_len)
+    fits = device == "cpu" or dtype == torch.bfloat16  # the flash kernel knows 16 bits alone
+    attention = finetune_attention.choose(model.config, device, sequence_len) if fits else None
     if attention:
         model.set_attn_implementation(attention)
     liger = device == "cuda" and _use_liger(model)
