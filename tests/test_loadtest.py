@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 from loopback import fake_vllm, free_port
 
-from pipeline import loadtest, loadtest_container, program, serving_docker
+from pipeline import environments, loadtest, loadtest_container, program, serving_docker
 from pipeline.artifacts import LoadTest
 from pipeline.errors import DataError, ServingError
 from pipeline.load_statistics import measured
 from pipeline.program import Request
 
-ROOT = Path(__file__).parents[1]
-SERVE = ROOT / ".venv" / "serve" / "bin" / "python"
 VOCABULARY = {"hello": 0, "[UNK]": 1}
 
 
@@ -71,8 +69,9 @@ def request(folder: Path, url: str, **options) -> Request:
 def run(made: Request) -> tuple[LoadTest, list[program.Event]]:
     """The stage program in the serve environment, as the flow runs it."""
     events: list[program.Event] = []
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    program.run([str(SERVE), "-m", "pipeline.loadtest"], environ, made, events.append)
+    serve = environments.find("serve")
+    command = environments.command(serve, "pipeline.loadtest")
+    program.run(command, environments.child_environ(serve), made, events.append)
     text = (made.payload / "report.json").read_text(encoding="utf-8")
     return LoadTest.model_validate_json(text), events
 
