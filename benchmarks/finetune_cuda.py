@@ -12,6 +12,7 @@ alpha 32, dropout 0.05 and 8-bit paged AdamW, and starts from the same adapter s
   plain-bf16   as plain without that preparation: bfloat16 between the layers, as TRL, Unsloth and pipeline.finetune have it
   ours         pipeline.finetune with the same rows in each step, within --memory GiB where that is given
   ours-eager   the same without CUDA graphs
+  plain-bf16-open   that without checkpointing
   trl          TRL's SFTTrainer as its documents show QLoRA, with Liger's kernels (finetune_peers.py)
   unsloth      Unsloth as its documents show it: no dropout, its own checkpoints
   ours-full    the same as ours with --fill times as many rows a step and all of the card's memory: no comparison of curves
@@ -201,6 +202,7 @@ def measure(name: str, it: Work, args: argparse.Namespace) -> Measured:
         step, _model = {
             "plain": lambda: plain(it),
             "plain-bf16": lambda: plain(it, prepared=False),
+            "plain-bf16-open": lambda: plain(it, checkpointed=False, prepared=False),
             "plain-open": lambda: plain(it, checkpointed=False),
             "ours": lambda: ours(it, args.optimizer),
             "ours-eager": lambda: ours(it, args.optimizer, eager=True),

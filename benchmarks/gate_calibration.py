@@ -30,7 +30,7 @@ import numpy as np
 
 from pipeline import gate, sample_size
 from pipeline.artifacts import Evaluation, Item, Reports
-from pipeline.config import GateConfig, MetricCheck, SliceCheck
+from pipeline.config_gate import GateConfig, MetricCheck, SliceCheck
 
 MARGIN = 0.03
 CONFIDENCE = 0.95

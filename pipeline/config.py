@@ -1,6 +1,7 @@
 """Everything a person may choose: one frozen pydantic model a stage, axolotl's names where it has one.
 
-Reading a YAML file into `Config`, with aliases, line numbers and suggestions, is `config_file.py`'s job.
+The gate's policy and the cluster have files of their own. Reading a YAML file into `Config`, with aliases, line numbers
+and suggestions, is `config_file.py`'s job.
 Imports pydantic only, so that `tunegate check` stays quick.
 """
 
@@ -8,17 +9,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Bytes = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(B|KiB|MiB|GiB)$", description="a size such as 1GiB")]
-
-
-class Section(BaseModel):
-    """A frozen group of settings; an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+from pipeline.config_gate import GateConfig
+from pipeline.config_kubernetes import KubernetesConfig
+from pipeline.config_section import Bytes, Fraction, PositiveInt, Section
 
 
 class RowTemplate(Section):
@@ -314,91 +309,6 @@ class LoadtestConfig(Section):
     )
 
 
-class MetricCheck(Section):
-    """One quality check: a floor, or a paired comparison on the same items."""
-
-    metric: str = Field(
-        description="as evaluate reports it: exact_match, accuracy, f1_macro, json_valid, …; an lm-eval task's as TASK/METRIC"
-    )
-    min: Fraction | None = Field(None, description="the whole interval must reach this")
-    against: Literal["base", "incumbent"] | None = None
-    margin: Annotated[float, Field(gt=-1, lt=1)] = Field(
-        0.0,
-        description="how much worse than `against` is allowed, 0.03 being three points; negative: must be better by",
-    )
-    required: bool = Field(True, description="false: shown in the table, but it doesn't decide")
-
-    @model_validator(mode="after")
-    def _something_is_checked(self) -> MetricCheck:
-        if self.min is None and self.against is None:
-            raise ValueError("a check needs min, against, or both")
-        return self
-
-
-class SliceCheck(Section):
-    """A paired comparison within each part of the holdout: no part may be shown to be worse by more than the margin."""
-
-    by: str = Field(
-        description="what makes the parts: a column of data.columns, `expected` (each label), or expected.FIELD of JSON answers"
-    )
-    metric: str
-    against: Literal["base", "incumbent"] = "incumbent"
-    margin: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    min_items: PositiveInt = Field(20, description="smaller parts are judged together, as (other)")
-
-
-class JudgeCheck(Section):
-    """A floor for an LLM judge's win rate; 0.5 is parity."""
-
-    against: Literal["base", "incumbent"] = "incumbent"
-    min: Fraction = 0.45
-
-
-class AllowedRegression(Section):
-    """A check that may fail or stay open, with the reason that the reviewer reads beside it at every build until it is dropped."""
-
-    check: str = Field(description="the check's name in the gate's table, such as 'accuracy vs incumbent'")
-    reason: Annotated[str, Field(min_length=1)]
-
-
-class LoadCheck(Section):
-    """One load objective at one concurrency; names as in vLLM's bench."""
-
-    metric: Literal[
-        "p50_ttft_ms", "p95_ttft_ms", "p99_ttft_ms", "p50_itl_ms", "p95_itl_ms", "p99_itl_ms",
-        "p50_e2el_ms", "p95_e2el_ms", "p99_e2el_ms", "output_throughput", "request_throughput",
-    ]  # fmt: skip
-    max_concurrency: PositiveInt
-    max: float | None = None
-    min: float | None = None
-
-    @model_validator(mode="after")
-    def _one_bound(self) -> LoadCheck:
-        if (self.min is None) == (self.max is None):
-            raise ValueError("a load check needs either min or max")
-        return self
-
-
-class GateConfig(Section):
-    """The policy: what must hold, and how sure one must be."""
-
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    min_items: PositiveInt = Field(100, description="fewer scored items are inconclusive")
-    cluster_by: str | None = Field(
-        None,
-        description="a column of data.columns: items that share its value (a customer, a document) count as one draw",
-    )
-    metrics: tuple[MetricCheck, ...] = ()
-    slices: tuple[SliceCheck, ...] = ()
-    prompts: Literal["all", "no_regression"] = Field(
-        "all", description="which of evaluate.prompts may not break: any, or those that the incumbent passes"
-    )
-    judges: tuple[JudgeCheck, ...] = ()
-    load: tuple[LoadCheck, ...] = ()
-    max_error_rate: Fraction = Field(0.0, description="share of failed requests in evaluation and load test")
-    allowed_regressions: tuple[AllowedRegression, ...] = ()
-
-
 class PromoteConfig(Section):
     """The proxy in front of the served model."""
 
@@ -427,62 +337,6 @@ class EnvironmentSetting(Section):
 
     interpreter: str | None = None
     pythonpath: tuple[str, ...] = ()
-
-
-# What Kubernetes takes: names (RFC 1123), labels with their values, environment variables, quantities.
-NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
-LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-DnsLabel = Annotated[str, Field(pattern=f"^{NAME}$")]
-DnsName = Annotated[str, Field(pattern=rf"^{NAME}(\.{NAME})*$", max_length=253)]
-LabelKey = Annotated[str, Field(pattern=rf"^({NAME}(\.{NAME})*/)?{LABEL}$")]
-LabelValue = Annotated[str, Field(pattern=f"^({LABEL})?$")]
-VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i|[eE][0-9]+)?$")]
-
-
-class ResourcesConfig(Section):
-    """What a pod asks of its node, in Kubernetes' own names and quantities, such as {cpu: 2, memory: 8Gi, nvidia.com/gpu: 1}."""
-
-    requests: dict[LabelKey, Quantity | int] = Field(default_factory=dict)
-    limits: dict[LabelKey, Quantity | int] = Field(default_factory=dict)
-
-
-class PodConfig(Section):
-    """Which node a pod runs on, and how much of it."""
-
-    resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
-    node_selector: dict[LabelKey, LabelValue] = Field(default_factory=dict)
-    tolerations: tuple[dict[str, str | int], ...] = Field(
-        (), description="as in a pod's spec: key, operator, effect, …"
-    )
-
-
-class KubernetesConfig(Section):
-    """Flow runs as jobs on a cluster, and the stages that get a job of their own; names are Kubernetes' and its Prefect worker's."""
-
-    image: str = Field(
-        pattern=r"@sha256:[0-9a-f]{64}$",
-        description="docker/pipeline.Dockerfile's image with its digest, name@sha256:…",
-    )
-    namespace: DnsLabel = "tunegate"
-    claim_name: DnsName = Field("tunegate", description="the PersistentVolumeClaim (ReadWriteMany) that holds mlruns")
-    storage: Quantity = Field("200Gi", description="size of that claim")
-    storage_class_name: DnsName | None = Field(None, description="of that claim; default: the cluster's own")
-    service_account_name: DnsName = Field("tunegate", description="of flow runs, which make the stages' jobs")
-    secret_name: DnsName = Field("tunegate", description="the Secret whose keys are variables, such as HF_TOKEN")
-    image_pull_secrets: tuple[DnsName, ...] = ()
-    env: dict[VariableName, str] = Field(
-        default_factory=dict, description="of every pod, such as MLFLOW_TRACKING_URI; no secrets"
-    )
-    flow: PodConfig = Field(
-        default_factory=PodConfig,
-        description="where flows run, stages without a job too, and vLLM for the measurements",
-    )
-    jobs: dict[Literal["base", "prepare", "finetune", "merge", "quantize", "ledger"], PodConfig] = Field(
-        default_factory=dict, description="stages that run as jobs of their own"
-    )
-    pod_watch_timeout_seconds: PositiveInt = Field(1800, description="how long a stage's pod may wait for a node")
-    finished_job_ttl: PositiveInt = Field(86400, description="seconds that a finished job can still be looked at")
 
 
 class Config(Section):

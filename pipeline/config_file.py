@@ -17,7 +17,9 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline import yaml_lines
-from pipeline.config import Config, DataConfig, FinetuneConfig, GateConfig, MergeConfig, Section
+from pipeline.config import Config, DataConfig, FinetuneConfig, MergeConfig
+from pipeline.config_gate import GateConfig
+from pipeline.config_section import Section
 from pipeline.errors import ConfigError, Problem
 from pipeline.yaml_lines import KeyPath
 

@@ -24,7 +24,8 @@ import httpx
 
 from pipeline import parity, program, scoring
 from pipeline.artifacts import Evaluation, Item
-from pipeline.config import EvaluateConfig, GateConfig
+from pipeline.config import EvaluateConfig
+from pipeline.config_gate import GateConfig
 from pipeline.digests import digest_file
 from pipeline.errors import ConfigError, DataError, ServingError
 from pipeline.inference import Message, RequestFailed, complete, connect, shown

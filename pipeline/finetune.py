@@ -235,12 +235,12 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_([self.flat], self.settings.max_grad_norm)
         state.step += 1
         state.tokens += sum(len(row.input_ids) for row in rows)
-        logged, looked_at = (self.settings.logging_steps, (self.settings.save_steps, self.settings.eval_steps))
-        if self._due(state, logged) or any(self._due(state, every) for every in looked_at):
+        every = (self.settings.logging_steps, self.settings.save_steps, self.settings.eval_steps)
+        if any(self._due(state, steps) for steps in every):  # reading the loss waits for the GPU
             rate = self.rate(state.step - 1)
             entry = {"train_loss": float(loss), "learning_rate": rate, "grad_norm": float(norm)}
             self._must_be_finite(state, entry)
-            if self._due(state, logged):
+            if self._due(state, self.settings.logging_steps):
                 state.history.append({"step": state.step, **entry})
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)

@@ -82,27 +82,26 @@ class Graphs:
 
     def __call__(self, rows: Sequence[Row], trained: int) -> torch.Tensor:
         """The rows' loss summed over their trained tokens, a `trained`-th of it, its gradient added; a scalar on the GPU."""
-        import torch
-
         it = finetune_loss.inputs(rows, self._hardware)
         finetune_lora.draw(self._model)
         shape = shape_of(it)
         if self._warm and self.works and shape not in self._recorded:
             self._try(it, shape)
         recorded = self._recorded.pop(shape, None)
-        if recorded is not None:
-            self._recorded[shape] = recorded  # the last in order; the first is dropped when there are too many
-        else:
-            loss = self._add(finetune_loss.to_device(it, self._hardware.device), 1 / trained)
-            if not self._warm:
-                torch.cuda.empty_cache()  # the graphs' memory is their own
-            self._warm = True
-            return loss
-        for place, tensor in zip(recorded.inputs.tensors, padded(it, shape, self._longest).tensors, strict=True):
-            place.copy_(tensor, non_blocking=True)
-        recorded.scale.fill_(1 / trained)
-        recorded.graph.replay()
-        return recorded.loss.clone()
+        if recorded is None:
+            return self._as_it_is(it, 1 / trained)
+        self._recorded[shape] = recorded  # the last in order; the first is dropped when there are too many
+        return recorded.replay(padded(it, shape, self._longest), 1 / trained)
+
+    def _as_it_is(self, it: Pass, scale: float) -> torch.Tensor:
+        """Without a graph; after the first pass of all the memory that it took is given to the graphs."""
+        import torch
+
+        loss = self._add(finetune_loss.to_device(it, self._hardware.device), scale)
+        if not self._warm:
+            torch.cuda.empty_cache()
+        self._warm = True
+        return loss
 
     def _try(self, it: Pass, shape: Shape) -> None:
         """Record the shape; a model that can't be recorded runs as it is from then on, in the memory of the graphs."""
@@ -143,7 +142,17 @@ class Graphs:
 
 
 class _Recorded(NamedTuple):
+    """A graph, the tensors that it reads, and the loss that it writes."""
+
     graph: Any
     inputs: Pass
     scale: torch.Tensor
     loss: torch.Tensor
+
+    def replay(self, it: Pass, scale: float) -> torch.Tensor:
+        """Run it on another pass of its shape; the loss, which no later replay changes."""
+        for place, tensor in zip(self.inputs.tensors, it.tensors, strict=True):
+            place.copy_(tensor, non_blocking=True)
+        self.scale.fill_(scale)
+        self.graph.replay()
+        return self.loss.clone()

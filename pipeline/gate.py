@@ -35,7 +35,7 @@ from pipeline.artifacts import (
     Reports,
     Verdict,
 )
-from pipeline.config import GateConfig, MetricCheck, SliceCheck
+from pipeline.config_gate import GateConfig, MetricCheck, SliceCheck
 from pipeline.digests import digest_of
 from pipeline.errors import GateFailed
 from pipeline.gate_decide import Question, decide

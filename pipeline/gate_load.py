@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from pipeline.artifacts import Check, LoadLevel, LoadTest, Outcome
-from pipeline.config import GateConfig, LoadCheck
+from pipeline.config_gate import GateConfig, LoadCheck
 from pipeline.load_statistics import Measured, measured
 from pipeline.statistics import wilson
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from pipeline import scoring, slices
 from pipeline.artifacts import Evaluation, Item, Reports, TaskResult
-from pipeline.config import EvaluateConfig, GateConfig, LoadtestConfig
+from pipeline.config import EvaluateConfig, LoadtestConfig
+from pipeline.config_gate import GateConfig
 from pipeline.errors import Problem
 from pipeline.load_statistics import ENOUGH_REPEATS, requests_needed
 

@@ -23,7 +23,8 @@ import httpx
 
 from pipeline import program
 from pipeline.artifacts import Judgement, JudgeReport
-from pipeline.config import GateConfig, JudgeConfig
+from pipeline.config import JudgeConfig
+from pipeline.config_gate import GateConfig
 from pipeline.errors import ConfigError, Problem, ServingError
 from pipeline.inference import RequestFailed, connect, post
 from pipeline.judge_prompt import Opinion, Pair, messages, opinion

@@ -21,9 +21,12 @@ from pipeline.errors import ConfigError
 from pipeline.sample_size import DIFFERING, items_for_margin
 
 HERE = Path(__file__).parent
-# Shared by all stages and free of decisions about a result: a change there makes nothing stale.
 STARTED_BY_NAME = {"finetune": ("finetune_rank",)}  # programs that a stage's program starts without importing them
-NOT_SOURCE = {"artifacts", "config", "digests", "environments", "errors", "program", "store"}
+# Shared by all stages and free of decisions about a result: a change there makes nothing stale.
+NOT_SOURCE = {
+    "artifacts", "config", "config_gate", "config_kubernetes", "config_section", "digests", "environments", "errors",
+    "program", "store",
+}  # fmt: skip
 
 IMPORT = re.compile(r"^[ \t]*from pipeline(?:\.(\w+) import| import \(([^)]*)\)| import ([\w, ]+))", re.MULTILINE)
 

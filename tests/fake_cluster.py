@@ -30,6 +30,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from loopback import listening
 
 ROOT = Path(__file__).parents[1]
 TOKEN = "the-flow's-token"
@@ -321,13 +322,9 @@ def cluster(account: Path, fate: Fate | None = None, secrets: Mapping[str, str] 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate(account))
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
     try:
-        yield server
+        with listening(server):
+            yield server
     finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
         for pod in server.pods.values():
             pod.kill()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from loopback import listening
 
 Judge = Callable[[str, str], "str | tuple[int, str]"]
 
@@ -68,11 +69,5 @@ def answers_in(shown: str) -> tuple[str, str]:
 def endpoint(judge: Judge) -> Iterator[Endpoint]:
     """A judge that listens while the block runs."""
     server = Endpoint(judge)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with listening(server):
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -13,7 +13,8 @@ from sample_build import POLICY, sample_build
 
 from pipeline import gate, registry, registry_runs, serving, store
 from pipeline.artifacts import Artifact, Build, Reports
-from pipeline.config import Config, GateConfig
+from pipeline.config import Config
+from pipeline.config_gate import GateConfig
 from pipeline.digests import digest_folder
 from pipeline.program import write_json
 

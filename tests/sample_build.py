@@ -22,17 +22,8 @@ from pipeline.artifacts import (
     ServedUnit,
     TaskResult,
 )
-from pipeline.config import (
-    Config,
-    DataConfig,
-    DatasetSource,
-    EvaluateConfig,
-    GateConfig,
-    LoadCheck,
-    LoadtestConfig,
-    MetricCheck,
-    Scorer,
-)
+from pipeline.config import Config, DataConfig, DatasetSource, EvaluateConfig, LoadtestConfig, Scorer
+from pipeline.config_gate import GateConfig, LoadCheck, MetricCheck
 from pipeline.statistics import mean_interval
 
 CATEGORIES = ("billing", "bug", "account", "shipping")

@@ -17,15 +17,8 @@ from pipeline.artifacts import (
     Reports,
     TaskResult,
 )
-from pipeline.config import (
-    AllowedRegression,
-    GateConfig,
-    JudgeCheck,
-    LoadCheck,
-    MetricCheck,
-    Scorer,
-    SliceCheck,
-)
+from pipeline.config import Scorer
+from pipeline.config_gate import AllowedRegression, GateConfig, JudgeCheck, LoadCheck, MetricCheck, SliceCheck
 from pipeline.errors import GateFailed
 
 UNIT = "u" * 64

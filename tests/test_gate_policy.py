@@ -7,19 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline import config_file, gate_policy
-from pipeline.config import (
-    AllowedRegression,
-    EvaluateConfig,
-    GateConfig,
-    JudgeCheck,
-    JudgeConfig,
-    LoadCheck,
-    LoadtestConfig,
-    MetricCheck,
-    Scorer,
-    SliceCheck,
-    TaskConfig,
-)
+from pipeline.config import EvaluateConfig, JudgeConfig, LoadtestConfig, Scorer, TaskConfig
+from pipeline.config_gate import AllowedRegression, GateConfig, JudgeCheck, LoadCheck, MetricCheck, SliceCheck
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FLOOR = GateConfig(metrics=(MetricCheck(metric="exact_match", min=0.8),), min_items=100)

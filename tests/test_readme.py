@@ -10,7 +10,7 @@ import yaml
 
 from flows.cli import parser
 from pipeline import gate_policy
-from pipeline.config import GateConfig
+from pipeline.config_gate import GateConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

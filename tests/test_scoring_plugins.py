@@ -17,8 +17,9 @@ from test_evaluate import NAME, answers_file, report, request, rows, write_holdo
 from flows import measure, stages
 from pipeline import evaluate, gate_policy, program, scoring, scoring_plugins, store
 from pipeline.artifacts import Artifact, ServedUnit
-from pipeline.config import EvaluateConfig, GateConfig, LoadtestConfig, MetricCheck, Scorer
+from pipeline.config import EvaluateConfig, LoadtestConfig, Scorer
 from pipeline.config_file import load
+from pipeline.config_gate import GateConfig, MetricCheck
 from pipeline.errors import ConfigError
 from pipeline.resolve import judge
 
