@@ -28,16 +28,27 @@ def ledger_of(
     step = plan.ledger_step(config)
     if step is None:
         return ()
-    inputs = {name: artifacts[cast("Stage", name)] for name in step.inputs}
-    scored = {"evaluate": config["evaluate"]}
     try:
-        answered = stages.run(step, config, inputs, sources, show)
-        records = stages.inputs_json({**artifacts, "ledger": answered}, ("prepare", "ledger"))
-        request = program.Request(scored, records, store.build_folder(build_key) / "ledger")
-        places = scoring_plugins.places([scorer["metric"] for scorer in config["evaluate"]["scorers"]])
-        stages.run_program("ledger_scores", "control", config, request, show, pythonpath=places)
-        entries = ledger_scores.ENTRIES.validate_json((request.payload / "ledger.json").read_bytes())
-        return (*entries, ledger.served(candidate, entries[-1]))
+        return _asked(step, config, build_key, artifacts, candidate, sources, show)
     except (ResourceError, ConfigError) as error:
         show({"event": "message", "text": f"no loss ledger: {error.problems[0].what}"})
         return ()
+
+
+def _asked(
+    step: plan.Step,
+    config: Mapping[str, Any],
+    build_key: str,
+    artifacts: Mapping[Stage, Artifact],
+    candidate: Evaluation,
+    sources: Mapping[str, str],
+    show: OnEvent,
+) -> tuple[LedgerEntry, ...]:
+    inputs = {name: artifacts[cast("Stage", name)] for name in step.inputs}
+    answered = stages.run(step, config, inputs, sources, show)
+    records = stages.inputs_json({**artifacts, "ledger": answered}, ("prepare", "ledger"))
+    request = program.Request({"evaluate": config["evaluate"]}, records, store.build_folder(build_key) / "ledger")
+    places = scoring_plugins.places([scorer["metric"] for scorer in config["evaluate"]["scorers"]])
+    stages.run_program("ledger_scores", "control", config, request, show, pythonpath=places)
+    entries = ledger_scores.ENTRIES.validate_json((request.payload / "ledger.json").read_bytes())
+    return (*entries, ledger.served(candidate, entries[-1]))
