@@ -16,18 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import finetune_attention, finetune_distributed, finetune_head, finetune_lora, finetune_shards, hardware
+from pipeline import (
+    finetune_attention,
+    finetune_distributed,
+    finetune_head,
+    finetune_lora,
+    finetune_memory,
+    finetune_shards,
+)
 from pipeline.config import FinetuneConfig
 from pipeline.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import torch
 
-CPU_TOKENS_A_PASS = 1024
-GPU_TOKENS_A_PASS = range(1024, 16384 + 1)  # fewer leave a GPU idle and unpack NF4 too often; more gain nothing
 UNPACKED_BYTES = 2
 UNPACK_UP_TO = {"cpu": 0.5, "cuda": 0.05}  # of free memory; a big model hides the unpacking behind its products
-USED_BY_ACTIVATIONS = 0.8  # of free memory
 UNPACKED = ", unpacked once"
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
@@ -103,14 +107,14 @@ def load(
         checkpointing, tokens_a_pass = (
             (before.gradient_checkpointing, before.tokens_a_pass)
             if before is not None
-            else passes(
+            else finetune_memory.passes(
                 settings,
                 model.config,
                 device,
                 tokens,
                 sequence_len,
                 fused_loss=fused_loss,
-                gated=_gated(model, settings),
+                gated=finetune_memory.is_gated(model, settings),
             )
         )
     hardware = Hardware(
@@ -141,7 +145,7 @@ def _weights(model: Any, settings: FinetuneConfig, dtype: torch.dtype, device: s
     if settings.fsdp_version is not None:
         finetune_shards.pack(model, settings, dtype)
         return settings.bnb_4bit_quant_type
-    most = UNPACK_UP_TO[device] * _free_memory(device)
+    most = UNPACK_UP_TO[device] * finetune_memory.free(device)
     if before is not None:
         most = math.inf if before.frozen_weights.endswith(UNPACKED) else 0.0
     return settings.bnb_4bit_quant_type + (UNPACKED if unpack(model, dtype, most) else "")
@@ -197,20 +201,6 @@ def unpack(model: Any, dtype: torch.dtype, most: float = math.inf) -> bool:
     return True
 
 
-def _free_memory(device: str) -> float:
-    """Bytes that the system, or the GPU within this process's share of it, could give now; of several processes, the least."""
-    if device == "cpu":
-        meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
-        free = min(int(meminfo.split("MemAvailable:")[1].split()[0]) * 1024, hardware.memory())
-        return finetune_distributed.least(free / finetune_distributed.size(), device)
-    import torch
-
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    share = torch.cuda.get_per_process_memory_fraction() * total - torch.cuda.memory_reserved()
-    return finetune_distributed.least(min(free, share), device)
-
-
 def _use_liger(model: Any) -> bool:
     """Give the model Liger's norms, rotary embedding and SwiGLU; False where Liger doesn't know its architecture."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -220,53 +210,6 @@ def _use_liger(model: Any) -> bool:
         return False
     apply_liger_kernel(model, LIGER)
     return True
-
-
-def passes(
-    settings: FinetuneConfig, config: Any, device: str, tokens: int, sequence_len: int, *, fused_loss: bool = False,
-    gated: bool = False,
-) -> tuple[bool, int]:  # fmt: skip
-    """Whether layers are checkpointed, and how many tokens go through the model at once, for a batch of `tokens`.
-
-    `auto` checkpoints only when GPU_TOKENS_A_PASS.start tokens (or a whole row) wouldn't fit without: passing a batch
-    in parts costs less than computing every layer twice. On a CPU passes are short enough.
-    """
-    if device == "cpu":
-        return settings.gradient_checkpointing is True, min(tokens, max(CPU_TOKENS_A_PASS, sequence_len))
-    free = USED_BY_ACTIVATIONS * _free_memory(device)
-    least = max(GPU_TOKENS_A_PASS.start, sequence_len)
-    kept = int(free / bytes_a_token(config, checkpointed=False, fused_loss=fused_loss, gated=gated))
-    checkpointed = settings.gradient_checkpointing
-    if checkpointed == "auto":
-        checkpointed = kept < min(tokens, least)
-    again = bytes_a_token(config, checkpointed=True, fused_loss=fused_loss, gated=gated)
-    fits = int(free / again) if checkpointed else kept
-    return checkpointed, min(tokens, max(sequence_len, min(fits, GPU_TOKENS_A_PASS.stop - 1)))
-
-
-def _gated(model: Any, settings: FinetuneConfig) -> bool:
-    """Whether finetune_lora computes the product in this model's gated blocks again instead of keeping it."""
-    parts = {"gate_proj", "up_proj", "down_proj"}
-    there = parts <= {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    adapted = settings.lora_target_modules is None or parts <= set(settings.lora_target_modules)
-    return there and adapted and getattr(model.config, "hidden_act", None) == "silu"
-
-
-def bytes_a_token(config: Any, *, checkpointed: bool, fused_loss: bool = False, gated: bool = False) -> int:
-    """Memory that a token's activations take until its backward pass, in bytes.
-
-    A layer keeps, in bf16: six rows as wide as the model (its two inputs, the norms' results, queries, the attention's
-    result), keys and values, and of the inner width the gate, its partner and their product, which isn't kept where a
-    block is `gated`. The logits: bf16, float32 and its gradient; a fused loss has none.
-    """
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    heads = getattr(config, "num_attention_heads", 1)
-    keys = config.hidden_size * (getattr(config, "num_key_value_heads", None) or heads) // heads
-    layer = 2 * (6 * config.hidden_size + 2 * keys + (2 if gated else 3) * inner)
-    kept = (
-        2 * config.hidden_size * config.num_hidden_layers + layer if checkpointed else layer * config.num_hidden_layers
-    )
-    return int(kept + (0 if fused_loss else 12 * config.vocab_size))
 
 
 def with_lora(model: Any, settings: FinetuneConfig, hardware: Hardware, base_digest: str, seed: int) -> Any:

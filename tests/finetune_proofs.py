@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import finetune, finetune_loss, finetune_model, finetune_rows, packing
+from pipeline import finetune, finetune_loss, finetune_memory, finetune_model, finetune_rows, packing
 from pipeline.config import FinetuneConfig
 from pipeline.packing import IGNORED, Row
 
@@ -120,12 +120,12 @@ def unpacking(base: Path) -> dict[str, float]:
 
 def under_other_memory(base: Path) -> dict[str, str]:
     """How weights are kept where there is memory, where there is none, and where a run from there goes on here."""
-    settings, free = FinetuneConfig(), finetune_model._free_memory
+    settings, free = FinetuneConfig(), finetune_memory.free
     _, roomy = finetune_model.load(base, settings, 256)
-    finetune_model._free_memory = lambda _device: 0.0
+    finetune_memory.free = lambda _device: 0.0
     _, tight = finetune_model.load(base, settings, 256)
     _, roomy_again = finetune_model.load(base, settings, 256, roomy)
-    finetune_model._free_memory = free
+    finetune_memory.free = free
     _, tight_again = finetune_model.load(base, settings, 256, tight)
     found = {"roomy": roomy, "tight": tight, "roomy_again": roomy_again, "tight_again": tight_again}
     return {name: hardware.frozen_weights for name, hardware in found.items()}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import finetune_model
+from pipeline import finetune_memory
 from pipeline.config import FinetuneConfig
 
 GIB = 2**30
@@ -21,7 +21,7 @@ def free(monkeypatch: pytest.MonkeyPatch):
     """Say how much memory the GPU has left."""
 
     def say(gib: float) -> None:
-        monkeypatch.setattr(finetune_model, "_free_memory", lambda _device: gib * GIB)
+        monkeypatch.setattr(finetune_memory, "free", lambda _device: gib * GIB)
 
     return say
 
@@ -39,7 +39,7 @@ def free(monkeypatch: pytest.MonkeyPatch):
 def test_a_batch_is_passed_in_parts_before_layers_are_computed_twice(free, gib, tokens, checkpointed, a_pass) -> None:
     """Whole where it fits, in passes of 1024 tokens and more where not, checkpointed only below that."""
     free(gib)
-    found = finetune_model.passes(FinetuneConfig(), LLAMA, "cuda", tokens, 1024)
+    found = finetune_memory.passes(FinetuneConfig(), LLAMA, "cuda", tokens, 1024)
     assert found[0] is checkpointed
     assert found[1] == pytest.approx(a_pass, rel=0.02)
 
@@ -47,26 +47,29 @@ def test_a_batch_is_passed_in_parts_before_layers_are_computed_twice(free, gib, 
 def test_what_is_computed_again_leaves_room_for_more_tokens(free) -> None:
     """A gated block's product and a fused loss's logits aren't kept."""
     free(10)
-    found = finetune_model.passes(FinetuneConfig(), LLAMA, "cuda", 4096, 1024, fused_loss=True, gated=True)
+    found = finetune_memory.passes(FinetuneConfig(), LLAMA, "cuda", 4096, 1024, fused_loss=True, gated=True)
     assert found == (False, pytest.approx(8 * GIB / (32 * 2 * (6 * 4096 + 2 * 1024 + 2 * 14336)), abs=1))
 
 
 def test_what_the_config_says_about_checkpointing_stands(free) -> None:
     """It is asked for, or forbidden, whatever fits."""
     free(130)
-    assert finetune_model.passes(FinetuneConfig(gradient_checkpointing=True), LLAMA, "cuda", 4096, 1024) == (True, 4096)
+    assert finetune_memory.passes(FinetuneConfig(gradient_checkpointing=True), LLAMA, "cuda", 4096, 1024) == (
+        True,
+        4096,
+    )
     free(5)
     never = FinetuneConfig(gradient_checkpointing=False)
-    assert finetune_model.passes(never, LLAMA, "cuda", 4096, 1024) == (False, 1024)
+    assert finetune_memory.passes(never, LLAMA, "cuda", 4096, 1024) == (False, 1024)
 
 
 def test_a_small_batch_is_one_pass(free) -> None:
     """A whole batch that is shorter than a pass need not be checkpointed either."""
     free(3)
-    assert finetune_model.passes(FinetuneConfig(), LLAMA, "cuda", 256, 256) == (False, 256)
+    assert finetune_memory.passes(FinetuneConfig(), LLAMA, "cuda", 256, 256) == (False, 256)
 
 
 def test_on_a_cpu_passes_are_short(free) -> None:
     """The cache is what counts there, not memory."""
-    assert finetune_model.passes(FinetuneConfig(), LLAMA, "cpu", 8192, 512) == (False, 1024)
-    assert finetune_model.passes(FinetuneConfig(), LLAMA, "cpu", 8192, 2048) == (False, 2048)
+    assert finetune_memory.passes(FinetuneConfig(), LLAMA, "cpu", 8192, 512) == (False, 1024)
+    assert finetune_memory.passes(FinetuneConfig(), LLAMA, "cpu", 8192, 2048) == (False, 2048)
