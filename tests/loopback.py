@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager, suppress
 from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+# Below those that servers of a promotion take, and below what Linux gives of its own accord.
+PORTS = range(10000, 20000)
 # One client for all: making one reads the machine's certificates, which no test here needs.
 HTTP = httpx.Client(verify=False, timeout=30)
 FAKE = Path(__file__).with_name("fake_vllm.py")
 
 
 def free_port() -> int:
-    """A port that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listened on a moment ago, and that the system gives no outgoing connection."""
+    for port in random.SystemRandom().sample(PORTS, 200):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(f"no free port from {PORTS.start} to {PORTS.stop - 1}")
 
 
 @contextmanager
@@ -79,6 +85,22 @@ def wait_for(condition, timeout_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.02)
+
+
+def under_way(pool: Executor, send: Callable[[], Any], seen: Callable[[], bool], timeout_s: float = 60.0) -> Future:
+    """A request that was seen in flight a moment ago.
+
+    Polling misses a short answer on a machine that is busy with something else; then it is asked for again.
+    """
+    until = time.monotonic() + timeout_s
+    sent = pool.submit(send)
+    while not seen():
+        assert time.monotonic() < until, "no request was seen in flight"
+        if sent.done():
+            sent.result()
+            sent = pool.submit(send)
+        time.sleep(0.02)
+    return sent
 
 
 def chat(url: str, client: httpx.Client = HTTP, **fields: Any) -> httpx.Response:

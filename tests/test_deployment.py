@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from loopback import HTTP, chat, free_port, running, said, stream_chat, wait_for
+from loopback import HTTP, chat, free_port, running, said, stream_chat, under_way, wait_for
 from released import (
     ENVIRONMENT,
     Aliases,
@@ -419,9 +419,8 @@ def test_draining_waits_for_what_is_in_flight(world):
     """The old server isn't stopped before its last request ends."""
     world.promote("1", hello=" ".join(["old"] * 20), token_delay=0.05)
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(stream_chat, world.url)
         old = state.read(NAME).live.server.url
-        wait_for(lambda: running(old) == 1)
+        stream = under_way(pool, lambda: stream_chat(world.url), lambda: running(old) == 1)
         world.promote("2")
         assert stream.done()
         text, _, ended = stream.result()
@@ -434,8 +433,7 @@ def test_draining_ends_at_its_timeout(world):
     world.promote("1", hello=" ".join(["old"] * 2000), token_delay=0.05)
     old = state.read(NAME).live.server
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(stream_chat, world.url)
-        wait_for(lambda: running(old.url) == 1)
+        stream = under_way(pool, lambda: stream_chat(world.url), lambda: running(old.url) == 1)
         world.promote("2")
         assert not serving.is_alive(old)
         assert "still in flight" in " ".join(str(event.get("text", "")) for event in world.events)
@@ -529,8 +527,7 @@ def test_status_counts_what_is_in_flight(world):
     """In-flight requests, uptime and the pid are asked of the live server."""
     world.promote("1", hello=" ".join(["word"] * 20), token_delay=0.05)
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(stream_chat, world.url)
-        wait_for(lambda: deployment.status(NAME).in_flight == 1)
+        stream = under_way(pool, lambda: stream_chat(world.url), lambda: deployment.status(NAME).in_flight == 1)
         stream.result()
     now = deployment.status(NAME)
     assert now.in_flight == 0

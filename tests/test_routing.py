@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from loopback import HTTP, chat, fake_vllm, free_port, running, said, stream_chat, wait_for
+from loopback import HTTP, chat, fake_vllm, free_port, running, said, stream_chat, under_way, wait_for
 
 from pipeline import routing, routing_config
 from pipeline.config import PromoteConfig
@@ -39,6 +39,12 @@ def promote():
 @pytest.fixture
 def proxy(promote, folder):
     return routing.ensure(promote, folder)
+
+
+def states_of_threads(pid: int) -> set[str]:
+    """The states that proc_pid_stat(5) lists, of every thread: a signal stops them one after the other."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return {stat.rpartition(")")[2].split()[0] for stat in stats}
 
 
 def openai_error(response: httpx.Response) -> dict[str, object]:
@@ -117,7 +123,7 @@ def test_a_client_that_leaves_frees_the_server(proxy):
 
 def test_requests_in_flight_finish_on_the_old_server(proxy):
     """Streams that began before a switch end whole on the old server while new requests go to the new one."""
-    old, new = " ".join(["old"] * 10), "new"
+    old, new = " ".join(["old"] * 30), "new"
     with fake_vllm(old, token_delay=0.1) as old_url, fake_vllm(new) as new_url, ThreadPoolExecutor(8) as pool:
         routing.switch(proxy, old_url)
         streams = [pool.submit(stream_chat, proxy.url) for _ in range(8)]
@@ -204,6 +210,7 @@ def test_a_proxy_that_hangs_is_replaced(promote, folder, proxy, monkeypatch):
     """One that takes connections and never answers is killed and started again."""
     monkeypatch.setattr(routing, "HANG_TIMEOUT_S", 0.5)
     os.kill(proxy.pid, signal.SIGSTOP)
+    wait_for(lambda: states_of_threads(proxy.pid) == {"T"})
     again = routing.ensure(promote, folder)
     assert again.pid != proxy.pid
     assert HTTP.get(f"{again.url}/health").status_code == 503
@@ -222,8 +229,7 @@ def test_another_port_is_taken_without_a_restart(promote, folder, proxy):
     """Changed settings are loaded into the running Caddy, and a stream through the old port ends whole."""
     with fake_vllm("a b c d e f g h", token_delay=0.1) as url, ThreadPoolExecutor(1) as pool:
         routing.switch(proxy, url)
-        stream = pool.submit(stream_chat, proxy.url)
-        wait_for(lambda: running(url) == 1)
+        stream = under_way(pool, lambda: stream_chat(proxy.url), lambda: running(url) == 1)
         moved = routing.ensure(PromoteConfig(port=free_port()), folder)
         assert moved.pid == proxy.pid
         assert moved.url != proxy.url

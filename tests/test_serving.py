@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from loopback import chat, said, stream_chat, wait_for
+from loopback import chat, said, stream_chat, under_way, wait_for
 from released import ENVIRONMENT, a_model, processes_under
 
 from pipeline import hardware, serving, serving_process
@@ -125,8 +125,7 @@ def test_requests_in_flight_finish_when_it_is_stopped(world):
     """A stream under way at stop ends properly with every word of its answer."""
     server = world.start(world.model(answer=" ".join(["word"] * 20), token_delay=0.1))
     with ThreadPoolExecutor(1) as pool:
-        stream = pool.submit(stream_chat, server.url)
-        wait_for(lambda: serving.in_flight(server) == 1)
+        stream = under_way(pool, lambda: stream_chat(server.url), lambda: serving.in_flight(server) == 1)
         serving.stop(server, 10)
         text, _, ended = stream.result()
     assert ended

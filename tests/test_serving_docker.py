@@ -17,7 +17,7 @@ import httpx
 import pytest
 import stages
 from engine import PLAIN, engine, inspect, labelled, pinned
-from loopback import wait_for
+from loopback import under_way, wait_for
 
 from pipeline import environments, hardware, program, serving, serving_docker
 from pipeline.config import ServeConfig
@@ -162,15 +162,14 @@ def test_a_load_test_runs_in_the_image(world):
 def test_requests_in_flight_finish_and_a_stopped_container_is_gone(world):
     """A stream under way at stop ends with its last token; then nothing of the container is left."""
     server = world.start(world.folder / "other", keep=False)
-    body = {"model": NAME, "prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    body = {"model": NAME, "prompt": "Hello", "max_tokens": 480, "ignore_eos": True, "stream": True}
 
     def stream() -> str:
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
             return [line for line in response.iter_lines() if line][-1]
 
     with ThreadPoolExecutor(1) as pool:
-        last = pool.submit(stream)
-        wait_for(lambda: serving.in_flight(server) == 1, 30)
+        last = under_way(pool, stream, lambda: serving.in_flight(server) == 1)
         serving.stop(server, 60)
         assert last.result() == "data: [DONE]"
     serving.stop(server, 60)
