@@ -1,13 +1,15 @@
 """Serving one model: plain transformers, vLLM in bf16, and vLLM on its AWQ weights, at growing concurrency.
 
     python benchmarks/serving_cuda.py --bf16 FOLDER --awq FOLDER [--concurrency 1,8,32,64,128,256] [--input-len 256]
-        [--output-len 128] [--sides transformers,bf16,awq] [--starts 3] [--time-limit 300] [--python INTERPRETER] [--out FOLDER]
+        [--output-len 128] [--sides transformers,bf16,awq] [--starts 3] [--time-limit 300] [--serve YAML]
+        [--python INTERPRETER] [--out FOLDER]
 
 Needs the control environment's packages here, and the serve environment (or INTERPRETER, with this shell's PYTHONPATH)
 for vLLM and transformers. vLLM is started as tunegate starts it, through pipeline.serving, with a KV cache of what the GPU
 has free beside the weights, three times: cold, with nothing compiled before; warm; and `moved`, from another folder of the
 same bytes, as a promotion does after an evaluation. The seconds run until a real completion came back and hold the digests
-of the folder, except in `warm`, where this process knows them. Each side has --time-limit seconds for its levels.
+of the folder, except in `warm`, where this process knows them. Each side has --time-limit seconds for its levels. --serve
+takes further keys of a config's section `serve`: '{tensor_parallel_size: 2, env: {NCCL_NVLS_ENABLE: "0"}}'.
 
 Prints a table with ratios to transformers, AWQ against bf16 at each level, and from where on AWQ stops paying. Writes
 serving.json and serving.png to --out; sides that lie there, measured before on the same device with the same levels, are
@@ -28,6 +30,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -82,6 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES))
     parser.add_argument("--starts", type=int, choices=(1, 2, 3), default=3, help="how many of the three starts")
     parser.add_argument("--time-limit", type=float, default=300, help="seconds for the levels of a side")
+    parser.add_argument("--serve", type=yaml.safe_load, default={}, help="more of a config's section serve, as YAML")
     parser.add_argument("--python", type=Path, help="an interpreter with vLLM; default: the serve environment")
     parser.add_argument("--out", type=Path, default=Path("serving-benchmark"))
     options = parser.parse_args()
@@ -118,10 +123,11 @@ def vllm(side: str, options: argparse.Namespace) -> Side:
     assert folder is not None
     widest = max(options.concurrency)
     length = options.input_len + options.output_len + SPARE
-    kv = kv_bytes(folder)
-    serve = ServeConfig(
-        max_model_len=length, max_num_seqs=widest, kv_cache_memory=f"{kv >> 20}MiB", startup_timeout=900
-    )
+    kv = kv_bytes(folder, options.serve.get("tensor_parallel_size", 1))
+    ours = {
+        "max_model_len": length, "max_num_seqs": widest, "kv_cache_memory": f"{kv >> 20}MiB", "startup_timeout": 900,
+    }  # fmt: skip
+    serve = ServeConfig.model_validate({**ours, **options.serve})
     print(f"KV cache {kv / 2**30:.1f} GiB, max_num_seqs {widest}, max_model_len {length}")
     made: Side = {"starts": {}, "levels": [], "kernel": None, "kv_gib": kv / 2**30}
     with tempfile.TemporaryDirectory(prefix=".work-", dir=options.out) as work:
@@ -159,12 +165,12 @@ def link_or_copy(source: str, target: str) -> str:
     return target
 
 
-def kv_bytes(folder: Path) -> int:
-    """What a GPU has left beside the weights, or a little on a CPU."""
+def kv_bytes(folder: Path, parts: int) -> int:
+    """What each GPU has left beside its part of the weights, or a little on a CPU."""
     cards = hardware.gpu_memory() if hardware.device().kind == "cuda" else ()
     if not cards:
         return KV_ON_CPU
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // parts
     room = int(cards[0].free * FREE_SHARE) - weights - BESIDE_WEIGHTS
     if room < KV_ON_CPU:
         raise SystemExit(f"no room for a KV cache beside {weights / 2**30:.1f} GiB of weights: {cards[0].told()}")
@@ -278,6 +284,7 @@ def conditions(options: argparse.Namespace) -> Side:
     return {
         "device": hardware.device().name, "concurrency": list(options.concurrency),
         "input_len": options.input_len, "output_len": options.output_len,
+        "serve": options.serve,
     }  # fmt: skip
 
 

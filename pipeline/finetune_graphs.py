@@ -2,8 +2,9 @@
 
 A graph replays the same kernels on the same addresses, so passes are padded to a few shapes: tokens that nobody
 attends to, targets that carry no loss. The first pass of all runs as it is, so that every kernel is there; from then on each
-shape is recorded when it first comes. All graphs share their memory, which holds what the largest needs. Dropout has new
-masks at every replay, because its seeds are data.
+shape is recorded when it first comes. Graphs share their memory, but a larger pass can't use what smaller ones took: where
+it finds no room beside theirs, all are recorded anew, itself first. Dropout has new masks at every replay, because its seeds
+are data.
 """
 
 from __future__ import annotations
@@ -11,15 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline import finetune_lora, finetune_loss, finetune_model, out_of_memory, program
+from pipeline import finetune_lora, finetune_loss, finetune_memory, finetune_model, out_of_memory, program
 from pipeline.finetune_loss import Pass
 from pipeline.packing import IGNORED, Row
 
 if TYPE_CHECKING:
     import torch
 
-TOKENS, ROWS = 256, 64
-TOKENS_OF_LONG_PASSES, LONG = 1024, 4096
+ROWS = 64
 KEPT = 32
 
 
@@ -36,7 +36,7 @@ def shape_of(it: Pass) -> Shape:
 
     Trained tokens come in quarters of all tokens.
     """
-    tokens = _next(len(it.ids), TOKENS if len(it.ids) <= LONG else TOKENS_OF_LONG_PASSES)
+    tokens = _next(len(it.ids), finetune_memory.step(len(it.ids)))
     return Shape(tokens, _next(len(it.at), tokens // 4), _next(len(it.ends), ROWS))
 
 
@@ -55,7 +55,7 @@ def padded(it: Pass, shape: Shape, longest: int) -> Pass:
         ends=ends,
         at=pad(it.at, (0, shape.trained - len(it.at))),
         targets=pad(it.targets, (0, shape.trained - len(it.targets)), value=IGNORED),
-        longest=max(longest, TOKENS_OF_LONG_PASSES),
+        longest=max(longest, finetune_memory.LONG_STEP),
     )
 
 
@@ -104,20 +104,40 @@ class Graphs:
         return loss
 
     def _try(self, it: Pass, shape: Shape) -> None:
-        """Record the shape; a model that can't be recorded runs as it is from then on, in the memory of the graphs."""
+        """Record the shape; a model that can't be recorded runs as it is from then on."""
         import torch
 
         if len(self._recorded) == KEPT:
             del self._recorded[next(iter(self._recorded))]
+        it, others = padded(it, shape, self._longest), len(self._recorded)
+        failed = self._recording(it, shape)
+        if failed is not None and others and out_of_memory.is_told_by(failed):
+            self._forget()
+            failed = self._recording(it, shape)
+        if failed is None:
+            return
+        self._forget()
+        if out_of_memory.is_told_by(failed):
+            raise torch.OutOfMemoryError(failed)
+        self.works = False
+        program.message(f"training goes on without CUDA graphs: {failed.splitlines()[0]}")
+
+    def _recording(self, it: Pass, shape: Shape) -> str | None:
+        """Record a padded pass; what went wrong, in words alone, because an error holds the tensors where it was raised."""
         try:
-            self._recorded[shape] = self._record(padded(it, shape, self._longest))
+            self._recorded[shape] = self._record(it)
         except RuntimeError as error:
-            if any(words in str(error) for words in out_of_memory.WORDS):
-                raise
-            self.works, self._pool = False, None
-            self._recorded.clear()
-            torch.cuda.empty_cache()
-            program.message(f"training goes on without CUDA graphs: {str(error).splitlines()[0]}")
+            return out_of_memory.told(error) or str(error)
+        return None
+
+    def _forget(self) -> None:
+        """Give the graphs' memory back. A recording that failed may have left its stream the current one."""
+        import torch
+
+        torch.cuda.set_stream(torch.cuda.default_stream())
+        self._recorded.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
 
     def _record(self, it: Pass) -> _Recorded:
         """Capture a padded pass; it adds nothing yet. Kernels that it alone needs may be loaded meanwhile."""

@@ -64,7 +64,8 @@ def _function() -> Any:
         @staticmethod
         def backward(ctx: Any, by_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
             (gradient,) = ctx.saved_tensors
-            return gradient * by_loss, None, None  # by a number of its own, unrounded
+            # Times a number that stays in float32: as a scalar on a GPU it would be rounded to the gradient's type.
+            return torch.mul(gradient, by_loss.view(1, 1), out=torch.empty_like(gradient)), None, None
 
     return Summed
 

@@ -13,6 +13,7 @@ from pipeline.config import FinetuneConfig
 
 CPU_TOKENS_A_PASS = 1024
 GPU_TOKENS_A_PASS = range(1024, 16384 + 1)  # fewer leave a GPU idle and unpack NF4 too often; more gain nothing
+SHORT_STEP, LONG_STEP, LONG = 256, 1024, 4096
 USED_BY_ACTIVATIONS = 0.8  # of free memory
 
 
@@ -30,6 +31,11 @@ def free(device: str) -> float:
     return finetune_distributed.least(min(there, share), device)
 
 
+def step(tokens: int) -> int:
+    """A pass of so many tokens that becomes a CUDA graph is padded to the next multiple of this."""
+    return SHORT_STEP if tokens <= LONG else LONG_STEP
+
+
 def passes(
     settings: FinetuneConfig, config: Any, device: str, tokens: int, sequence_len: int, *, fused_loss: bool = False,
     gated: bool = False,
@@ -37,7 +43,8 @@ def passes(
     """Whether layers are checkpointed, and how many tokens go through the model at once, for a batch of `tokens`.
 
     `auto` checkpoints only when GPU_TOKENS_A_PASS.start tokens (or a whole row) wouldn't fit without: passing a batch
-    in parts costs less than computing every layer twice. On a CPU passes are short enough.
+    in parts costs less than computing every layer twice; what fits is taken before padding. On a CPU passes are short
+    enough.
     """
     if device == "cpu":
         return settings.gradient_checkpointing is True, min(tokens, max(CPU_TOKENS_A_PASS, sequence_len))
@@ -48,7 +55,7 @@ def passes(
     if checkpointed == "auto":
         checkpointed = kept < min(tokens, least)
     again = bytes_a_token(config, checkpointed=True, fused_loss=fused_loss, gated=gated)
-    fits = int(room / again) if checkpointed else kept
+    fits = int(room / again) if checkpointed else kept - kept % step(kept)
     return checkpointed, min(tokens, max(sequence_len, min(fits, GPU_TOKENS_A_PASS.stop - 1)))
 
 

@@ -126,7 +126,10 @@ def load(
         shares_prefixes=attention == finetune_attention.CPU,
         kernels=("liger" if liger else "torch") + (", fused LoRA" if device == "cuda" else ""),
         fused_loss=fused_loss,
-        cuda_graphs=attention == finetune_attention.CUDA and fused_loss and not checkpointing,
+        cuda_graphs=attention == finetune_attention.CUDA
+        and fused_loss
+        and not checkpointing
+        and not rotates_by_length(model.config),
         frozen_weights=weights,
         gradient_checkpointing=checkpointing,
         tokens_a_pass=tokens_a_pass,
@@ -134,6 +137,13 @@ def load(
         split=split,
     )
     return model, hardware
+
+
+def rotates_by_length(config: Any) -> bool:
+    """Whether rotary frequencies depend on how long a pass is: Python looks at it, so that no CUDA graph can hold it."""
+    found = getattr(config, "rope_parameters", None) or {}
+    kinds = [found, *(part for part in found.values() if isinstance(part, dict))]
+    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
 
 
 def _weights(model: Any, settings: FinetuneConfig, dtype: torch.dtype, device: str, before: Hardware | None) -> str:

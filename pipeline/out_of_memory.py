@@ -11,6 +11,18 @@ WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_F
 """CUDA's, the CPU's and cuBLAS's."""
 
 
+def is_told_by(text: str) -> bool:
+    """Whether it is torch's words for too little memory."""
+    return any(words in text for words in WORDS)
+
+
+def told(error: BaseException | None) -> str | None:
+    """The words for too little memory in an error or in one that it hides, or None."""
+    while error is not None and not is_told_by(str(error)):
+        error = error.__cause__ or error.__context__
+    return None if error is None else str(error)
+
+
 @contextmanager
 def named(what: str, key: str, remedy: str) -> Iterator[None]:
     """Turn torch's words for too little memory into a ResourceError: what needed it, and which `key` to change how.
@@ -21,7 +33,7 @@ def named(what: str, key: str, remedy: str) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         text = str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error)
-        if isinstance(error, RuntimeError) and not any(words in text for words in WORDS):
+        if isinstance(error, RuntimeError) and not is_told_by(text):
             raise
         raise ResourceError(
             f"{what} ran out of memory: {text.splitlines()[0] if text else 'no more to be had'}", key=key, remedy=remedy

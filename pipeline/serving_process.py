@@ -29,10 +29,12 @@ from pipeline.uv import ROOT
 HOST = "127.0.0.1"
 # Below the range that the system hands to outgoing connections, so that a restart finds its port free.
 PORTS = range(20000, 32000)
-# All that the server inherits: a VLLM_ or OMP_ variable of the user's shell would change what was judged.
+# All that the server inherits: a VLLM_ or OMP_ variable of the user's shell would change what was judged. The last three are
+# how an administrator keeps NVLink multicast off on a host that it would harm.
 INHERITED = (
     "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES",
     "CUDA_DEVICE_ORDER", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES", "CC", "CXX",
+    "NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS",
 )  # fmt: skip
 TEARDOWN_S = 5.0
 

@@ -13,6 +13,7 @@ import sys
 from array import array
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,6 +64,41 @@ def padding(base: Path) -> dict[str, Any]:
     return {"losses": losses, "tokens": [len(it.ids), len(filled.ids)], "trained": [len(it.at), len(filled.at)]}
 
 
+def rooms(base: Path) -> dict[str, Any]:
+    """What comes of recordings that find no room or can't be made; a recording here replays the pass as it is."""
+    model, hardware = made(base, 0.0)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    finetune_flat.flatten(weights)
+    errors: list[str] = []
+    torch.cuda.set_stream = lambda _stream: None
+    torch.cuda.default_stream = lambda: None
+
+    class Told(finetune_graphs.Graphs):
+        def _record(self, it: Any) -> Any:
+            if errors:
+                raise RuntimeError(errors.pop(0))
+            return SimpleNamespace(replay=self._add)
+
+    graphs = Told(model, weights, [weight.grad for weight in weights], hardware, LONGEST)
+    short, long = some_rows(1, range(3, 9)), some_rows(2, range(50, 60))
+    full = "CUDA out of memory. Tried to allocate 2 GiB"
+    kept = []
+    for rows, meets in ((short, []), (short, []), (long, [full]), (short, []), (short, ["not permitted in a capture"])):
+        errors[:] = meets
+        if meets == ["not permitted in a capture"]:
+            graphs._recorded.popitem()
+        graphs(rows, 100)
+        kept.append([len(graphs._recorded), graphs.works])
+    alone = Told(model, weights, [weight.grad for weight in weights], hardware, LONGEST)
+    alone(short, 100)
+    errors[:] = [full]
+    try:
+        alone(short, 100)
+    except torch.OutOfMemoryError as error:
+        return {"kept": kept, "raised": str(error)}
+    return {"kept": kept, "raised": None}
+
+
 def replays(base: Path) -> dict[str, Any]:
     """Loss and gradient of several passes of one shape, by a graph and without; and by a graph with dropout, twice."""
     model, hardware = made(base, 0.0)
@@ -93,7 +129,11 @@ def replays(base: Path) -> dict[str, Any]:
 def main() -> None:
     """Measure and print."""
     base = Path(sys.argv[1])
-    found = {"padding": padding(base), "replays": replays(base) if torch.cuda.is_available() else None}
+    found = {
+        "padding": padding(base),
+        "replays": replays(base) if torch.cuda.is_available() else None,
+        "rooms": rooms(base),
+    }
     print(json.dumps(found))
 
 

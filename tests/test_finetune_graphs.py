@@ -25,6 +25,19 @@ def test_padding_changes_no_loss(proofs: dict) -> None:
     assert proofs["padding"]["trained"][1] % (proofs["padding"]["tokens"][1] // 4) == 0
 
 
+@pytest.mark.slow
+def test_a_pass_that_finds_no_room_beside_smaller_ones_takes_theirs(proofs: dict) -> None:
+    """All graphs are dropped and the larger one is recorded; with nothing to drop it is out of memory, which isn't hidden."""
+    assert proofs["rooms"]["kept"][:4] == [[0, True], [1, True], [1, True], [2, True]]
+    assert proofs["rooms"]["raised"] == "CUDA out of memory. Tried to allocate 2 GiB"
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_recorded_goes_on_as_it_is(proofs: dict) -> None:
+    """No graph is kept, and none is tried again."""
+    assert proofs["rooms"]["kept"][4] == [0, False]
+
+
 @pytest.mark.gpu
 def test_a_graph_computes_what_its_pass_computes(proofs: dict) -> None:
     """Loss and gradient of several passes of one shape, which is recorded once."""

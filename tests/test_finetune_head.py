@@ -43,6 +43,24 @@ print(json.dumps({
 """
 
 
+SCALED = """
+import json
+import torch
+from pipeline import finetune_head
+torch.manual_seed(0)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+weight = torch.randn(50, 64, device=device)
+targets = torch.randint(50, (512,), device=device)
+grads = []
+for dtype in (torch.bfloat16, torch.float32):
+    torch.manual_seed(1)
+    hidden = torch.randn(512, 64).to(device=device, dtype=torch.bfloat16).to(dtype).requires_grad_()
+    loss = finetune_head.summed(hidden, weight, targets) * torch.tensor(1 / 300, device=device)
+    grads.append(torch.autograd.grad(loss, hidden)[0].double())
+print(json.dumps(float((grads[0] * grads[1]).sum() / (grads[1] * grads[1]).sum()) - 1))
+"""
+
+
 @pytest.fixture(scope="module")
 def compared() -> dict:
     """Both ways on random numbers, seven tokens at once."""
@@ -62,3 +80,9 @@ def test_a_plain_output_layer_hands_its_input_on(compared: dict) -> None:
     """What the model returns times the layer's weight are its logits; an architecture that scales them is left alone."""
     assert compared["taken"] == [True, False]
     assert compared["handed_on"] < 1e-5
+
+
+@pytest.mark.gpu
+def test_the_gradients_scale_is_not_rounded() -> None:
+    """1/300 in bfloat16 is 0.2 % less: the whole gradient would be shorter by that."""
+    assert abs(json.loads(stages.python(SCALED))) < 1e-3

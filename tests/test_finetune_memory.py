@@ -31,7 +31,7 @@ def free(monkeypatch: pytest.MonkeyPatch):
     [
         (130, 8 * 1024, False, 8 * 1024),
         (130, 64 * 1024, False, 16384),
-        (10, 4 * 1024, False, 1703),
+        (10, 4 * 1024, False, 1536),
         (5, 4 * 1024, True, 4096),
         (0.3, 4 * 1024, True, 1024),
     ],
@@ -42,13 +42,23 @@ def test_a_batch_is_passed_in_parts_before_layers_are_computed_twice(free, gib, 
     found = finetune_memory.passes(FinetuneConfig(), LLAMA, "cuda", tokens, 1024)
     assert found[0] is checkpointed
     assert found[1] == pytest.approx(a_pass, rel=0.02)
+    assert checkpointed or found[1] % 256 == 0
 
 
 def test_what_is_computed_again_leaves_room_for_more_tokens(free) -> None:
     """A gated block's product and a fused loss's logits aren't kept."""
     free(10)
     found = finetune_memory.passes(FinetuneConfig(), LLAMA, "cuda", 4096, 1024, fused_loss=True, gated=True)
-    assert found == (False, pytest.approx(8 * GIB / (32 * 2 * (6 * 4096 + 2 * 1024 + 2 * 14336)), abs=1))
+    fits = 8 * GIB / (32 * 2 * (6 * 4096 + 2 * 1024 + 2 * 14336))
+    assert found == (False, fits // 256 * 256)
+
+
+def test_a_pass_still_fits_when_it_is_padded(free) -> None:
+    """Above 4096 tokens a CUDA graph's shapes are 1024 tokens apart, so a limit between two of them is the lower one."""
+    bytes_a_token = finetune_memory.bytes_a_token(LLAMA, checkpointed=False)
+    for fits, limit in ((4095, 3840), (4097, 4096), (5119, 4096), (5121, 5120)):
+        free(fits * bytes_a_token / 0.8 / GIB + 1e-6)
+        assert finetune_memory.passes(FinetuneConfig(), LLAMA, "cuda", 16384, 1024) == (False, limit)
 
 
 def test_what_the_config_says_about_checkpointing_stands(free) -> None:

@@ -36,6 +36,14 @@ def test_a_librarys_advice_gives_way_to_torchs_words():
     assert raised.value.problems[0].what == "quantizing ran out of memory: CUDA out of memory. Tried to allocate 2 GiB"
 
 
+def test_it_is_told_by_an_error_that_hides_it():
+    """Ending a recording that ran out of memory may raise an error of its own."""
+    assert out_of_memory.told(RuntimeError("shape mismatch")) is None
+    error = RuntimeError("operation failed due to a previous error during capture")
+    error.__context__ = RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert out_of_memory.told(error) == "CUDA out of memory. Tried to allocate 2 GiB"
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), ValueError("out of memory")], ids=str)
 def test_other_errors_pass_through(error: Exception):
     """An error that isn't torch's about memory isn't renamed."""

@@ -1,4 +1,4 @@
-"""pipeline.quantize_autoawq on a GPU: `python -m pytest -m gpu` in the autoawq environment.
+"""pipeline.quantize_autoawq on a GPU, in the autoawq environment.
 
 test_quantize.py has its pure functions, test_quantize_batches.py what it asks a GPU, test_quantize_awq.py runs it on a CPU.
 """
@@ -6,12 +6,9 @@ test_quantize.py has its pure functions, test_quantize_batches.py what it asks a
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from stages import TESTS
+from stages import TESTS, python
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(580)]
 
@@ -21,6 +18,7 @@ STAGE = """
 import json, sys
 from pathlib import Path
 import torch
+sys.path.insert(0, sys.argv[4])
 import quantize_proofs
 from pipeline import quantize, quantize_autoawq
 folder, asked, few = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
@@ -35,20 +33,12 @@ print(json.dumps({**detail, "peak": torch.cuda.max_memory_allocated()}))
 @pytest.mark.parametrize("few", [0, 3], ids=["all blocks at once", "three at once"])
 def test_on_a_gpu_the_result_is_near_the_original(tmp_path, few):
     """The stage's own check passes, every layer's error is one of rounding, and the work was done on the GPU."""
-    pytest.importorskip("awq")
     (tmp_path / "prepare" / "payload").mkdir(parents=True)
     (tmp_path / "autoawq").mkdir()
     lines = [json.dumps({"text": SENTENCE[number:]}) + "\n" for number in range(12)]
     (tmp_path / "prepare" / "payload" / "calibration.jsonl").write_text("".join(lines))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": ":".join([str(TESTS), str(TESTS.parent), *sys.path]),
-        "HF_HUB_OFFLINE": "1",
-    }
-    command = [sys.executable, "-c", STAGE, str(tmp_path), json.dumps(QUANTIZE), str(few)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=560)
-    assert done.returncode == 0, done.stderr
-    detail = json.loads(done.stdout.splitlines()[-1])
+    told = python(STAGE, tmp_path, json.dumps(QUANTIZE), str(few), TESTS, environment="autoawq")
+    detail = json.loads(told.splitlines()[-1])
     assert detail["effort"]["search_tokens"] > 2048
     assert detail["peak"] > 0
     assert 0.05 < max(detail["layer_errors"]) < 0.4

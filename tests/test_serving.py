@@ -334,6 +334,15 @@ def test_caches_lie_at_home_and_are_one_for_all_servers(world):
     assert all(environ[name].startswith(here) for name in names)
 
 
+def test_a_server_gets_the_hosts_say_on_multicast_and_no_other_variable_of_the_shell(world, monkeypatch):
+    """NVLink multicast that is kept off stays off; what changes how vLLM computes comes from the config alone."""
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
+    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TORCH_SDPA")
+    environ = serving_process.environ(world.unit(world.model()), ENVIRONMENT)
+    assert environ["NCCL_NVLS_ENABLE"] == "0"
+    assert "VLLM_ATTENTION_BACKEND" not in environ
+
+
 def test_the_process_runtime_needs_an_environment(world):
     """served_unit says so instead of failing on None."""
     with pytest.raises(EnvironmentMissing, match="make setup"):
