@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pipeline import special_tokens
 from pipeline.config import FinetuneConfig
 from pipeline.errors import DataError
 from pipeline.finetune_curve import write_lines
@@ -62,7 +63,7 @@ def encoder(base: Path, settings: FinetuneConfig, sequence_len: int) -> Callable
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    ends = end_tokens(base, tokenizer)
+    ends = special_tokens.end_tokens(base, tokenizer)
 
     def encoded(file: Path) -> list[Row]:
         lines, inputs = _lines(file), settings.train_on_inputs
@@ -84,14 +85,6 @@ def _seen(lines: Iterator[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str
         }
         for line, row in islice(chats, SEEN_ROWS)
     ]
-
-
-def end_tokens(base: Path, tokenizer: Any) -> set[int]:
-    """The ids that end an answer: the tokenizer's, and those that generation stops at."""
-    file = base / "generation_config.json"
-    named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
-    several = named if isinstance(named, list) else [named]
-    return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

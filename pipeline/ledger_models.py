@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import finetune_model, finetune_rows, merge_weights, quantize_check, weights
+from pipeline import finetune_model, merge_weights, quantize_check, special_tokens, weights
 from pipeline.artifacts import Artifact, LedgerStep
 from pipeline.config import FinetuneConfig
 from pipeline.errors import ModelError, Problem
@@ -111,4 +111,4 @@ def _ready(model: Any, folder: Path) -> Speaker:
             [Problem("holds NaN or infinity", file=str(folder), key=name, allowed="finite numbers") for name in broken]
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    return Speaker(model.eval(), tokenizer, tuple(sorted(finetune_rows.end_tokens(folder, tokenizer))))
+    return Speaker(model.eval(), tokenizer, tuple(sorted(special_tokens.end_tokens(folder, tokenizer))))

@@ -20,7 +20,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipeline import out_of_memory, program, quantize_autoawq, quantize_check, quantize_llmcompressor, weights
+from pipeline import (
+    out_of_memory,
+    program,
+    quantize_autoawq,
+    quantize_check,
+    quantize_llmcompressor,
+    special_tokens,
+    weights,
+)
 from pipeline.artifacts import Artifact
 from pipeline.config import QuantizeConfig
 from pipeline.digests import digest_file
@@ -49,7 +57,7 @@ def run(request: program.Request) -> dict[str, Any]:
     group_size = choose_group_size(settings.group_size, shapes)
     tokenizer = load_tokenizer(source)
     rows = read_rows(Artifact(**request.inputs["prepare"]).payload / "calibration.jsonl")
-    encoded = encode(rows, tokenizer)
+    encoded = encode(rows, tokenizer, special_tokens.end_tokens(source, tokenizer))
     calibration = take(encoded, settings.num_calibration_samples, settings.max_calibration_tokens)
     program.message(f"calibrating with {settings.method} on {calibration}, groups of {group_size}")
 

@@ -7,7 +7,7 @@ tokenizer_config.json and automatic classes differ.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,15 @@ def _text(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def encode(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[Sample]:
-    """Rows as token ids: the whole conversation through the chat template, answer included, or the text."""
-    return [_encoded(row, tokenizer) for row in rows]
+def encode(rows: Sequence[dict[str, Any]], tokenizer: Any, end_tokens: Collection[int]) -> list[Sample]:
+    """Rows as token ids: the conversation through the chat template up to the token that ends its answer, or the text.
+
+    What a template writes behind that token, a line break mostly, nobody trains on or generates.
+    """
+    return [_encoded(row, tokenizer, end_tokens) for row in rows]
 
 
-def _encoded(row: dict[str, Any], tokenizer: Any) -> Sample:
+def _encoded(row: dict[str, Any], tokenizer: Any, end_tokens: Collection[int]) -> Sample:
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -109,7 +112,9 @@ def _encoded(row: dict[str, Any], tokenizer: Any) -> Sample:
     render, messages = tokenizer.apply_chat_template, row["messages"]
     whole = ids(render(messages, tokenize=False))
     prompt = ids(render(messages[:-1], tokenize=False, add_generation_prompt=True))
-    return Sample(whole, len(prompt) if whole[: len(prompt)] == prompt else 1)
+    answer = len(prompt) if whole[: len(prompt)] == prompt else 1
+    end = max((at for at in range(answer, len(whole)) if whole[at] in end_tokens), default=len(whole) - 1)
+    return Sample(whole[: end + 1], answer)
 
 
 def take(encoded: Sequence[Sample], samples: int, longest: int) -> Calibration:

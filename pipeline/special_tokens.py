@@ -87,6 +87,13 @@ def settle(folder: Path) -> SpecialTokens:
     return SpecialTokens(end, end_id, eos, pad, pad_id, bos, tuple(corrections))
 
 
+def end_tokens(folder: Path, tokenizer: Any) -> set[int]:
+    """The ids that end an answer of the model in `folder`: the tokenizer's, and those that generation stops at."""
+    named = (read_object(folder / "generation_config.json") or {}).get("eos_token_id")
+    several = named if isinstance(named, list) else [named]
+    return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
+
+
 def _end_of_answer(folder: Path, tokenizer: Any) -> str:
     """The token that the chat template writes after an assistant's answer."""
     from jinja2 import TemplateError

@@ -20,7 +20,15 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import program, quantize, quantize_autoawq, quantize_check, quantize_llmcompressor, weights
+from pipeline import (
+    program,
+    quantize,
+    quantize_autoawq,
+    quantize_check,
+    quantize_llmcompressor,
+    special_tokens,
+    weights,
+)
 from pipeline.errors import StageFailed, TunegateError
 from pipeline.quantize_calibration import Sample, encode, load_tokenizer, read_rows
 
@@ -38,7 +46,9 @@ def prove(method: str, folder: Path) -> dict[str, Any]:
     asked = json.loads((folder / method / "requests.json").read_text())
     details = {name: quantize.run(request(folder, method, name, raw)) for name, raw in asked.items()}
     model, made = folder / "merge" / "payload", folder / method / "first" / "payload"
-    samples = encode(read_rows(folder / "prepare" / "payload" / "calibration.jsonl"), load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
+    rows = read_rows(folder / "prepare" / "payload" / "calibration.jsonl")
+    samples = encode(rows, tokenizer, special_tokens.end_tokens(model, tokenizer))
     plain = quantize.BACKENDS[method].load(model, folder / method)
     quantize_check.load_dequantized(plain, made)
     look = {"llmcompressor": _in_train, "autoawq": _in_autoawq}[method]
@@ -91,7 +101,10 @@ def _in_train(folder: Path, asked: dict[str, Any], samples: list[Sample]) -> dic
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = read_rows(folder / "prepare" / "payload" / "calibration.jsonl")
     theirs = [tuple(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows]
-    assert [sample.ids for sample in samples] == theirs
+    for sample, ids in zip(samples, theirs, strict=True):
+        assert sample.ids == ids[: len(sample)]
+        assert sample.ids[-1] == tokenizer.eos_token_id
+        assert not tokenizer.decode(ids[len(sample) :]).strip()
     for name in asked.keys() - {"again"}:
         _as_compressed_tensors_reads(made / name / "payload")
     return {

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import stages
 
-from pipeline import environments, finetune, finetune_checkpoints, finetune_rows
+from pipeline import environments, finetune, finetune_checkpoints
 from pipeline.config import FinetuneConfig
 from pipeline.digests import digest_folder
 from pipeline.errors import ConfigError, DataError, ResourceError, StageFailed
@@ -312,17 +312,6 @@ def test_out_of_memory_names_the_settings_to_change():
     with pytest.raises(ResourceError) as raised, finetune._out_of_memory_named(FinetuneConfig(micro_batch_size=5)):
         raise MemoryError
     assert "micro_batch_size: 1 and finetune.gradient_accumulation_steps: 5" in (raised.value.problems[0].remedy or "")
-
-
-def test_end_tokens_come_from_generation_and_tokenizer(tmp_path: Path):
-    """All ids that generation stops at end an answer, and the tokenizer's own."""
-
-    class Tokenizer:
-        eos_token_id = 7
-
-    assert finetune_rows.end_tokens(tmp_path, Tokenizer) == {7}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
-    assert finetune_rows.end_tokens(tmp_path, Tokenizer) == {2, 3, 7}
 
 
 def test_half_written_checkpoints_are_not_seen(tmp_path: Path):

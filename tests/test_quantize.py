@@ -210,7 +210,7 @@ def test_rows_of_one_token_say_nothing():
 
 
 class Letters:
-    """A tokenizer whose tokens are characters and whose template is ROLE:CONTENT; with what ends it."""
+    """A tokenizer whose tokens are characters and whose template is a line ROLE:CONTENT; for each message."""
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         """Token ids of a text."""
@@ -220,15 +220,15 @@ class Letters:
     def apply_chat_template(self, messages: list, *, tokenize: bool, add_generation_prompt: bool = False) -> str:
         """The messages as text."""
         assert not tokenize
-        told = "".join(f"{message['role']}:{message['content']};" for message in messages)
+        told = "".join(f"{message['role']}:{message['content']};\n" for message in messages)
         return told + ("assistant:" if add_generation_prompt else "")
 
 
 def test_the_answer_is_what_follows_the_generation_prompt():
-    """The whole conversation is one sample; a row of plain text is all answer but its first token."""
+    """The conversation up to its last end token is one sample; a row of plain text is all answer but its first token."""
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    chat, text = encode([{"messages": messages}, {"text": "abc"}], Letters())
-    assert "".join(map(chr, chat.ids)) == "user:hi;assistant:yes;"
+    chat, text = encode([{"messages": messages}, {"text": "abc"}], Letters(), {ord(";")})
+    assert "".join(map(chr, chat.ids)) == "user:hi;\nassistant:yes;"
     assert "".join(map(chr, chat.ids[chat.answer :])) == "yes;"
     assert (text.ids, text.answer) == ((97, 98, 99), 1)
 
