@@ -223,15 +223,14 @@ def _until_started(job: _Job, stage: str, patience_s: float, on_event: OnEvent) 
         pod = job.pod()
         if diagnosis.is_running(pod) or diagnosis.is_over(job.read(), pod):
             return pod
-        error = diagnosis.refusal(pod, stage, job.describe)
-        if error is None and time.monotonic() - began > patience_s:
-            error = diagnosis.impatience(pod, stage, patience_s, job.describe)
-        if error:
+        if error := diagnosis.refusal(pod, stage, job.describe):
             raise error
         waits = diagnosis.waits_for(pod)
         if waits and waits != said:
             on_event({"event": "message", "text": f"{stage} waits for {waits}"})
             said = waits
+        if time.monotonic() - began > patience_s:
+            raise diagnosis.impatience(pod, stage, patience_s, job.describe)
         time.sleep(POLL_S)
 
 

@@ -33,6 +33,7 @@ SetChampion = Callable[[str, str], None]
 # A server that doesn't start or answer is news, not noise; Caddy and MLflow may be told again.
 RETRIES = {"switch": 2, "alias": 3}
 RETRY_DELAY_S = 2
+ANSWERS_WITHIN_S = 2.0
 
 
 @flow(name="promote", flow_run_name="promote-{name}", persist_result=False)
@@ -139,6 +140,6 @@ def _prefect_url() -> str | None:
     noted = store.home() / "services" / "prefect-api-url"
     url = os.environ.get("PREFECT_API_URL") or (noted.read_text(encoding="utf-8").strip() if noted.is_file() else "")
     try:
-        return url if url and httpx.get(f"{url}/health", timeout=2).is_success else None
+        return url if url and httpx.get(f"{url}/health", timeout=ANSWERS_WITHIN_S).is_success else None
     except httpx.HTTPError:
         return None

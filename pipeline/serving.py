@@ -101,8 +101,8 @@ def start(
     serving_room.check(unit, model, serving_room.WAIT_S)
     for tries_left in reversed(range(ADDRESS_TRIES)):
         server = _spawn(unit, model.resolve(), serve, folder, environment, keep=keep)
-        write_json(folder / "server.json", server.model_dump(mode="json"))
         try:
+            write_json(folder / "server.json", server.model_dump(mode="json"))
             return _until_ready(server, unit, serve, on_event)
         except ServingError as error:
             stop(server, 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline import environments, program
 from pipeline.digests import digest_folder
-from pipeline.errors import TunegateError, from_json
+from pipeline.errors import StageFailed, TunegateError, from_json
 
 TESTS = Path(__file__).parent
 MANY = """
@@ -56,7 +56,11 @@ def run(
     events: list[program.Event] = []
     command = environments.command(environments.find("train"), module)
     request = program.Request(dict(config), dict(inputs or {}), folder)
-    return program.run(command, environ(), request, events.append), events
+    try:
+        return program.run(command, environ(), request, events.append), events
+    except StageFailed:
+        print(*(folder / "log.txt").read_text(errors="replace").splitlines()[-60:], sep="\n")
+        raise
 
 
 def run_many(

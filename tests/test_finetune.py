@@ -243,7 +243,10 @@ def test_a_killed_run_ends_with_the_same_bytes(whole: tuple, made: Path):
 
 
 def kill_after(folder: Path, made: Path, step: int) -> int:
-    """Start the stage program and kill it as soon as it reports `step`; the last step it reported."""
+    """Start the stage program and kill it as soon as it reports `step`; the last step it reported.
+
+    It can't run ahead by more than a page of reports, however late it is killed, and a step is reported before it is kept.
+    """
     folder.mkdir()
     request = {"config": config(), "inputs": inputs(made), "folder": str(folder)}
     (folder / "request.json").write_text(json.dumps(request))
@@ -252,15 +255,15 @@ def kill_after(folder: Path, made: Path, step: int) -> int:
         str(folder / "request.json"),
     ]
     child = subprocess.Popen(
-        command, env=stages.environ(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        command, env=stages.environ(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, pipesize=4096
     )
-    done = 0
+    done, killed = 0, False
     for line in child.stdout or ():
         event = json.loads(line)
         done = event["done"] if event["event"] == "progress" else done
-        if done >= step:
+        if done >= step and not killed:
             os.kill(child.pid, signal.SIGKILL)
-            break
+            killed = True
     assert child.wait() == -signal.SIGKILL
     return done
 

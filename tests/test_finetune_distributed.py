@@ -177,7 +177,7 @@ def test_a_process_without_a_row_keeps_in_step(made: Path, split: dict):
 @pytest.mark.timeout(600)
 def test_a_killed_run_leaves_no_process_and_ends_with_the_same_bytes(made: Path):
     """After kill -9 of the stage program its processes end, and the same request goes on, bit by bit, dropout on."""
-    settings = {"num_processes": 2, "lora_dropout": 0.1, "num_epochs": 2.0, "save_steps": 3}
+    settings = {"num_processes": 2, "lora_dropout": 0.1, "num_epochs": 20.0, "save_steps": 10}
     expected, detail, _ = trained(made, "not-killed", **settings)
     folder = made / "killed"
     ranks: list[int] = []
@@ -186,13 +186,13 @@ def test_a_killed_run_leaves_no_process_and_ends_with_the_same_bytes(made: Path)
         ranks.extend(children(launcher))
         os.kill(launcher, signal.SIGKILL)
 
-    begun(made, folder, kill, step=5, **settings)
+    begun(made, folder, kill, step=12, **settings)
     assert len(ranks) == 2
     until = time.monotonic() + 10
     while any(is_there(pid) for pid in ranks):
         assert time.monotonic() < until, "a process outlived its launcher"
         time.sleep(0.05)
-    assert 3 <= finetune_checkpoints.newest_state(folder / "checkpoints").step < detail["steps"]
+    assert 10 <= finetune_checkpoints.newest_state(folder / "checkpoints").step < detail["steps"]
     detail, events = stages.run("pipeline.finetune", folder, config(**settings), inputs(made))
     assert any("going on from the checkpoint" in event.get("text", "") for event in events)
     assert digest_folder(folder / "payload") == digest_folder(expected / "payload")
@@ -219,7 +219,7 @@ def test_a_process_that_dies_ends_the_stage_with_its_name(made: Path, number: in
         when.append(time.monotonic())
         os.kill(sorted(children(launcher))[number], signal.SIGKILL)
 
-    ended = begun(made, folder, kill, step=2, num_processes=2)
+    ended = begun(made, folder, kill, step=2, num_processes=2, num_epochs=400.0)
     assert time.monotonic() - when[0] < 15
     assert isinstance(ended, StageFailed)
     assert f"process {number + 1} of 2 was killed (signal 9)" in str(ended)

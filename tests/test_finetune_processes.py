@@ -91,19 +91,29 @@ def test_an_error_that_was_reported_is_the_one_told(tmp_path: Path) -> None:
     code = """
 error = {"type": "ResourceError", "problems": [{"what": "no memory", "key": "finetune.micro_batch_size"}]}
 if rank == 0: time.sleep(600)
+told = Path(request["folder"], "told")
+while rank == 1 and not told.exists(): time.sleep(0.02)
 if rank == 1: sys.exit(75)
-say("error", **error); sys.exit(3)
+say("error", **error); told.touch(); sys.exit(3)
 """
     with pytest.raises(ResourceError, match="no memory"):
         launch(tmp_path, code, 3)
     assert time.monotonic() - began < 15
 
 
+LOSES_ITS_PARTNER = """
+failed = Path(request["folder"], "failed")
+if rank: failed.touch(); sys.exit(1)
+while not failed.exists(): time.sleep(0.02)
+sys.exit(75)
+"""
+
+
 @pytest.mark.parametrize(
     ("code", "what"),
     [
         ("import signal\nif rank: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(600)", r"process 2 of 2 was killed \(signal 9\)"),
-        ("sys.exit(75 if rank == 0 else 1)", "process 2 of 2 ended with status 1"),
+        (LOSES_ITS_PARTNER, "process 2 of 2 ended with status 1"),
         ("", "process 1 of 2 ended with status 0 and no result"),
     ],
 )  # fmt: skip

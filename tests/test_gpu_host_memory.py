@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from gpu_host_memory import Memory, Stages
+from gpu_host_memory import EVERY_S, Memory, Stages
 
 from flows.progress import stage_line
 
@@ -75,7 +75,7 @@ def test_samples_come_from_nvidia_smi_twice_a_second(tmp_path, monkeypatch):
         while len(memory.samples) < 2 and time.monotonic() < began + 20:
             time.sleep(0.05)
     assert memory.peak(began, time.monotonic()) == memory.least(began, time.monotonic()) == 1234
-    assert memory.samples[1][0] - memory.samples[0][0] > 0.2
+    assert len(memory.samples) <= 1 + (time.monotonic() - began) / EVERY_S
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with Memory() as silent:
         time.sleep(0.3)

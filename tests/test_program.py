@@ -8,9 +8,11 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from loopback import wait_for
 
 from pipeline import program
 from pipeline.errors import DataError, StageFailed
@@ -97,10 +99,17 @@ def test_what_a_killed_run_was_writing_does_not_stay_in_the_payload(tmp_path: Pa
 def test_an_interrupted_flow_leaves_no_child(tmp_path: Path) -> None:
     """Ctrl-C in the flow ends the stage and what it started."""
     body = "open(request.folder / 'pid', 'w').write(str(os.getpid()))\ntime.sleep(600)"
-    threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, body)
-    pid = int((tmp_path / "work" / "pid").read_text())
+    file = tmp_path / "work" / "pid"
+
+    def interrupt_when_it_started() -> None:
+        wait_for(lambda: file.is_file() and file.read_text())
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(interrupt_when_it_started)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, body)
+    pid = int(file.read_text())
     deadline = time.monotonic() + 5
     while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

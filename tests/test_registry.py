@@ -420,7 +420,9 @@ def test_the_whole_way_through_a_server(server, tmp_path, home):
     assert registry.champion(NAME).version == "1"
     assert registry.page(NAME, "1", found.run_id) == f"{server}/#/models/tickets/versions/1"
     assert (
-        httpx.get(f"{server}/get-artifact", params={"path": "verdict.json", "run_uuid": found.run_id}).json()["outcome"]
+        httpx.get(
+            f"{server}/get-artifact", params={"path": "verdict.json", "run_uuid": found.run_id}, timeout=30
+        ).json()["outcome"]
         == "pass"
     )
     (release.model_path / "config.json").unlink()

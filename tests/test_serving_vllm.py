@@ -72,24 +72,35 @@ def long_stream(server):
 
 
 def test_vllm_starts_answers_counts_and_finishes_what_is_in_flight_when_stopped(place):
-    """The unit names its version, /metrics counts, and a stream survives the stop to its last token."""
+    """The unit names its version, /metrics counts, and a stream survives the stop to its last token.
+
+    On a busy machine the stream may be over when the stop comes; then it is tried again.
+    """
+    for _ in range(3):
+        log = stopped_while_streaming(place)
+        assert "mode=drain" in log
+        assert "unrecognized" not in log
+        if "draining in-flight requests count=1" in log:
+            return
+    pytest.fail("no stop found a request in flight")
+
+
+def stopped_while_streaming(place) -> str:
+    """The log of a server that was stopped while a stream was under way, which ended whole."""
     unit, server = start(place)
     try:
-        assert httpx.get(f"{server.url}/version").json()["version"] == unit.vllm_version
-        cards = httpx.get(f"{server.url}/v1/models").json()["data"]
+        assert httpx.get(f"{server.url}/version", timeout=30).json()["version"] == unit.vllm_version
+        cards = httpx.get(f"{server.url}/v1/models", timeout=30).json()["data"]
         assert [(card["id"], card["max_model_len"]) for card in cards] == [(NAME, 1024)]
         with ThreadPoolExecutor(1) as pool:
             stream = under_way(pool, lambda: long_stream(server), lambda: serving.in_flight(server) == 1)
             serving.stop(server, PATIENCE_S)
             assert stream.result() == ("length", TOKENS, "[DONE]")
-        log = server.log.read_text()
-        assert "mode=drain" in log
-        assert "draining in-flight requests count=1" in log
-        assert "unrecognized" not in log
     finally:
         serving.stop(server, 0)
     assert not serving.is_alive(server)
     assert processes_under(place, "vllm") == []
+    return "\n".join(last_run(server.log))
 
 
 def test_vllms_own_refusal_is_told_with_its_remedy(place):

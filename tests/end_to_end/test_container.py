@@ -38,7 +38,7 @@ NO_SERVE = "environments: {serve: {interpreter: /nonexistent/python}}\n"
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[House, str]]:
     """A house and an engine's address; the build went through and its version 1 is approved and promoted."""
     folder = tmp_path_factory.mktemp("container")
-    made = House(folder, 20400)
+    made = House(folder, 9900)
     (folder / "train.jsonl").write_text(
         "".join(row(verb, item) for verb in ("Tell me the", "What is the") for item in range(10))
     )
