@@ -21,10 +21,14 @@ SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as token ids; `ids[answer:]` is the answer with what ends it, or a text's tokens after its first."""
+    """One conversation as token ids; `judged` is the answer with the token that ends it, or a text's tokens after its first.
+
+    The last `behind` tokens are what a template writes after that one, a line break mostly; nobody trains on or generates it.
+    """
 
     ids: tuple[int, ...]
     answer: int = 1
+    behind: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -32,7 +36,12 @@ class Sample:
     def end(self, longest: int) -> Sample:
         """Its last `longest` tokens, where the answer is."""
         lost = max(0, len(self) - longest)
-        return Sample(self.ids[lost:], max(1, self.answer - lost))
+        return Sample(self.ids[lost:], max(1, self.answer - lost), self.behind)
+
+    @property
+    def judged(self) -> slice:
+        """Where in `ids` the answer is."""
+        return slice(self.answer, len(self) - self.behind)
 
 
 @dataclass(frozen=True)
@@ -96,10 +105,7 @@ def _text(token: Any) -> str:
 
 
 def encode(rows: Sequence[dict[str, Any]], tokenizer: Any, end_tokens: Collection[int]) -> list[Sample]:
-    """Rows as token ids: the conversation through the chat template up to the token that ends its answer, or the text.
-
-    What a template writes behind that token, a line break mostly, nobody trains on or generates.
-    """
+    """Rows as token ids: the whole conversation through the chat template, or the text; `end_tokens` end an answer."""
     return [_encoded(row, tokenizer, end_tokens) for row in rows]
 
 
@@ -114,7 +120,7 @@ def _encoded(row: dict[str, Any], tokenizer: Any, end_tokens: Collection[int]) -
     prompt = ids(render(messages[:-1], tokenize=False, add_generation_prompt=True))
     answer = len(prompt) if whole[: len(prompt)] == prompt else 1
     end = max((at for at in range(answer, len(whole)) if whole[at] in end_tokens), default=len(whole) - 1)
-    return Sample(whole[: end + 1], answer)
+    return Sample(whole, answer, len(whole) - 1 - end)
 
 
 def take(encoded: Sequence[Sample], samples: int, longest: int) -> Calibration:

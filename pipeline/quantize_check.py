@@ -154,9 +154,10 @@ def perplexity(model: Any, samples: Sequence[Sample]) -> float:
     with torch.no_grad():
         for sample in samples:
             ids = torch.tensor([sample.ids], device=model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, sample.answer - 1 : -1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, ids[0, sample.answer :], reduction="sum"))
-            count += len(sample) - sample.answer
+            right = ids[0, sample.judged]
+            logits = model(input_ids=ids, use_cache=False).logits[0, sample.answer - 1 :][: len(right)].float()
+            total += float(torch.nn.functional.cross_entropy(logits, right, reduction="sum"))
+            count += len(right)
     mean = total / max(count, 1)
     return math.exp(mean) if mean < 700 else math.inf
 

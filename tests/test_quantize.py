@@ -225,12 +225,13 @@ class Letters:
 
 
 def test_the_answer_is_what_follows_the_generation_prompt():
-    """The conversation up to its last end token is one sample; a row of plain text is all answer but its first token."""
+    """Up to the token that ends it; the whole conversation is one sample, a row of plain text all answer but its first token."""
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
     chat, text = encode([{"messages": messages}, {"text": "abc"}], Letters(), {ord(";")})
-    assert "".join(map(chr, chat.ids)) == "user:hi;\nassistant:yes;"
-    assert "".join(map(chr, chat.ids[chat.answer :])) == "yes;"
-    assert (text.ids, text.answer) == ((97, 98, 99), 1)
+    assert "".join(map(chr, chat.ids)) == "user:hi;\nassistant:yes;\n"
+    assert "".join(map(chr, chat.ids[chat.judged])) == "yes;"
+    assert "".join(map(chr, chat.end(6).ids[chat.end(6).judged])) == "yes;"
+    assert (text.ids, text.judged) == ((97, 98, 99), slice(1, 3))
 
 
 def test_an_empty_calibration_set_is_refused(tmp_path):
