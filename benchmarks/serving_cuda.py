@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
@@ -86,7 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(SIDES))
     parser.add_argument("--starts", type=int, choices=(1, 2, 3), default=3, help="how many of the three starts")
     parser.add_argument("--time-limit", type=float, default=300, help="seconds for the levels of a side")
-    parser.add_argument("--serve", type=yaml.safe_load, default={}, help="more of a config's section serve, as YAML")
+    parser.add_argument("--serve", type=serve_section, default={}, help="more of a config's section serve, as YAML")
     parser.add_argument("--python", type=Path, help="an interpreter with vLLM; default: the serve environment")
     parser.add_argument("--out", type=Path, default=Path("serving-benchmark"))
     options = parser.parse_args()
@@ -99,6 +100,16 @@ def arguments() -> argparse.Namespace:
         Environment("serve", options.python.absolute(), tuple(places)) if options.python else environments.find("serve")
     )
     return options
+
+
+def serve_section(text: str) -> Side:
+    """Keys of a config's section serve, as YAML."""
+    try:
+        found: Side = yaml.safe_load(text)
+        ServeConfig.model_validate(found)
+    except (yaml.YAMLError, ValidationError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return found
 
 
 def numbers(text: str) -> tuple[int, ...]:

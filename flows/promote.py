@@ -33,7 +33,7 @@ SetChampion = Callable[[str, str], None]
 # A server that doesn't start or answer is news, not noise; Caddy and MLflow may be told again.
 RETRIES = {"switch": 2, "alias": 3}
 RETRY_DELAY_S = 2
-ANSWERS_WITHIN_S = 2.0
+ANSWERS_WITHIN_S = 2.0  # a Prefect server that is silent for longer is away: steps are then taken without it
 
 
 @flow(name="promote", flow_run_name="promote-{name}", persist_result=False)

@@ -2,8 +2,8 @@
 
 A tokenizer that takes another token for the end trains a model that never stops. So the end is read off the
 chat template itself (what it writes after an assistant's answer) and compared with what the model's
-metadata state; where they differ the metadata are corrected, and each correction is told. Runs in the train
-environment.
+metadata state; where they differ the metadata are corrected, and each correction is told. Settling runs in the train
+environment; `end_tokens` wherever there is a tokenizer.
 """
 
 from __future__ import annotations

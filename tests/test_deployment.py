@@ -421,13 +421,14 @@ def test_two_commands_at_once_are_one_too_many(world):
 
 def test_draining_waits_for_what_is_in_flight(world):
     """The old server isn't stopped before its last request ends."""
-    world.promote("1", hello=" ".join(["old"] * 20), token_delay=0.05)
+    world.promote("1", hello=" ".join(["old"] * 100), token_delay=0.05)
     with ThreadPoolExecutor(1) as pool:
         old = state.read(NAME).live.server.url
         stream = under_way(pool, lambda: stream_chat(world.url), lambda: running(old) == 1)
         world.promote("2")
+        wait_for(stream.done, 1)
         text, _, ended = stream.result()
-    assert (text, ended) == (" ".join(["old"] * 20), True)
+    assert (text, ended) == (" ".join(["old"] * 100), True)
 
 
 def test_draining_ends_at_its_timeout(world):
