@@ -77,7 +77,7 @@ def rooms(base: Path) -> dict[str, Any]:
         def _record(self, it: Any) -> Any:
             if errors:
                 raise RuntimeError(errors.pop(0))
-            return SimpleNamespace(replay=self._add)
+            return SimpleNamespace(replay=lambda it, scale: self._add(finetune_loss.to_device(it, hardware.device), scale))
 
     graphs = Told(model, weights, [weight.grad for weight in weights], hardware, LONGEST)
     short, long, longest = (
@@ -121,7 +121,7 @@ def replays(base: Path) -> dict[str, Any]:
         flat.grad.zero_()
         plain = finetune_loss.summed_loss(model, rows, hardware) / 100
         plain.backward()
-        losses.append([float(plain), by_graph])
+        losses.append([float(plain.detach()), by_graph])
         del plain  # with it goes what it left on this stream, which no graph may wait for
         apart.append(float((kept - flat.grad).norm() / flat.grad.norm()))
     model, hardware = made(base, 0.3)
