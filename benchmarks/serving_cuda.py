@@ -3,6 +3,7 @@
     python benchmarks/serving_cuda.py --bf16 FOLDER --awq FOLDER [--concurrency 1,8,32,64,128,256] [--input-len 256]
         [--output-len 128] [--sides transformers,bf16,awq] [--starts 3] [--time-limit 300] [--serve YAML]
         [--python INTERPRETER] [--out FOLDER]
+    python benchmarks/serving_cuda.py --table FOLDER ... [--out FOLDER]
 
 Needs the control environment's packages here, and the serve environment (or INTERPRETER, with this shell's PYTHONPATH)
 for vLLM and transformers. vLLM is started as tunegate starts it, through pipeline.serving, with a KV cache of what the GPU
@@ -13,7 +14,8 @@ takes further keys of a config's section `serve`: '{tensor_parallel_size: 2, env
 
 Prints a table with ratios to transformers, AWQ against bf16 at each level, and from where on AWQ stops paying. Writes
 serving.json and serving.png to --out; sides that lie there, measured before on the same device with the same levels, are
-kept, so that each side may have a command of its own.
+kept, so that each side may have a command of its own. --table measures nothing: it makes one table and picture of what
+commands with an --out of their own each measured under the same conditions, say on two cards of one host.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def main() -> int:
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
     failed = False
-    sides = earlier(options)
+    sides = joined(options) if options.table else earlier(options)
     for name in options.sides:
         print(f"\n=== {name}", flush=True)
         try:
@@ -89,12 +91,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=300, help="seconds for the levels of a side")
     parser.add_argument("--serve", type=serve_section, default={}, help="more of a config's section serve, as YAML")
     parser.add_argument("--python", type=Path, help="an interpreter with vLLM; default: the serve environment")
+    parser.add_argument("--table", type=Path, nargs="+", default=[], help="folders with a serving.json each")
     parser.add_argument("--out", type=Path, default=Path("serving-benchmark"))
     options = parser.parse_args()
+    options.out = options.out.resolve()
+    if options.table:
+        options.sides = []
+        return options
     unknown = set(options.sides) - set(SIDES)
     if unknown or not all(folder_of(side, options) for side in options.sides):
         parser.error(f"--sides takes {', '.join(SIDES)}, each with its folder")
-    options.out = options.out.resolve()
     places = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     options.environment = (
         Environment("serve", options.python.absolute(), tuple(places)) if options.python else environments.find("serve")
@@ -306,6 +312,20 @@ def earlier(options: argparse.Namespace) -> dict[str, Side]:
     if report.get("conditions") != conditions(options):
         return {}
     return {name: side for name, side in report["sides"].items() if name not in options.sides}
+
+
+def joined(options: argparse.Namespace) -> dict[str, Side]:
+    """All sides of --table's folders; their conditions, which have to be the same, become the options'."""
+    reports = [json.loads((folder / "serving.json").read_text(encoding="utf-8")) for folder in options.table]
+    first = reports[0]["conditions"]
+    for folder, report in zip(options.table, reports, strict=True):
+        if report["conditions"] != first:
+            raise SystemExit(f"{folder}: measured under {report['conditions']}, the first under {first}")
+    options.concurrency, options.input_len, options.output_len = (
+        first[key] for key in ("concurrency", "input_len", "output_len")
+    )
+    print(f"{first['device']}; serve: {first['serve'] or 'as tunegate has it'}")
+    return {name: side for report in reports for name, side in report["sides"].items()}
 
 
 def write(options: argparse.Namespace, sides: dict[str, Side]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from pipeline import environments, plan, program, store
+from pipeline import environments, out_of_memory, plan, program, store
 from pipeline import kubernetes_diagnosis as diagnosis
 from pipeline import kubernetes_manifests as manifests
 from pipeline.digests import digest_of
@@ -69,6 +69,7 @@ def run(
     )
     reported: list[program.Event] = []
     with _client() as client, log.open("a", encoding="utf-8") as sink:
+        begun = sink.tell()
         job = _Job(client, manifest, step.stage)
         job.create()
         try:
@@ -80,7 +81,8 @@ def run(
             job.end(on_event)
     answer = _answer(request, reported) if reported or diagnosis.went_well(ended, pod) else None
     if answer is None:
-        raise diagnosis.death(ended, pod, step.stage, str(log), job.describe)
+        full = out_of_memory.that_ended(f"the {step.stage} program", log, begun)
+        raise full or diagnosis.death(ended, pod, step.stage, str(log), job.describe)
     return answer
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import hardware, program
+from pipeline import hardware, out_of_memory, program
 from pipeline.errors import ConfigError, StageFailed, TunegateError, from_json
 
 MEETING, LAUNCHER = "TUNEGATE_MEETING", "TUNEGATE_LAUNCHER"
@@ -147,11 +147,13 @@ def _cause(ranks: Sequence[Rank], folder: Path) -> TunegateError:
     failed = [rank for rank in ranks if rank.child.returncode]
     own = [rank for rank in failed if rank.child.returncode != LOST]
     first = min(own or failed or ranks[:1], key=lambda rank: (rank.child.returncode >= 0, rank.number))
-    status = first.child.returncode
+    status, log = first.child.returncode, folder / "log.txt"
+    if full := out_of_memory.that_ended(f"process {first.number + 1} of {len(ranks)}", log):
+        return full
     ended = f"was killed (signal {-status})" if status < 0 else f"ended with status {status} and no result"
     memory = ", most often by the system when memory ran out" if status == -9 else ""
     return StageFailed(
         f"process {first.number + 1} of {len(ranks)} {ended}{memory}; the others were ended with it",
-        file=str(folder / "log.txt"),
+        file=str(log),
         remedy="read the log; running the same command again goes on from the last checkpoint",
     )

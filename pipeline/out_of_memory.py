@@ -1,14 +1,19 @@
-"""Torch's words for too little memory, on a GPU or not, as an error that names the setting to change."""
+"""Torch's words for too little memory, on a GPU or not, as an error that names the setting to change; and bitsandbytes' end."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from pipeline.errors import ResourceError
 
 WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
 """CUDA's, the CPU's and cuBLAS's."""
+LAST_WORDS = re.compile(r"Error out of memory at line \d+ in file \S+")
+"""What bitsandbytes prints before it ends the process, where others raise an exception."""
+LAST_LINES = 5
 
 
 def is_told_by(text: str) -> bool:
@@ -38,3 +43,20 @@ def named(what: str, key: str, remedy: str) -> Iterator[None]:
         raise ResourceError(
             f"{what} ran out of memory: {text.splitlines()[0] if text else 'no more to be had'}", key=key, remedy=remedy
         ) from error
+
+
+def that_ended(what: str, log: Path, begun: int = 0) -> ResourceError | None:
+    """The error of a program that bitsandbytes ended because a GPU was full, or None.
+
+    Its words are looked for in the last lines of its log, of which the first `begun` bytes are an earlier run's.
+    """
+    lines = log.read_bytes()[begun:].decode("utf-8", errors="replace").splitlines() if log.is_file() else []
+    found = LAST_WORDS.search("\n".join(lines[-LAST_LINES:]))
+    if found is None:
+        return None
+    return ResourceError(
+        f"{what} ran out of memory on the GPU, and bitsandbytes ended it: {found[0]}",
+        file=str(log),
+        remedy="end what else uses the GPU (nvidia-smi names it), or lower finetune.micro_batch_size (raise "
+        "finetune.gradient_accumulation_steps as much) or data.sequence_len, then run the same command again",
+    )

@@ -5,7 +5,7 @@ its request, writes its payload into the folder the request names, prints events
 else that a library prints goes to standard error, which the flow keeps as the stage's log), and leaves
 `result.json` beside the payload. The same program is a container's or a Kubernetes job's command.
 
-Runs in every environment: standard library and pipeline.errors only.
+Runs in every environment: standard library and the package's own errors only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline import out_of_memory
 from pipeline.errors import Problem, StageFailed, TunegateError, from_json
 
 Event = dict[str, Any]
@@ -127,11 +128,13 @@ def run(
     `command` is the program without its request file; events reach `on_event` as they come; standard error is
     appended to `folder/log.txt`. The child is its own process group and is ended when this call is interrupted.
 
-    Raises the TunegateError that the stage reported, or StageFailed naming the log when it died without a word.
+    Raises the TunegateError that the stage reported, ResourceError when it died for want of GPU memory, or StageFailed
+    naming the log when it died without a word.
     """
     file, log = write_request(request), request.folder / "log.txt"
     reported: list[Event] = []
     with log.open("a", encoding="utf-8") as sink:
+        begun = sink.tell()
         child = subprocess.Popen(
             [*command, str(file)],
             env=dict(environ),
@@ -148,7 +151,7 @@ def run(
             _end(child)
     answer = answer_of(request, reported) if child.returncode == 0 or reported else None
     if answer is None:
-        raise StageFailed([_death(child.returncode, log)])
+        raise out_of_memory.that_ended("the stage", log, begun) or StageFailed([_death(child.returncode, log)])
     return answer
 
 

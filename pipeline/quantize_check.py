@@ -103,10 +103,10 @@ def compare(model: Any, folder: Path, samples: Sequence[Sample], original: Readi
             )
         )
     if problems:
-        cause = "the quantizer corrupted the weights, as AutoAWQ is known to do on a CPU"
+        remedy = "try the other quantize.method (AutoAWQ is known to do this on a CPU), and report it"
         raise StageFailed(
             [
-                Problem(cause, file=str(folder), remedy="try the other quantize.method, and report it"),
+                Problem("the quantizer corrupted the weights", file=str(folder), remedy=remedy),
                 *problems,
             ]
         )

@@ -166,6 +166,13 @@ bar("\\r100%|##| 2/2"); emit(event="error", type="DataError", problems=[{{"what"
     assert [line.strip() for line in world.log.splitlines() if line.strip()] == ["50%|# | 1/2", "100%|##| 2/2"]
 
 
+def test_a_gpu_too_full_for_bitsandbytes_is_told_as_memory(world, cluster_of):
+    """It ends the program with a line and no error."""
+    code = "import os, sys\nsys.stderr.write('Error out of memory at line 74 in file ops.cu\\n'); sys.stderr.flush(); os._exit(1)\n"
+    with cluster_of() as server, pytest.raises(ResourceError, match="the prepare program ran out of memory on the GPU"):
+        world.run(server, code)
+
+
 @pytest.mark.parametrize(
     ("fate", "kind", "words"),
     [

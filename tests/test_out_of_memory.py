@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from pathlib import Path
 
-from pipeline import out_of_memory
+import pytest
+import stages
+
+from pipeline import environments, out_of_memory, program
 from pipeline.errors import ResourceError
 
 TOLD = [
@@ -50,3 +54,54 @@ def test_other_errors_pass_through(error: Exception):
     with pytest.raises(type(error)) as raised, out_of_memory.named("merging", "key", "remedy"):
         raise error
     assert raised.value is error
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    """The artefacts of a small model and of prepared rows."""
+    folder = tmp_path_factory.mktemp("full")
+    stages.tiny(folder / "base" / "payload", "--hidden", "512", "--layers", "4")
+    (folder / "prepare" / "payload").mkdir(parents=True)
+    for name in ("train", "val", "calibration"):
+        rows = [
+            {"id": f"{number:x}", "messages": [{"role": "user", "content": f"Is order {number} paid?"},
+                                               {"role": "assistant", "content": f"no, {number * 7}"}]}
+            for number in range(24)
+        ]  # fmt: skip
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "prepare" / "payload" / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return {
+        stage: stages.artifact(folder / place, stage, {})
+        for stage, place in (("base", "base"), ("merge", "base"), ("prepare", "prepare"))
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("stage", "config"),
+    [
+        ("finetune", {"finetune": {}, "sequence_len": 256, "seed": 1}),
+        ("quantize", {"quantize": {"max_calibration_tokens": 64}}),
+    ],
+)
+def test_a_full_gpu_is_told_by_the_stage(stage: str, config: dict, made: dict[str, dict], tmp_path: Path):
+    """With 24 MiB left torch raises while quantizing, and bitsandbytes ends the process that loads a base in 4 bits."""
+    train = environments.find("train")
+    command = [str(train.interpreter), str(stages.TESTS / "full_gpu.py"), f"pipeline.{stage}", "24"]
+    with pytest.raises(ResourceError, match="ran out of memory") as raised:
+        program.run(command, stages.environ(), program.Request(config, made, tmp_path), lambda _event: None)
+    key = {"finetune": "finetune.micro_batch_size", "quantize": "quantize.max_calibration_tokens"}[stage]
+    assert key in (raised.value.problems[0].remedy or "")
+
+
+def test_bitsandbytes_last_words_are_found_at_the_end_of_its_run(tmp_path: Path):
+    """Behind a progress bar; not in what an earlier run wrote, nor far before the end, nor where there is no log."""
+    log = tmp_path / "log.txt"
+    assert out_of_memory.that_ended("the stage", log) is None
+    log.write_text("Loading: 58%Error out of memory at line 74 in file /src/csrc/ops.cu\n", encoding="utf-8")
+    (problem,) = (out_of_memory.that_ended("the stage", log) or pytest.fail("not found")).problems
+    assert problem.what.endswith("ended it: Error out of memory at line 74 in file /src/csrc/ops.cu")
+    assert (problem.file, "finetune.micro_batch_size" in (problem.remedy or "")) == (str(log), True)
+    assert out_of_memory.that_ended("the stage", log, log.stat().st_size) is None
+    log.write_text(log.read_text(encoding="utf-8") + "went on\n" * 9, encoding="utf-8")
+    assert out_of_memory.that_ended("the stage", log) is None

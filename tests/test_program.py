@@ -15,7 +15,7 @@ import pytest
 from loopback import wait_for
 
 from pipeline import program
-from pipeline.errors import DataError, StageFailed
+from pipeline.errors import DataError, ResourceError, StageFailed
 from pipeline.program import Event, Request
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +77,19 @@ def test_a_killed_stage_is_told_as_killed(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match="signal 9") as caught:
         run(tmp_path, f"os.kill(os.getpid(), {int(signal.SIGKILL)})")
     assert "micro_batch_size" in str(caught.value)
+
+
+FULL = "sys.stderr.write('Loading weights: 58%Error out of memory at line 74 in file /src/csrc/ops.cu\\n'); sys.stderr.flush(); os._exit(1)"
+
+
+def test_a_gpu_too_full_for_bitsandbytes_is_told_as_memory(tmp_path: Path) -> None:
+    """It prints a line and ends the process; an earlier run's line says nothing of this one."""
+    with pytest.raises(ResourceError, match="Error out of memory at line 74") as caught:
+        run(tmp_path, FULL)
+    assert caught.value.problems[0].file == str(tmp_path / "work" / "log.txt")
+    assert "nvidia-smi" in str(caught.value)
+    with pytest.raises(StageFailed, match="status 1"):
+        run(tmp_path, "os._exit(1)")
 
 
 def test_a_stale_result_is_never_taken_for_a_new_one(tmp_path: Path) -> None:
