@@ -340,6 +340,7 @@ def draw(sides: dict[str, Side], file: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     ticks = sorted({size for side in sides.values() for size in measured(side)})
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
@@ -352,6 +353,9 @@ def draw(sides: dict[str, Side], file: Path) -> None:
         axis.set(xlabel="concurrency", ylabel=label, xscale="log", yscale="log")
         axis.set_xticks(ticks, labels=[str(size) for size in ticks], minor=False)
         axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.grid(visible=True, alpha=0.3)
         axis.legend()
     figure.savefig(file, dpi=120)

@@ -77,7 +77,9 @@ def rooms(base: Path) -> dict[str, Any]:
         def _record(self, it: Any) -> Any:
             if errors:
                 raise RuntimeError(errors.pop(0))
-            return SimpleNamespace(replay=lambda it, scale: self._add(finetune_loss.to_device(it, hardware.device), scale))
+            return SimpleNamespace(
+                replay=lambda it, scale: self._add(finetune_loss.to_device(it, hardware.device), scale)
+            )
 
     graphs = Told(model, weights, [weight.grad for weight in weights], hardware, LONGEST)
     short, long, longest = (
