@@ -60,6 +60,8 @@ def launch(request: program.Request, processes: int, what: Sequence[str] = RANK)
     Raises the TunegateError that a process reported, or StageFailed naming the process that died without a word.
     """
     check(processes, hardware.device())
+    log = request.folder / "log.txt"
+    begun = log.stat().st_size if log.is_file() else 0
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
     with tempfile.TemporaryDirectory(prefix="tunegate-") as folder:
         file = Path(folder) / "request.json"
@@ -80,7 +82,7 @@ def launch(request: program.Request, processes: int, what: Sequence[str] = RANK)
         for listener in listeners:  # what an ended process said ends, too, however slowly it is heard
             listener.join(None if ended_well else END_S)
     if any(rank.child.returncode for rank in ranks) or ranks[0].result is None:
-        raise _cause(ranks, request.folder)
+        raise _cause(ranks, log, begun)
     return ranks[0].result
 
 
@@ -139,7 +141,7 @@ def _end(ranks: Sequence[Rank]) -> None:
         rank.child.returncode = LOST
 
 
-def _cause(ranks: Sequence[Rank], folder: Path) -> TunegateError:
+def _cause(ranks: Sequence[Rank], log: Path, begun: int) -> TunegateError:
     """The error to tell: one that was reported, else of the process that a signal ended or that failed by itself."""
     reported = [error for rank in ranks for error in rank.errors]
     if reported:
@@ -147,8 +149,8 @@ def _cause(ranks: Sequence[Rank], folder: Path) -> TunegateError:
     failed = [rank for rank in ranks if rank.child.returncode]
     own = [rank for rank in failed if rank.child.returncode != LOST]
     first = min(own or failed or ranks[:1], key=lambda rank: (rank.child.returncode >= 0, rank.number))
-    status, log = first.child.returncode, folder / "log.txt"
-    if full := out_of_memory.that_ended(f"process {first.number + 1} of {len(ranks)}", log):
+    status = first.child.returncode
+    if full := out_of_memory.that_ended(f"process {first.number + 1} of {len(ranks)}", log, begun):
         return full
     ended = f"was killed (signal {-status})" if status < 0 else f"ended with status {status} and no result"
     memory = ", most often by the system when memory ran out" if status == -9 else ""

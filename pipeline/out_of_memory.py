@@ -13,7 +13,6 @@ WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_F
 """CUDA's, the CPU's and cuBLAS's."""
 LAST_WORDS = re.compile(r"Error out of memory at line \d+ in file \S+")
 """What bitsandbytes prints before it ends the process, where others raise an exception."""
-LAST_LINES = 5
 
 
 def is_told_by(text: str) -> bool:
@@ -45,13 +44,10 @@ def named(what: str, key: str, remedy: str) -> Iterator[None]:
         ) from error
 
 
-def that_ended(what: str, log: Path, begun: int = 0) -> ResourceError | None:
-    """The error of a program that bitsandbytes ended because a GPU was full, or None.
-
-    Its words are looked for in the last lines of its log, of which the first `begun` bytes are an earlier run's.
-    """
-    lines = log.read_bytes()[begun:].decode("utf-8", errors="replace").splitlines() if log.is_file() else []
-    found = LAST_WORDS.search("\n".join(lines[-LAST_LINES:]))
+def that_ended(what: str, log: Path, begun: int) -> ResourceError | None:
+    """The error of a program that bitsandbytes ended because a GPU was full, or None; `begun` bytes of its log are older."""
+    written = log.read_bytes()[begun:].decode("utf-8", errors="replace") if log.is_file() else ""
+    found = LAST_WORDS.search(written)
     if found is None:
         return None
     return ResourceError(

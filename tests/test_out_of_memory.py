@@ -94,14 +94,16 @@ def test_a_full_gpu_is_told_by_the_stage(stage: str, config: dict, made: dict[st
     assert key in (raised.value.problems[0].remedy or "")
 
 
-def test_bitsandbytes_last_words_are_found_at_the_end_of_its_run(tmp_path: Path):
-    """Behind a progress bar; not in what an earlier run wrote, nor far before the end, nor where there is no log."""
+def test_bitsandbytes_last_words_are_found_in_its_run(tmp_path: Path):
+    """Behind a progress bar, before what others go on to write; not in an earlier run's part, nor where there is no log."""
     log = tmp_path / "log.txt"
-    assert out_of_memory.that_ended("the stage", log) is None
-    log.write_text("Loading: 58%Error out of memory at line 74 in file /src/csrc/ops.cu\n", encoding="utf-8")
-    (problem,) = (out_of_memory.that_ended("the stage", log) or pytest.fail("not found")).problems
+    assert out_of_memory.that_ended("the stage", log, 0) is None
+    log.write_text(
+        "Loading: 58%Error out of memory at line 74 in file /src/csrc/ops.cu\nanother process\n", encoding="utf-8"
+    )
+    error = out_of_memory.that_ended("the stage", log, 0)
+    assert error is not None
+    (problem,) = error.problems
     assert problem.what.endswith("ended it: Error out of memory at line 74 in file /src/csrc/ops.cu")
     assert (problem.file, "finetune.micro_batch_size" in (problem.remedy or "")) == (str(log), True)
     assert out_of_memory.that_ended("the stage", log, log.stat().st_size) is None
-    log.write_text(log.read_text(encoding="utf-8") + "went on\n" * 9, encoding="utf-8")
-    assert out_of_memory.that_ended("the stage", log) is None
