@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 
-from pipeline import environments, out_of_memory, plan, program, store
+from pipeline import environments, plan, program, store
 from pipeline import kubernetes_diagnosis as diagnosis
 from pipeline import kubernetes_manifests as manifests
 from pipeline.digests import digest_of
@@ -79,11 +79,11 @@ def run(
             ended, pod = job.read(), job.pod() or pod
         finally:
             job.end(on_event)
-    answer = _answer(request, reported) if reported or diagnosis.went_well(ended, pod) else None
-    if answer is None:
-        full = out_of_memory.that_ended(f"the {step.stage} program", log, begun)
-        raise full or diagnosis.death(ended, pod, step.stage, str(log), job.describe)
-    return answer
+    result = _result(request) if not reported and diagnosis.went_well(ended, pod) else None
+    if result is None:
+        error = program.error_of(reported, log, begun)
+        raise error or diagnosis.death(ended, pod, step.stage, str(log), job.describe)
+    return result
 
 
 class _Job:
@@ -236,11 +236,11 @@ def _until_started(job: _Job, stage: str, patience_s: float, on_event: OnEvent) 
         time.sleep(POLL_S)
 
 
-def _answer(request: program.Request, reported: list[program.Event]) -> dict[str, Any] | None:
+def _result(request: program.Request) -> dict[str, Any] | None:
     until = time.monotonic() + RESULT_S
-    while (answer := program.answer_of(request, reported)) is None and time.monotonic() < until:
+    while (result := program.result_of(request)) is None and time.monotonic() < until:
         time.sleep(POLL_S)
-    return answer
+    return result
 
 
 def _client() -> httpx.Client:

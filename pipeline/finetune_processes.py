@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline import hardware, out_of_memory, program
+from pipeline import hardware, program
 from pipeline.errors import ConfigError, StageFailed, TunegateError, from_json
 
 MEETING, LAUNCHER = "TUNEGATE_MEETING", "TUNEGATE_LAUNCHER"
@@ -60,8 +60,6 @@ def launch(request: program.Request, processes: int, what: Sequence[str] = RANK)
     Raises the TunegateError that a process reported, or StageFailed naming the process that died without a word.
     """
     check(processes, hardware.device())
-    log = request.folder / "log.txt"
-    begun = log.stat().st_size if log.is_file() else 0
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
     with tempfile.TemporaryDirectory(prefix="tunegate-") as folder:
         file = Path(folder) / "request.json"
@@ -82,7 +80,7 @@ def launch(request: program.Request, processes: int, what: Sequence[str] = RANK)
         for listener in listeners:  # what an ended process said ends, too, however slowly it is heard
             listener.join(None if ended_well else END_S)
     if any(rank.child.returncode for rank in ranks) or ranks[0].result is None:
-        raise _cause(ranks, log, begun)
+        raise _cause(ranks, request.folder)
     return ranks[0].result
 
 
@@ -141,7 +139,7 @@ def _end(ranks: Sequence[Rank]) -> None:
         rank.child.returncode = LOST
 
 
-def _cause(ranks: Sequence[Rank], log: Path, begun: int) -> TunegateError:
+def _cause(ranks: Sequence[Rank], folder: Path) -> TunegateError:
     """The error to tell: one that was reported, else of the process that a signal ended or that failed by itself."""
     reported = [error for rank in ranks for error in rank.errors]
     if reported:
@@ -150,12 +148,10 @@ def _cause(ranks: Sequence[Rank], log: Path, begun: int) -> TunegateError:
     own = [rank for rank in failed if rank.child.returncode != LOST]
     first = min(own or failed or ranks[:1], key=lambda rank: (rank.child.returncode >= 0, rank.number))
     status = first.child.returncode
-    if full := out_of_memory.that_ended(f"process {first.number + 1} of {len(ranks)}", log, begun):
-        return full
     ended = f"was killed (signal {-status})" if status < 0 else f"ended with status {status} and no result"
     memory = ", most often by the system when memory ran out" if status == -9 else ""
     return StageFailed(
         f"process {first.number + 1} of {len(ranks)} {ended}{memory}; the others were ended with it",
-        file=str(log),
+        file=str(folder / "log.txt"),
         remedy="read the log; running the same command again goes on from the last checkpoint",
     )

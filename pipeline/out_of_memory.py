@@ -13,6 +13,11 @@ WORDS = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_F
 """CUDA's, the CPU's and cuBLAS's."""
 LAST_WORDS = re.compile(r"Error out of memory at line \d+ in file \S+")
 """What bitsandbytes prints before it ends the process, where others raise an exception."""
+LESS = (
+    "less is needed with a lower finetune.micro_batch_size (and as much more finetune.gradient_accumulation_steps) or "
+    "data.sequence_len where it trained, with merge.merge_base: original where it merged, and with evaluate.ledger_items: 0 in "
+    "the ledger"
+)
 
 
 def is_told_by(text: str) -> bool:
@@ -44,15 +49,14 @@ def named(what: str, key: str, remedy: str) -> Iterator[None]:
         ) from error
 
 
-def that_ended(what: str, log: Path, begun: int) -> ResourceError | None:
+def that_ended(log: Path, begun: int) -> ResourceError | None:
     """The error of a program that bitsandbytes ended because a GPU was full, or None; `begun` bytes of its log are older."""
     written = log.read_bytes()[begun:].decode("utf-8", errors="replace") if log.is_file() else ""
     found = LAST_WORDS.search(written)
     if found is None:
         return None
     return ResourceError(
-        f"{what} ran out of memory on the GPU, and bitsandbytes ended it: {found[0]}",
+        f"the GPU's memory ran out, and bitsandbytes ended the program: {found[0]}",
         file=str(log),
-        remedy="end what else uses the GPU (nvidia-smi names it), or lower finetune.micro_batch_size (raise "
-        "finetune.gradient_accumulation_steps as much) or data.sequence_len, then run the same command again",
+        remedy=f"end what else uses the GPU (nvidia-smi names it) and run the same command again; {LESS}",
     )

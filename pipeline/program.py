@@ -149,10 +149,10 @@ def run(
             child.wait()
         finally:
             _end(child)
-    answer = answer_of(request, reported) if child.returncode == 0 or reported else None
-    if answer is None:
-        raise out_of_memory.that_ended("the stage", log, begun) or StageFailed([_death(child.returncode, log)])
-    return answer
+    result = result_of(request) if child.returncode == 0 and not reported else None
+    if result is None:
+        raise error_of(reported, log, begun) or StageFailed([_death(child.returncode, log)])
+    return result
 
 
 def write_request(request: Request) -> Path:
@@ -187,12 +187,21 @@ def _split(line: str) -> tuple[str, Event | None]:
     return line, None
 
 
-def answer_of(request: Request, reported: Sequence[Event]) -> dict[str, Any] | None:
-    """The result that an ended program left, or None; raises the TunegateError that it reported."""
-    if reported:
-        raise from_json(reported[-1])
+def result_of(request: Request) -> dict[str, Any] | None:
+    """The result that an ended program left, or None."""
     result = request.folder / "result.json"
     return dict(json.loads(result.read_text(encoding="utf-8"))) if result.is_file() else None
+
+
+def error_of(reported: Sequence[Event], log: Path, begun: int) -> TunegateError | None:
+    """The error that an ended program reported, or None.
+
+    One that says only that it or a part of it ended gives way to what bitsandbytes wrote, behind the first `begun` bytes of its log.
+    """
+    error = from_json(reported[-1]) if reported else None
+    if error is None or type(error) is StageFailed:
+        return out_of_memory.that_ended(log, begun) or error
+    return error
 
 
 def _end(child: subprocess.Popen[str]) -> None:

@@ -123,14 +123,6 @@ def test_the_process_that_failed_first_is_named(tmp_path: Path, code: str, what:
         launch(tmp_path, code)
 
 
-def test_a_gpu_too_full_for_bitsandbytes_is_told_as_memory(tmp_path: Path) -> None:
-    """What a process wrote before it ended is in the stage's log."""
-    said = "Error out of memory at line 74 in file ops.cu"
-    code = f"if rank: sys.exit(75)\nPath(request['folder'], 'log.txt').write_text({said!r})\nos._exit(1)"
-    with pytest.raises(ResourceError, match=r"process 1 of 2 ran out of memory on the GPU.*line 74"):
-        launch(tmp_path, code)
-
-
 def test_a_partner_that_ignores_the_signal_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What doesn't end politely ends after END_S seconds."""
     monkeypatch.setattr(finetune_processes, "END_S", 1.0)

@@ -167,10 +167,15 @@ bar("\\r100%|##| 2/2"); emit(event="error", type="DataError", problems=[{{"what"
 
 
 def test_a_gpu_too_full_for_bitsandbytes_is_told_as_memory(world, cluster_of):
-    """It ends the program with a line and no error."""
-    code = "import os, sys\nsys.stderr.write('Error out of memory at line 74 in file ops.cu\\n'); sys.stderr.flush(); os._exit(1)\n"
-    with cluster_of() as server, pytest.raises(ResourceError, match="the prepare program ran out of memory on the GPU"):
-        world.run(server, code)
+    """It ends the program with a line and no error; an earlier job's line says nothing of this one."""
+    ends = "import os, sys\nsys.stderr.write({!r}); sys.stderr.flush(); os._exit(1)\n"
+    with (
+        cluster_of() as server,
+        pytest.raises(ResourceError, match="ended the program: Error out of memory at line 74"),
+    ):
+        world.run(server, ends.format("Error out of memory at line 74 in file ops.cu\n"))
+    with cluster_of() as server, pytest.raises(StageFailed, match="ended with status 1"):
+        world.run(server, ends.format("something else\n"))
 
 
 @pytest.mark.parametrize(

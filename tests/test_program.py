@@ -79,17 +79,20 @@ def test_a_killed_stage_is_told_as_killed(tmp_path: Path) -> None:
     assert "micro_batch_size" in str(caught.value)
 
 
-FULL = "sys.stderr.write('Loading weights: 58%Error out of memory at line 74 in file /src/csrc/ops.cu\\n'); sys.stderr.flush(); os._exit(1)"
+FULL = "sys.stderr.write('58%Error out of memory at line 74 in file /src/csrc/ops.cu\\n'); sys.stderr.flush()\n"
 
 
-def test_a_gpu_too_full_for_bitsandbytes_is_told_as_memory(tmp_path: Path) -> None:
-    """It prints a line and ends the process; an earlier run's line says nothing of this one."""
+@pytest.mark.parametrize("end", ["os._exit(1)", "raise errors.StageFailed('process 2 of 2 ended with status 1')"])
+def test_a_gpu_too_full_for_bitsandbytes_is_told_as_memory(tmp_path: Path, end: str) -> None:
+    """It prints a line and ends its process; an earlier run's line says nothing of this one, nor does it of a known mistake."""
     with pytest.raises(ResourceError, match="Error out of memory at line 74") as caught:
-        run(tmp_path, FULL)
+        run(tmp_path, FULL + end)
     assert caught.value.problems[0].file == str(tmp_path / "work" / "log.txt")
     assert "nvidia-smi" in str(caught.value)
     with pytest.raises(StageFailed, match="status 1"):
-        run(tmp_path, "os._exit(1)")
+        run(tmp_path, end)
+    with pytest.raises(DataError, match="a bad row"):
+        run(tmp_path, f"{FULL}raise errors.DataError('a bad row')")
 
 
 def test_a_stale_result_is_never_taken_for_a_new_one(tmp_path: Path) -> None:
