@@ -14,10 +14,9 @@ of random ids, --shortest to --tokens long:
 Each side has a process to itself. Prints seconds from loading to saved, where they went, the peak of allocated memory, and
 for ours what the stage's check takes besides; then how far each side's weights are from the first's: |W - W'| over the
 step of the grid and over |W|, and the largest difference between the least errors that the searches found. A near tie
-that falls the other way changes a layer's scales and so all its weights, but not its error; and llm-compressor packs a
-model on the CPU in bfloat16, which puts 0.7 % of random weights one step aside, on a GPU in float32: there plain-gpu is
-like for like. Writes each side's JSON. --profile shows the kernels of the first layer's search, whose seconds then count
-for nothing.
+that falls the other way changes a layer's scales and so all its weights, but not its error. Each side's folder gets the base's
+tokenizer and template, so that it can be served. Writes each side's JSON. --profile shows the kernels of the first layer's
+search, whose seconds then count for nothing.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -176,6 +176,14 @@ def measure(name: str, args: argparse.Namespace) -> Measured:
         ours(args.base, samples, group_size, folder, found, args.batch_tokens)
     else:
         plain(args.base, samples, group_size, folder, found, {"": 0} if name == "plain-gpu" else None)
+    for path in args.base.iterdir():
+        if (
+            path.is_file()
+            and path.suffix != ".safetensors"
+            and path.name != weights.INDEX
+            and not (folder / path.name).exists()
+        ):
+            shutil.copyfile(path, folder / path.name)
     seconds = found.seconds
     seconds["forward"] = seconds.pop("oneshot") - seconds["search"] - seconds["quantize"]
     found.peak_gib = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0

@@ -301,8 +301,15 @@ def conditions(options: argparse.Namespace) -> Side:
     return {
         "device": hardware.device().name, "concurrency": list(options.concurrency),
         "input_len": options.input_len, "output_len": options.output_len,
-        "serve": options.serve,
+        "serve": options.serve, "model": shape(options),
     }  # fmt: skip
+
+
+def shape(options: argparse.Namespace) -> Side:
+    """What models of one shape have in common, quantized or not."""
+    folder = options.bf16 or options.awq
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {key: config.get(key) for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
 
 
 def earlier(options: argparse.Namespace) -> dict[str, Side]:
@@ -316,16 +323,26 @@ def earlier(options: argparse.Namespace) -> dict[str, Side]:
 
 def joined(options: argparse.Namespace) -> dict[str, Side]:
     """All sides of --table's folders; their conditions, which have to be the same, become the options'."""
-    reports = [json.loads((folder / "serving.json").read_text(encoding="utf-8")) for folder in options.table]
-    first = reports[0]["conditions"]
-    for folder, report in zip(options.table, reports, strict=True):
+    sides: dict[str, Side] = {}
+    first: Side = {}
+    for folder in options.table:
+        file = folder / "serving.json"
+        if not file.is_file():
+            raise SystemExit(f"{file}: isn't there; --table takes folders that were another command's --out")
+        report = json.loads(file.read_text(encoding="utf-8"))
+        first = first or report["conditions"]
         if report["conditions"] != first:
-            raise SystemExit(f"{folder}: measured under {report['conditions']}, the first under {first}")
+            raise SystemExit(f"{file}: measured under {report['conditions']}, the first under {first}")
+        if twice := sides.keys() & report["sides"].keys():
+            raise SystemExit(
+                f"{file}: {', '.join(sorted(twice))} was measured in a folder before it, too; leave one out"
+            )
+        sides |= report["sides"]
     options.concurrency, options.input_len, options.output_len = (
         first[key] for key in ("concurrency", "input_len", "output_len")
     )
     print(f"{first['device']}; serve: {first['serve'] or 'as tunegate has it'}")
-    return {name: side for report in reports for name, side in report["sides"].items()}
+    return sides
 
 
 def write(options: argparse.Namespace, sides: dict[str, Side]) -> None:
@@ -343,6 +360,9 @@ def draw(sides: dict[str, Side], file: Path) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     ticks = sorted({size for side in sides.values() for size in measured(side)})
+    if not ticks:
+        print("no plot: no level was measured")
+        return
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for axis, metric, label in zip(
         axes, ("output_throughput", "p95_itl_ms"), ("output tokens / s", "ms between tokens, p95"), strict=True
