@@ -208,6 +208,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.reload:
         routing.switch = reload_instead_of_rename(routing.switch)
+        # Else each promotion would first load the config without an address.
+        routing.running_config = routing.read_config
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TUNEGATE_HOME"] = f"{folder}/home"
         try:

@@ -57,6 +57,7 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
     sources = resolve.sources(config)
     planned = plan.make(config, sources, hardware.device().name)
     if planned.finished and not again:
+        registry_runs.take_over(planned.finished, config)
         return dict(planned.finished)
     plan.raise_for_too_few_gpus(config)
     with store.lock(f"build/{planned.key}"), store.running(planned.name):

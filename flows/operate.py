@@ -38,6 +38,8 @@ def promote(options: argparse.Namespace) -> int:
         print(
             "steps: start beside the old one, canary, switch the proxy, drain and stop the old one, move the alias champion"
         )
+        loss = deployment.loss(name, config)
+        print(f"not lossless: {loss}" if loss else "no request is dropped: the proxy stays as it is")
         return 0
     with progress.shown() as on_event:
         promotion.run(release, config, environment, on_event)

@@ -24,9 +24,20 @@ def run(options: argparse.Namespace) -> int:
     if finished is None or options.again:
         finished = build_here(config, again=options.again)
     else:
-        print("nothing changed since; this is what that build found (--again measures anew)")
+        _take_over(finished, config)
+        print("nothing that is judged changed since; this is what that build found (--again measures anew)")
     report(finished)
     return 0
+
+
+def _take_over(finished: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Let a version that may be promoted have the sections that nobody judged as the config has them now, and say so."""
+    from pipeline import registry_runs
+
+    changed = registry_runs.take_over(finished, config)
+    if changed:
+        again = f"tunegate promote {finished['name']} --version {finished['version']}"
+        print(f"taken over from the config, for the next promotion ({again}): {', '.join(changed)}")
 
 
 def build_here(config: Mapping[str, Any], *, again: bool = False) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline import deployment_state as state
 from pipeline import routing, serving, serving_server, store
+from pipeline.config import Config
 from pipeline.deployment_state import Deployment, Placement
 from pipeline.deployment_status import Status
 from pipeline.deployment_steps import STEPS, Promotion, Step, abandon, note_a_switch, stop_server
@@ -85,6 +86,14 @@ def due(promotion: Promotion) -> tuple[str, ...]:
 def is_settled(promotion: Promotion) -> bool:
     """Whether the release serves already and nothing else is under way: promoting it would do nothing."""
     return not due(promotion) and state.read(promotion.name).wanted is None
+
+
+def loss(name: str, config: Config) -> str | None:
+    """Why a promotion with this config would drop requests, although promotions don't; None where it drops none.
+
+    Raises ConfigError when the proxy needs a key that isn't set.
+    """
+    return routing.loss(config.promote, state.proxy_folder(name))
 
 
 def previous(name: str) -> Placement | None:

@@ -101,6 +101,9 @@ def _verify(promotion: Promotion) -> None:
     """Step 1: the unit is the approved one, and the proxy could be told; then write down what is wanted."""
     verify(promotion.release, promotion.config, promotion.environment)
     routing.preflight(promotion.config.promote, state.proxy_folder(promotion.name))
+    loss = routing.loss(promotion.config.promote, state.proxy_folder(promotion.name))
+    if loss:
+        promotion.on_event({"event": "message", "text": f"requests will be lost at the switch: {loss}"})
     deployment = state.read(promotion.name)
     if deployment.wanted is not None and deployment.wanted.is_of(promotion.release, promotion.config):
         return

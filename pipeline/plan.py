@@ -28,6 +28,9 @@ NOT_SOURCE = {
     "program", "store",
 }  # fmt: skip
 
+# Sections that decide nothing about what is judged: a finished build takes them over as they are changed.
+NOT_JUDGED = ("promote", "notify", "schedule", "environments", "kubernetes")
+
 IMPORT = re.compile(r"^[ \t]*from pipeline(?:\.(\w+) import| import \(([^)]*)\)| import ([\w, ]+))", re.MULTILINE)
 
 
@@ -201,11 +204,7 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
         planned.append(PlannedStep(step, key, record))
     build = digest_of(
         {
-            "config": {
-                name: value
-                for name, value in config.items()
-                if name not in ("promote", "notify", "schedule", "environments", "kubernetes")
-            },
+            "config": {name: value for name, value in config.items() if name not in NOT_JUDGED},
             "sources": dict(sources),
             "device": device,
             "code": {name: source_digest(name) for name in _programs(config)},

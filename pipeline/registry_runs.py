@@ -13,9 +13,10 @@ from typing import Any, Literal
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from pipeline import report, store
+from pipeline import plan, report, store
 from pipeline.artifacts import Artifact, Build
 from pipeline.errors import RegistryError
+from pipeline.program import write_json
 from pipeline.registry_client import artifact_uri, asking, local_folder, tracking_uri
 
 BUILD, UNIT_DIGEST, VERDICT, DESCRIBED = (f"tunegate.{name}" for name in ("build", "unit_digest", "verdict", "config"))
@@ -54,7 +55,34 @@ def open_run(name: str, build_key: str, config: Mapping[str, Any]) -> str:
                 client.log_batch(run_id, params=params)
             client.log_dict(run_id, dict(config), CONFIG)
             client.set_tag(run_id, DESCRIBED, CONFIG)
+    refresh(run_id, config)
     return run_id
+
+
+def refresh(run_id: str, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Take over what isn't judged (plan.NOT_JUDGED), such as the proxy's port, from the config; return what changed.
+
+    Only the run's file is written, which promotion reads: MLflow's parameters stay, and so does the build's own record of
+    what was judged. Raises RegistryError when MLflow can't be reached.
+    """
+    local = local_folder(artifact_uri(run_id))
+    is_lost = local is not None and not (local / CONFIG).is_file()
+    described = {} if is_lost else json.loads(read_text(run_id, CONFIG))
+    kept = dict(config) if is_lost else described
+    now = {**kept, **{name: config[name] for name in plan.NOT_JUDGED if name in config}}
+    changed = tuple(name for name in now if now[name] != described.get(name))
+    if changed and local is not None:
+        local.mkdir(parents=True, exist_ok=True)
+        write_json(local / CONFIG, now)
+    elif changed:
+        with asking() as client:
+            client.log_dict(run_id, now, CONFIG)
+    return changed
+
+
+def take_over(finished: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """`refresh` what promotion reads of a finished build (store.peek_build); one without a version is left alone."""
+    return refresh(str(finished["run_id"]), config) if finished["version"] else ()
 
 
 def log_points(run_id: str, points: Sequence[Point]) -> None:

@@ -5,8 +5,10 @@ The live server's address stands in a file of its own, `upstream`, which Caddy r
 connections while clients may be writing to them, which loses requests. Only settings of the proxy itself
 (address, whether a key is needed, limits) are loaded through the admin API, a unix socket in its folder.
 
+Which config a Caddy runs with is asked of itself: a command may be killed between telling Caddy and noting it.
+
 Limits: Linux (the socket tells Caddy's pid), plain HTTP/1.1 (TLS ends in front of it), one Caddy a folder;
-a changed key restarts Caddy.
+a changed key restarts Caddy. Of two homes on one machine that want one port at the same moment both may get it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 
 import httpx
 
-from pipeline import loopback, processes
+from pipeline import loopback, processes, store
 from pipeline.config import PromoteConfig
 from pipeline.errors import ConfigError, RoutingError
 from pipeline.program import write_json
@@ -51,23 +53,30 @@ class Proxy:
 def ensure(promote: PromoteConfig, folder: Path) -> Proxy:
     """See that a Caddy with these settings runs in `folder`; one that is there and right is left alone.
 
-    It outlives this process. A killed one is started again and goes on with the upstream that it had.
+    It outlives this process. A killed one is started again and goes on with the upstream that it had. Of two that
+    want one port at the same moment the second waits until the first listens, and is refused.
 
     Raises ConfigError when a key is needed and isn't set, RoutingError when Caddy can't listen or start.
     """
     key = required_key(promote)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    wanted = caddy_config(promote)
     if not (folder / "upstream").exists():
         _write(folder / "upstream", "")
+    with store.lock(f"port/{promote.port}"):
+        return _ensured(promote, folder, key)
+
+
+def _ensured(promote: PromoteConfig, folder: Path, key: str | None) -> Proxy:
+    wanted = caddy_config(promote)
     proxy = find(folder)
     if proxy is not None and not _is_usable(proxy, promote, key):
         stop(proxy, timeout_s=1)
         proxy = None
     if proxy is None:
         return _start(folder, wanted, promote, key)
-    if read_config(folder) != wanted:
-        _load(proxy, wanted, promote)
+    running = running_config(folder)
+    if running != wanted:
+        _load(proxy, running, wanted, promote)
     return Proxy(folder, client_url(promote), proxy.pid)
 
 
@@ -77,6 +86,23 @@ def preflight(promote: PromoteConfig, folder: Path) -> None:
     proxy = find(folder)
     if proxy is None or proxy.url != client_url(promote):
         _refuse_taken_port(promote)
+
+
+def loss(promote: PromoteConfig, folder: Path) -> str | None:
+    """Why `ensure` would lose requests of the running proxy's clients, or None where it loses none; changes nothing.
+
+    Raises ConfigError as `required_key`.
+    """
+    key, proxy = required_key(promote), find(folder)
+    if proxy is None:
+        return None
+    if proxy.url != client_url(promote):
+        return f"the proxy moves from {proxy.url} to {client_url(promote)}"
+    if running_config(folder) != caddy_config(promote):
+        return "the proxy takes over another promote.host or promote.api_key_env"
+    if not _is_usable(proxy, promote, key):
+        return "the proxy is started again: it hangs, or its key is another one"
+    return None
 
 
 def check(proxy: Proxy, promote: PromoteConfig) -> None:
@@ -128,7 +154,7 @@ def find(folder: Path) -> Proxy | None:
     while _is_claimed(folder):
         pid = _listener(folder)
         if pid is not None:
-            return Proxy(folder, url_of(read_config(folder)), pid)
+            return Proxy(folder, url_of(running_config(folder)), pid)
         if time.monotonic() > until:
             raise RoutingError("the proxy's admin socket does not answer", file=str(folder / "caddy.log"))
         time.sleep(0.02)
@@ -136,8 +162,8 @@ def find(folder: Path) -> Proxy | None:
 
 
 def matches(promote: PromoteConfig, folder: Path) -> bool:
-    """Whether the proxy's kept config is what these settings ask for."""
-    return (folder / "caddy.json").is_file() and read_config(folder) == caddy_config(promote)
+    """Whether the proxy's config, the running one's or else the kept one, is what these settings ask for."""
+    return (folder / "caddy.json").is_file() and running_config(folder) == caddy_config(promote)
 
 
 def stop(proxy: Proxy, timeout_s: float = 10.0) -> None:
@@ -162,7 +188,7 @@ def required_key(promote: PromoteConfig) -> str | None:
         f"other machines reach {promote.host}, and {promote.api_key_env}, the API key's variable, {what}",
         key="promote.host",
         allowed="letters, digits and -._~+/ (openssl rand -hex 32 makes one), or host: 127.0.0.1",
-        remedy=f"export {promote.api_key_env}=$(openssl rand -hex 32), or set promote.host: 127.0.0.1",
+        remedy=f"export {promote.api_key_env}=$(openssl rand -hex 32), or set promote.host: 127.0.0.1, then tunegate run CONFIG",
     )
 
 
@@ -201,19 +227,23 @@ def _start(folder: Path, config: dict[str, Any], promote: PromoteConfig, key: st
     raise RoutingError(f"the proxy did not start: {' '.join(said) or 'it said nothing'}", file=str((logs or [log])[0]))
 
 
-def _load(proxy: Proxy, config: dict[str, Any], promote: PromoteConfig) -> None:
-    """Give a running Caddy another config; it keeps the old one when it can't take it."""
-    if url_of(read_config(proxy.folder)) != client_url(promote):
+def _load(proxy: Proxy, running: dict[str, Any], wanted: dict[str, Any], promote: PromoteConfig) -> None:
+    """Give a running Caddy another config; it keeps the old one when it can't take it.
+
+    The config is kept before it is loaded, so that a full disk is met while clients are still answered.
+    """
+    if proxy.url != client_url(promote):
         _refuse_taken_port(promote)
+    write_json(proxy.folder / "caddy.json", wanted)
     with admin(proxy.folder) as caddy:
-        answer = caddy.post("/load", json=config)
+        answer = caddy.post("/load", json=wanted)
     if answer.is_error:
+        write_json(proxy.folder / "caddy.json", running)
         raise RoutingError(
             f"the proxy refused its new settings: {answer.text.strip()}",
             key="promote",
-            remedy="correct the promote section of the config; the proxy goes on with its old settings",
+            remedy="correct the promote section of the config, then tunegate run CONFIG; the proxy goes on with its old settings",
         )
-    write_json(proxy.folder / "caddy.json", config)
 
 
 def _refuse_taken_port(promote: PromoteConfig) -> None:
@@ -222,7 +252,8 @@ def _refuse_taken_port(promote: PromoteConfig) -> None:
         raise RoutingError(
             f"something else listens on {promote.host}:{promote.port}",
             key="promote.port",
-            remedy="set another promote.port, or stop the other (`make down` stops tunegate's own)",
+            remedy="stop the other (`make down` stops tunegate's own), or set another promote.port, then tunegate run CONFIG,"
+            " which takes the promote section over without building anew",
         )
 
 
@@ -241,7 +272,7 @@ def _is_usable(proxy: Proxy, promote: PromoteConfig, key: str | None) -> bool:
             status = http.get("/", headers=headers).status_code
     except httpx.HTTPError:
         return False
-    named = f"{{env.{promote.api_key_env}}}" in json.dumps(read_config(proxy.folder))
+    named = f"{{env.{promote.api_key_env}}}" in json.dumps(running_config(proxy.folder))
     return key is None or (named and status == httpx.codes.NOT_FOUND)
 
 
@@ -288,16 +319,25 @@ def _reachable(folder: Path) -> Iterator[str]:
 
 
 @contextmanager
-def admin(folder: Path) -> Iterator[httpx.Client]:
+def admin(folder: Path, timeout_s: float = START_TIMEOUT_S) -> Iterator[httpx.Client]:
     """A client of the admin API of the proxy in `folder`. Raises RoutingError when it doesn't answer."""
     with _reachable(folder) as path:
-        transport = httpx.HTTPTransport(uds=path)
-        with httpx.Client(transport=transport, base_url="http://caddy", timeout=START_TIMEOUT_S) as client:
+        transport = httpx.HTTPTransport(uds=path, verify=False)
+        with httpx.Client(transport=transport, base_url="http://caddy", timeout=timeout_s, trust_env=False) as client:
             try:
                 yield client
             except httpx.HTTPError as error:
                 what = f"the proxy's admin socket does not answer: {error}"
                 raise RoutingError(what, file=str(folder)) from error
+
+
+def running_config(folder: Path) -> dict[str, Any]:
+    """The config that the proxy in `folder` runs with, as it says itself; the kept one while none answers."""
+    with suppress(OSError, RoutingError, ValueError), admin(folder, HANG_TIMEOUT_S) as caddy:
+        config = caddy.get("/config/").raise_for_status().json()
+        if config:  # null in one that could not take its first config
+            return dict(config)
+    return read_config(folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,9 @@ ALLOWED = (
 RETRY_AFTER_S = 5
 TRY_FOR_S = 5
 MAX_BODY_BYTES = 16 * 2**20
+# How long requests through an address that the proxy has left may take; the drain, or whoever stops Caddy, ends them
+# sooner. The same for all settings: loading a config that differs in this alone would lose requests.
+GRACE_PERIOD = "1h"
 
 
 def caddy_config(promote: PromoteConfig) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def caddy_config(promote: PromoteConfig) -> dict[str, Any]:
         "admin": {"listen": "unix/admin.sock|0600", "config": {"persist": False}},
         "storage": {"module": "file_system", "root": "storage"},
         "logging": {"logs": {"default": {"writer": log, "level": "WARN"}}},
-        "apps": {"http": {"grace_period": f"{promote.drain_timeout}s", "servers": {"tunegate": server}}},
+        "apps": {"http": {"grace_period": GRACE_PERIOD, "servers": {"tunegate": server}}},
     }
 
 

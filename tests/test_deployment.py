@@ -13,6 +13,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 from loopback import HTTP, chat, free_port, running, said, stream_chat, under_way, wait_for
 from released import (
@@ -479,6 +480,54 @@ def test_another_proxy_port_needs_no_new_server(world):
     assert world.answer() == "version 1"
     assert deployment.status(NAME).state == "live"
     assert state.read(NAME).live.settings().promote == world.config.promote
+
+
+@pytest.mark.parametrize(("asked", "steps"), [("2", STEPS), ("1", ["switch"])])
+def test_killed_while_the_proxy_moves_either_version_can_be_promoted(world, asked, steps):
+    """Caddy has heard of v2's port, and nothing else has: v2 goes on there, and v1 gets the old port back."""
+    world.promote("1")
+    before = world.config
+    world.config = a_config()
+    promotion = world.promotion("2")
+    child = os.fork()
+    if child == 0:
+        post = httpx.Client.post
+
+        def die_after_the_load(self, url, **fields):
+            answer = post(self, url, **fields)
+            if url == "/load":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answer
+
+        try:
+            httpx.Client.post = die_after_the_load
+            deployment.promote(promotion)
+        finally:
+            os._exit(0)
+    _, ended = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(ended)
+    now = deployment.status(NAME)
+    assert (now.url, now.state, now.version) == (world.url, "live", "1")
+    assert world.answer() == "version 1"
+    if asked == "1":
+        world.config = before
+    assert world.promote(asked) == steps
+    assert world.answer() == f"version {asked}"
+    assert deployment.status(NAME).url == world.url
+    assert len(world.servers()) == 1
+
+
+def test_a_promotion_that_loses_requests_says_so(world):
+    """Where the proxy moves, before it does; any other promotion loses none and says nothing."""
+    world.promote("1")
+    world.config = a_config(promote={"port": world.config.promote.port, "drain_timeout": 9})
+    assert deployment.loss(NAME, world.config) is None
+    world.promote("2")
+    assert "lost" not in " ".join(str(event.get("text", "")) for event in world.events)
+    world.config = a_config()
+    assert "moves" in deployment.loss(NAME, world.config)
+    world.promote("3")
+    assert "requests will be lost at the switch" in " ".join(str(event.get("text", "")) for event in world.events)
 
 
 def test_a_server_that_dies_is_started_again_at_its_port(world):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
 
@@ -12,7 +13,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 from released import ENVIRONMENT, Aliases, a_config, a_model, a_release, servers_under
 
-from flows import promote
+from flows import operate, promote
 from pipeline import deployment, deployment_steps, registry, routing
 from pipeline.errors import RegistryError, ReviewError, ServingError
 
@@ -144,6 +145,23 @@ def test_an_alias_that_fails_for_a_moment_is_tried_again(world, prefect, prefect
     assert tries == ["1"] * 3
     assert world.aliases.moves == ["1"]
     newest_flow_run(prefect_server, {**dict.fromkeys(STEPS, 1), "alias": 3})
+
+
+def test_a_dry_run_says_whether_requests_would_be_lost(world, monkeypatch, capsys):
+    """None while the proxy stays as it is; where it moves, from where to where. Nothing changes."""
+    release = world.release("1")
+    monkeypatch.setattr(registry, "release", lambda name, version: release)
+    monkeypatch.setattr(registry, "config_of", lambda run_id: world.config)
+    monkeypatch.setattr(operate.stages, "serve_environment", lambda config: ENVIRONMENT)
+    dry = argparse.Namespace(name=NAME, version=None, dry_run=True)
+    world.run(release)
+    before = deployment.status(NAME).url
+    assert operate.promote(dry) == 0
+    assert "no request is dropped" in capsys.readouterr().out
+    world.config = a_config()
+    assert operate.promote(dry) == 0
+    assert f"not lossless: the proxy moves from {before} to" in capsys.readouterr().out
+    assert deployment.status(NAME).url == before
 
 
 def test_the_flow_promotes_by_name(world, prefect, monkeypatch):

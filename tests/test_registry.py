@@ -53,6 +53,32 @@ def test_a_build_has_one_run(home):
     assert json.loads(registry_runs.read_text(first, "config.json")) == config
 
 
+def test_what_is_not_judged_is_taken_over_by_the_same_build(home, tmp_path):
+    """Another port reaches the next promotion; the settings that were judged stay, whatever the config says."""
+    build = a_build(tmp_path)
+    run_id = registry.version(NAME, registered(build)).run_id
+    judged = registry.config_of(run_id)
+    moved = {**build.config["promote"], "port": 9999}
+    changed = {**build.config, "promote": moved, "serve": {**build.config["serve"], "max_model_len": 99}}
+    assert registry_runs.open_run(NAME, build.key, changed) == run_id
+    now = registry.config_of(run_id)
+    assert now.promote.port == 9999
+    assert now == judged.model_copy(update={"promote": now.promote})
+    assert registry_runs.refresh(run_id, changed) == ()
+
+
+def test_a_lost_config_is_written_again_by_the_same_build(home, tmp_path):
+    """Else the command that the error names would meet the same error."""
+    build = a_build(tmp_path)
+    run_id = registry.version(NAME, registered(build)).run_id
+    judged = registry.config_of(run_id)
+    (local_folder(artifact_uri(run_id)) / "config.json").unlink()
+    with pytest.raises(RegistryError, match="tunegate run CONFIG"):
+        registry.config_of(run_id)
+    opened(build)
+    assert registry.config_of(run_id) == judged
+
+
 def test_a_run_whose_description_was_cut_short_is_completed(home):
     """After kill -9 between the run's start and its parameters the next build writes them."""
     with asking() as client:
@@ -416,6 +442,8 @@ def test_the_whole_way_through_a_server(server, tmp_path, home):
     for file in build.model_path.iterdir():
         assert (release.model_path / file.name).read_bytes() == file.read_bytes()
     assert registry.config_of(found.run_id).model_dump(mode="json") == build.config
+    assert registry_runs.refresh(found.run_id, {**build.config, "promote": {"port": 9999}}) == ("promote",)
+    assert registry.config_of(found.run_id).promote.port == 9999
     registry.set_champion(NAME, "1")
     assert registry.champion(NAME).version == "1"
     assert registry.page(NAME, "1", found.run_id) == f"{server}/#/models/tickets/versions/1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -20,6 +23,11 @@ from pipeline.config import PromoteConfig
 from pipeline.errors import ConfigError, RoutingError
 
 KEY = "sk-0123456789abcdef.~+/=="
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture
@@ -253,6 +261,123 @@ def test_a_taken_port_is_refused_with_a_remedy(promote, folder, proxy, tmp_path)
     with fake_vllm("model") as url, pytest.raises(RoutingError):
         routing.ensure(PromoteConfig(port=httpx.URL(url).port), folder)
     assert routing.matches(promote, folder)
+
+
+def move_and_die(moved: PromoteConfig, folder: Path, effect: int) -> bool:
+    """Move the proxy in a forked process, killed after the nth thing it changes; False if it got to its end."""
+    child = os.fork()
+    if child == 0:
+        count = [0]
+
+        def deadly(function):
+            def call(*args, **kwargs):
+                result = function(*args, **kwargs)
+                count[0] += 1
+                if count[0] == effect:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            return call
+
+        try:
+            routing.write_json = deadly(routing.write_json)
+            httpx.Client.post = deadly(httpx.Client.post)
+            routing.ensure(moved, folder)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def test_a_killed_move_to_another_port_is_finished_or_taken_back(promote, folder, proxy):
+    """Killed after each thing that it changes, the same command goes on, and one that wants the old port goes back."""
+    with fake_vllm("model") as url:
+        routing.switch(proxy, url)
+        effect, died = 0, True
+        while died:
+            effect += 1
+            for same in (True, False):
+                moved = PromoteConfig(port=free_port())
+                died = move_and_die(moved, folder, effect)
+                found = routing.find(folder)
+                assert said(chat(found.url)) == "model", "status names a port that answers"
+                assert routing.matches(moved, folder) is (found.url == routing_config.client_url(moved))
+                wanted = moved if same else promote
+                routing.preflight(wanted, folder)
+                assert routing.ensure(wanted, folder).pid == proxy.pid
+                assert said(chat(routing_config.client_url(wanted))) == "model"
+                assert routing.matches(wanted, folder)
+                promote = wanted
+    assert effect > 2
+
+
+def test_a_full_disk_leaves_the_proxy_where_clients_find_it(promote, folder, proxy, monkeypatch):
+    """What can't be kept isn't loaded either."""
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with fake_vllm("model") as url, monkeypatch.context() as patch:
+        routing.switch(proxy, url)
+        patch.setattr(routing, "write_json", full)
+        with pytest.raises(OSError, match="No space"):
+            routing.ensure(PromoteConfig(port=free_port()), folder)
+        assert routing.find(folder) == proxy
+        assert said(chat(proxy.url)) == "model"
+
+
+def test_of_two_that_want_one_port_at_once_one_is_refused(promote, tmp_path, monkeypatch):
+    """Both may look before either listens, and Caddys share a port: then clients would meet either model."""
+    both, look = threading.Barrier(2), routing._refuse_taken_port
+
+    def look_together(promote):
+        look(promote)
+        with suppress(threading.BrokenBarrierError):
+            both.wait(timeout=3)
+
+    monkeypatch.setattr(routing, "_refuse_taken_port", look_together)
+    folders = [tmp_path / name / "proxy" for name in ("a", "b")]
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(routing.ensure, promote, folder) for folder in folders]
+        refused = [one.exception() for one in asked if one.exception()]
+    running = [proxy for folder in folders if (proxy := routing.find(folder))]
+    for proxy in running:
+        routing.stop(proxy)
+    assert [proxy.url for proxy in running] == [routing_config.client_url(promote)]
+    assert [type(error) for error in refused] == [RoutingError]
+    assert f"something else listens on 127.0.0.1:{promote.port}" in str(refused[0])
+
+
+def test_what_the_proxy_is_not_told_leaves_its_connections_open(promote, folder, proxy):
+    """Another drain_timeout or keep_old loads no config, which would close connections that clients may be writing to."""
+    others = [promote.model_copy(update=change) for change in ({"drain_timeout": 7}, {"keep_old": True})]
+    with closing(HTTPConnection("127.0.0.1", promote.port, timeout=30)) as connection:
+        connection.connect()
+        connection.auto_open = 0  # a closed connection fails instead of being opened again
+        for other in [promote, *others]:
+            assert routing.loss(other, folder) is None
+            assert routing.ensure(other, folder) == proxy
+            assert routing.matches(other, folder)
+            connection.request("GET", "/health")
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 503
+
+
+def test_what_loses_requests_is_told_before(monkeypatch, promote, folder):
+    """Another port, host, key variable or key; the first start and what is right already lose none."""
+    assert routing.loss(promote, folder) is None
+    monkeypatch.setenv("TUNEGATE_API_KEY", KEY)
+    proxy = routing.ensure(promote, folder)
+    assert routing.loss(promote, folder) is None
+    other = PromoteConfig(port=free_port())
+    assert routing.loss(other, folder) == f"the proxy moves from {proxy.url} to http://127.0.0.1:{other.port}"
+    everywhere = PromoteConfig(host="0.0.0.0", port=promote.port)
+    assert "promote.host" in routing.loss(everywhere, folder)
+    routing.ensure(everywhere, folder)
+    assert routing.loss(everywhere, folder) is None
+    monkeypatch.setenv("TUNEGATE_API_KEY", "another-key")
+    assert "started again" in routing.loss(everywhere, folder)
 
 
 def test_off_loopback_a_key_is_needed(monkeypatch, folder):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
+from types import SimpleNamespace
+
 import pytest
 from registered import a_build, new_home, registered
 
-from flows import run
-from pipeline import deployment_state, registry
+from flows import build, retrain, run
+from pipeline import deployment_state, registry, store
 from pipeline.artifacts import Release
 from pipeline.deployment_state import Placement
 
@@ -20,6 +24,33 @@ def version(tmp_path, monkeypatch):
     build = a_build(tmp_path)
     assert build.name == NAME
     return registered(build)
+
+
+@pytest.mark.parametrize("command", ["run", "build", "retrain"])
+def test_a_finished_build_takes_over_where_it_is_promoted_to(tmp_path, version, monkeypatch, capsys, command):
+    """With nothing to build, `tunegate run CONFIG` still brings another promote.port to the next promotion."""
+    finished = store.peek_build(a_build(tmp_path / "again").key)
+    run_id = str(finished["run_id"])
+    config = registry.config_of(run_id).model_dump(mode="json")
+    config["promote"]["port"] = 9999
+    planned = SimpleNamespace(finished=finished, key=finished["build_key"])
+    for module in (run.resolve, build.resolve, retrain.resolve):
+        monkeypatch.setattr(module, "resolve", lambda *_: config)
+        monkeypatch.setattr(module, "sources", lambda _: {})
+    monkeypatch.setattr(build.plan, "make", lambda *_: planned)
+    monkeypatch.setattr(run.check, "show", lambda *_: planned)
+    monkeypatch.setattr(run, "report", lambda _: None)
+    monkeypatch.setattr(retrain, "get_run_logger", lambda: logging.getLogger(__name__))
+    if command == "run":
+        options = argparse.Namespace(config=tmp_path, set=[], data_dir=None, dry_run=False, again=False)
+        assert run.run(options) == 0
+        said = capsys.readouterr().out
+        assert f"the next promotion (tunegate promote tickets --version {version}): promote\n" in said
+    elif command == "build":
+        assert build.run(config, print) == finished
+    else:
+        assert retrain.retrain.fn() == finished
+    assert registry.config_of(run_id).promote.port == 9999
 
 
 def promoted(version: str) -> None:
