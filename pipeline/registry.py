@@ -94,10 +94,9 @@ def versions(name: str) -> list[Version]:
     """Every version of a model that tunegate registered, newest first; [] for a name never registered."""
     with asking() as client:
         found = list(client.search_model_versions(f"name = '{_quotable(name)}'"))
-        aliases = dict(client.get_registered_model(name).aliases) if found else {}
     pointing: dict[str, list[str]] = {}
-    for alias, version in sorted(aliases.items()):
-        pointing.setdefault(str(version), []).append(alias)
+    for alias, number in sorted(_aliases(name).items() if found else ()):
+        pointing.setdefault(number, []).append(alias)
     records = [
         _record(version, tuple(pointing.get(str(version.version), ()))) for version in found if UNIT in version.tags
     ]
@@ -215,9 +214,24 @@ def waiting(name: str) -> list[Version]:
 
 
 def champion(name: str) -> Release | None:
-    """The release that the alias `champion` points to, or None; it serves even if it was rejected since."""
+    """The release that the alias `champion` points to, or None without one; it serves even if it was rejected since.
+
+    Raises RegistryError when the alias points to what can't be read or was never decided on: a candidate would be held
+    against nothing.
+    """
     found = next((record for record in versions(name) if "champion" in record.aliases), None)
-    return _release(found, found.approval) if found and found.approval else None
+    if found and found.approval:
+        return _release(found, found.approval)
+    number = _aliases(name).get("champion")
+    if number is None:
+        return None
+    edited = "whose tags can't be read: they were edited, or a newer tunegate wrote them"
+    raise RegistryError(
+        f"the alias champion points to version {number}, {'which nobody decided on' if found else edited}",
+        key=name,
+        allowed="an approved version that this tunegate can read",
+        remedy=f"tunegate promote {name} --version N with an approved one, or use the tunegate that registered version {number}",
+    )
 
 
 def set_champion(name: str, number: str) -> None:
@@ -272,6 +286,17 @@ def _of_this_build(run_id: str, build: Build) -> Version | None:
         (record for record in versions(build.name) if record.run_id == run_id and record.unit == build.unit),
         None,
     )
+
+
+def _aliases(name: str) -> dict[str, str]:
+    """Every alias of a model with the version it points to, whoever made it; {} for a name never registered."""
+    with asking() as client:
+        try:
+            return {alias: str(number) for alias, number in client.get_registered_model(name).aliases.items()}
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return {}
 
 
 def _record(found: Any, aliases: tuple[str, ...]) -> Version | None:

@@ -272,6 +272,25 @@ def test_there_is_one_champion_at_most(home, tmp_path):
     assert registry.champion("never-registered") is None
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("undecided", "version 1, which nobody decided on"), ("newer", "version 1, whose tags can't be read")],
+)
+def test_a_champion_that_is_none_is_not_passed_over(home, tmp_path, how, said):
+    """An alias set by hand, or a newer tunegate's tags: the gate must not take it for no champion at all."""
+    build = a_build(tmp_path)
+    registered(build)
+    if how == "newer":
+        registry.decide(NAME, "1", "approved", "tests", "")
+        with asking() as client:
+            newer = {**json.loads(build.unit.model_dump_json()), "a_new_field": 1}
+            client.set_model_version_tag(NAME, "1", registry.UNIT, json.dumps(newer))
+    registry.set_champion(NAME, "1")
+    with pytest.raises(RegistryError, match=said) as refused:
+        registry.champion(NAME)
+    assert "tunegate promote tickets --version N" in refused.value.problems[0].remedy
+
+
 def test_a_version_that_can_not_be_read_is_left_out(home, tmp_path, caplog):
     """Tags edited by hand hide that version alone, and the log says so."""
     for number in (1, 2):
