@@ -53,7 +53,7 @@ class Version(Record):
 def register(run_id: str, build: Build) -> str:
     """Make a passing build a model version with the alias `candidate`, and return its number.
 
-    The same unit of the same run is registered once.
+    The same unit of the same run is registered once; registering it again notes its newest verdict.
     Raises RegistryError when the verdict isn't a pass or the weights are no longer what was judged.
     """
     if build.verdict is None or build.verdict.outcome != "pass" or build.verdict.unit_digest != build.unit.digest:
@@ -62,7 +62,7 @@ def register(run_id: str, build: Build) -> str:
             key=build.name,
             remedy="tunegate run CONFIG",
         )
-    known = _of_this_build(run_id, build)
+    known = note_verdict(run_id, build)
     if known:
         if known.approval is None:
             _point("candidate", build.name, known.version)
@@ -82,12 +82,16 @@ def register(run_id: str, build: Build) -> str:
     return str(made.version)
 
 
-def note_verdict(run_id: str, build: Build) -> None:
-    """Write the newest verdict on the build's version, if it has one: judged again, it may no longer pass."""
+def note_verdict(run_id: str, build: Build) -> Version | None:
+    """Write the newest verdict on the build's version, if it has one: judged again, it may pass or no longer pass.
+
+    Returns the version as it was found.
+    """
     known = _of_this_build(run_id, build)
     if known and build.verdict:
         with asking() as client:
             client.set_model_version_tag(known.name, known.version, VERDICT, build.verdict.outcome)
+    return known
 
 
 def versions(name: str) -> list[Version]:

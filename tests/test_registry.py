@@ -246,6 +246,17 @@ def test_what_no_longer_passes_is_not_approved(home, tmp_path):
         registry.decide(NAME, "1", "approved", "tests", "")
 
 
+def test_what_passes_again_can_be_approved(home, tmp_path):
+    """After a pass, another outcome and a pass, the newest counts."""
+    build = a_build(tmp_path)
+    registered(build)
+    run_id = registry.versions(NAME)[0].run_id
+    registry.note_verdict(run_id, build.model_copy(update={"verdict": a_build(tmp_path, 2, policy=HARD).verdict}))
+    assert registry.version(NAME, "1").verdict == "fail"
+    assert registry.register(run_id, build) == "1"
+    assert registry.decide(NAME, "1", "approved", "tests", "").decision == "approved"
+
+
 def test_an_approval_is_void_when_the_unit_changes(home, tmp_path):
     """An approval of one digest releases no other."""
     build = a_build(tmp_path)
