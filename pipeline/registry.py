@@ -26,15 +26,18 @@ from pipeline.registry_runs import BUILD, CONFIG, UNIT_DIGEST, VERDICT
 
 log = logging.getLogger(__name__)
 
-UNIT, APPROVAL, FOLDER, OURS, DECISION = (
-    f"tunegate.{name}" for name in ("unit", "approval", "model_digest", "registered", "decision")
+UNIT, APPROVAL, FOLDER, PLACE, OURS, DECISION = (
+    f"tunegate.{name}" for name in ("unit", "approval", "model_digest", "model_path", "registered", "decision")
 )
 # What MLflow's database holds of a description, and what a person may reasonably say
 DESCRIPTION, REASON = 5000, 2000
 
 
 class Version(Record):
-    """A registered version as a reviewer sees it; `verdict` is the newest judgement on this unit."""
+    """A registered version as a reviewer sees it.
+
+    `verdict` is the newest judgement on this unit, `place` where the weights lie in its run.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -44,6 +47,7 @@ class Version(Record):
     unit: ServedUnit
     build_key: str
     model_digest: str
+    place: str
     verdict: Outcome
     approval: Approval | None
     aliases: tuple[str, ...]
@@ -67,15 +71,17 @@ def register(run_id: str, build: Build) -> str:
         if known.approval is None:
             _point("candidate", build.name, known.version)
         return known.version
-    source, model_digest = registry_weights.put(run_id, build)
+    place, model_digest = registry_weights.put(run_id, build)
     _make_registered_model(build.name)
     tags = {
         UNIT_DIGEST: build.unit.digest,
         UNIT: build.unit.model_dump_json(),
         VERDICT: build.verdict.outcome,
         FOLDER: model_digest,
+        PLACE: place,
         BUILD: build.key,
     }
+    source = f"{artifact_uri(run_id)}/{place}"
     with asking() as client:
         made = client.create_model_version(build.name, source, run_id, tags=tags, description=_description(build))
     _point("candidate", build.name, str(made.version))
@@ -248,7 +254,8 @@ def model_path(record: Version) -> Path:
 
     Raises RegistryError when it is gone or isn't what was judged.
     """
-    return registry_weights.fetch(record.run_id, record.model_digest, f"{record.name} version {record.version}")
+    label = f"{record.name} version {record.version}"
+    return registry_weights.fetch(record.run_id, record.place, record.model_digest, label)
 
 
 def config_of(run_id: str) -> Config:
@@ -313,6 +320,7 @@ def _record(found: Any, aliases: tuple[str, ...]) -> Version | None:
             unit=ServedUnit.model_validate_json(found.tags[UNIT]),
             build_key=found.tags[BUILD],
             model_digest=found.tags[FOLDER],
+            place=found.tags.get(PLACE, registry_weights.UNNAMED),
             verdict=found.tags[VERDICT],
             approval=Approval.model_validate_json(found.tags[APPROVAL]) if APPROVAL in found.tags else None,
             aliases=aliases,

@@ -14,11 +14,14 @@ import httpx
 import pytest
 from loopback import answers, free_port, wait_for
 from registered import HARD, a_build, new_home, opened, registered
+from released import ENVIRONMENT, a_model, write_weights
 from sample_build import sample_build
 
 from flows.curves import Curves
-from pipeline import registry, registry_client, registry_runs, registry_weights
+from pipeline import registry, registry_client, registry_runs, registry_weights, serving
 from pipeline.artifacts import Artifact
+from pipeline.config import Config
+from pipeline.digests import digest_folder
 from pipeline.errors import RegistryError, ReviewError
 from pipeline.registry_client import artifact_uri, asking, local_folder
 from pipeline.registry_runs import Point
@@ -174,7 +177,84 @@ def test_weights_that_changed_since_are_not_registered(home, tmp_path):
     with pytest.raises(RegistryError, match="changed since it was judged"):
         registry.register(run_id, build)
     assert registry.versions(NAME) == []
-    assert not (local_folder(artifact_uri(run_id)) / "model").exists()
+    assert list((local_folder(artifact_uri(run_id)) / "models").iterdir()) == []
+
+
+def another_unit(build, folder, weights):
+    """The same build's key, made where the store was empty: its weights came out otherwise."""
+    write_weights(folder, weights)
+    config = Config.model_validate(build.config)
+    unit = serving.served_unit(folder, config.serve, config.name, ENVIRONMENT)
+    quantized = build.artifacts["quantize"].model_copy(update={"digest": digest_folder(folder)})
+    return build.model_copy(
+        update={
+            "unit": unit,
+            "model_path": folder,
+            "artifacts": {**build.artifacts, "quantize": quantized},
+            "verdict": build.verdict.model_copy(update={"unit_digest": unit.digest}),
+        }
+    )
+
+
+def test_weights_of_another_unit_take_nobodys_place(home, tmp_path):
+    """A second unit registered from the same run leaves the approved version's files as they are."""
+    build = a_build(tmp_path)
+    registered(build)
+    registry.decide(NAME, "1", "approved", "tests", "")
+    other = another_unit(build, a_model(tmp_path / "elsewhere" / "payload"), "other weights")
+    assert registry.register(opened(build), other) == "2"
+    for number, made in (("1", build), ("2", other)):
+        version = registry.version(NAME, number)
+        assert digest_folder(registry.model_path(version)) == version.model_digest
+        assert version.model_digest == made.artifacts["quantize"].digest
+    assert registry.release(NAME, "1").unit == build.unit
+
+
+def test_a_changed_store_leaves_registered_weights_alone(home, tmp_path):
+    """Whether the refused weights are another version's or this one's: what is served stays."""
+    build = a_build(tmp_path)
+    registered(build)
+    served = registry.model_path(registry.version(NAME, "1"))
+    weights = build.model_path / "model.safetensors"
+    judged = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(judged + b"x")
+    unit = build.unit.model_copy(update={"vllm_version": "9"})
+    verdict = build.verdict.model_copy(update={"unit_digest": unit.digest})
+    run_id = opened(build)
+    assert registry.register(run_id, build.model_copy(update={"unit": unit, "verdict": verdict})) == "2"
+    with pytest.raises(RegistryError, match="changed since it was judged"):
+        registry.register(run_id, another_unit(build, build.model_path, "judged").model_copy(
+            update={"model_path": a_model(tmp_path / "elsewhere" / "payload")}
+        ))  # fmt: skip
+    assert (served / "model.safetensors").read_bytes() == judged
+    assert [folder for folder in served.parent.iterdir() if folder != served] == []
+
+
+def test_damaged_weights_are_put_right(home, tmp_path):
+    """A folder that isn't what its name says gives way to the judged files, in one step."""
+    build = a_build(tmp_path)
+    run_id = opened(build)
+    place, digest = registry_weights.put(run_id, build)
+    folder = local_folder(artifact_uri(run_id)) / place
+    (folder / "config.json").unlink()
+    assert registry_weights.put(run_id, build) == (place, digest)
+    assert digest_folder(folder) == digest
+    assert [beside.name for beside in folder.parent.iterdir()] == [digest]
+
+
+def test_versions_from_before_keep_their_weights_place(home, tmp_path):
+    """A version without the tag of its place has its weights under `model`; a new unit of its run lies beside them."""
+    build = a_build(tmp_path)
+    registered(build)
+    found = registry.version(NAME, "1")
+    before = registry.model_path(found).rename(local_folder(artifact_uri(found.run_id)) / "model")
+    with asking() as client:
+        client.delete_model_version_tag(NAME, "1", registry.PLACE)
+    other = another_unit(build, a_model(tmp_path / "elsewhere" / "payload"), "other weights")
+    registry.register(opened(build), other)
+    assert registry.model_path(registry.version(NAME, "1")) == before
+    assert digest_folder(before) == found.model_digest
 
 
 def test_an_approval_names_the_digest(home, tmp_path):
@@ -459,7 +539,7 @@ def test_the_whole_way_through_a_server(server, tmp_path, home):
     (release.model_path).rename(tmp_path / "broken")
     with asking() as client:
         (tmp_path / "config.json").write_text("{}")
-        client.log_artifact(found.run_id, str(tmp_path / "config.json"), "model")
+        client.log_artifact(found.run_id, str(tmp_path / "config.json"), found.place)
     with pytest.raises(RegistryError, match="has the digest"):
         registry.release(NAME)
 
