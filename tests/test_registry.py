@@ -257,6 +257,54 @@ def test_versions_from_before_keep_their_weights_place(home, tmp_path):
     assert digest_folder(before) == found.model_digest
 
 
+MADE = {"merge": "1" * 64, "quantize": "2" * 64}
+
+
+def recorded(key, made, unit):
+    """A build's run of that unit, with the marks of its artefacts, and as it ended."""
+    run_id = registry_runs.open_run(NAME, key, {"seed": 42}, made)
+    own = registry_runs.run_of_unit(run_id, NAME, key, {"seed": 42}, unit)
+    with asking() as client:
+        for stage, digest in made.items():
+            client.set_tag(own, f"tunegate.{stage}.digest", digest)
+    registry_runs.close_run(own, "FINISHED")
+    return own
+
+
+def test_each_unit_of_a_build_has_its_run(home):
+    """The same artefacts served otherwise, or others under the same key, are recorded apart; each is found again."""
+    key, other = "a" * 32, MADE | {"quantize": "3" * 64}
+    first = recorded(key, MADE, "unit 1")
+    runs = [first, recorded(key, MADE, "unit 2"), recorded(key, other, "unit 3")]
+    assert len(set(runs)) == 3
+    assert [recorded(key, made, f"unit {n}") for n, made in ((1, MADE), (2, MADE), (3, other))] == runs
+    assert [run_of(run_id).data.tags[registry_runs.UNIT_DIGEST] for run_id in runs] == ["unit 1", "unit 2", "unit 3"]
+    assert {run_of(run_id).data.params["seed"] for run_id in runs} == {"42"}
+    assert {run_of(run_id).info.status for run_id in runs} == {"FINISHED"}
+
+
+def test_what_is_made_anew_starts_a_run_and_goes_on_in_it(home):
+    """A unit's run isn't written over by a build that may come out otherwise; killed, that build finds its own again."""
+    key, nothing = "b" * 32, dict.fromkeys(MADE)
+    first = recorded(key, MADE, "unit 1")
+    again = registry_runs.open_run(NAME, key, {"seed": 42}, nothing)
+    assert again != first
+    assert registry_runs.open_run(NAME, key, {"seed": 42}, nothing) == again
+    assert registry_runs.run_of_unit(again, NAME, key, {"seed": 42}, "unit 2") == again
+    assert run_of(first).info.status == "FINISHED"
+
+
+def test_a_unit_that_came_out_the_same_goes_on_in_its_run(home):
+    """The same bytes made again are the same version's; the run that was opened for them says where they are."""
+    key = "c" * 32
+    first = recorded(key, MADE, "unit 1")
+    again = registry_runs.open_run(NAME, key, {"seed": 42}, dict.fromkeys(MADE))
+    assert registry_runs.run_of_unit(again, NAME, key, {"seed": 42}, "unit 1") == first
+    assert (run_of(first).info.status, run_of(again).info.status) == ("RUNNING", "FINISHED")
+    assert first in run_of(again).data.tags["mlflow.note.content"]
+    assert registry_runs.open_run(NAME, key, {"seed": 42}, MADE) == first
+
+
 def test_an_approval_names_the_digest(home, tmp_path):
     """An approved version is a release with the unit that was judged; candidate points to it no more."""
     build = a_build(tmp_path)
