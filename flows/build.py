@@ -63,7 +63,7 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
     with store.lock(f"build/{planned.key}"), store.running(planned.name):
         if registry_client.is_new():
             on_event({"event": "message", "text": "MLflow makes its database, once; some seconds"})
-        run_id = registry_runs.open_run(planned.name, planned.key, config)
+        run_id = registry_runs.open_run(planned.name, planned.key, config, planned.digests)
         show = curves.tee(on_event, run_id)
         lines: list[str] = []
         plan.render(planned, Path(planned.name), lines.append)
@@ -71,7 +71,12 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
             "```\n" + "\n".join(lines) + "\n```", key="plan", description=f"Plan of {planned.name}"
         )
         try:
-            finished = _steps(config, planned, sources, run_id, show, again=again)
+            artifacts, unit = _make(config, sources, run_id, show)
+            run_id = registry_runs.run_of_unit(run_id, planned.name, planned.key, config, unit.digest)
+            for artifact in artifacts.values():
+                registry_runs.log_artifact(run_id, artifact)
+            show = curves.tee(on_event, run_id)
+            finished = _judged(config, planned, sources, artifacts, unit, run_id, show, again=again)
         except BaseException as error:
             with suppress(RegistryError):  # what went wrong first is what the user must read
                 registry_runs.close_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
@@ -80,15 +85,10 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
     return finished
 
 
-def _steps(
-    config: Mapping[str, Any],
-    planned: plan.Plan,
-    sources: Mapping[str, str],
-    run_id: str,
-    show: OnEvent,
-    *,
-    again: bool,
-) -> dict[str, Any]:
+def _make(
+    config: Mapping[str, Any], sources: Mapping[str, str], run_id: str, show: OnEvent
+) -> tuple[dict[Stage, Artifact], ServedUnit]:
+    """All artefacts, each recorded in the run once it is there, and the unit that would be served."""
     judges.need_keys(config)
     artifacts: dict[Stage, Artifact] = {}
     for step in plan.steps(config):
@@ -98,6 +98,22 @@ def _steps(
     served = artifacts[cast("Stage", plan.served_stage(config))]
     settings = Config.model_validate(config)
     unit = serving.served_unit(served.payload, settings.serve, settings.name, stages.serve_environment(config))
+    return artifacts, unit
+
+
+def _judged(
+    config: Mapping[str, Any],
+    planned: plan.Plan,
+    sources: Mapping[str, str],
+    artifacts: dict[Stage, Artifact],
+    unit: ServedUnit,
+    run_id: str,
+    show: OnEvent,
+    *,
+    again: bool,
+) -> dict[str, Any]:
+    """Measure and judge the unit, conclude the build."""
+    settings = Config.model_validate(config)
     reports = measure(config, planned.key, artifacts, unit, show, again=again)
     verdict = judge(reports, settings, unit, show)
     made = Build(
@@ -106,7 +122,7 @@ def _steps(
         config=dict(config),
         artifacts=artifacts,
         unit=unit,
-        model_path=served.payload,
+        model_path=artifacts[cast("Stage", plan.served_stage(config))].payload,
         ledger=ledger_of(config, planned.key, artifacts, reports.evaluations["candidate"], sources, show),
         verdict=verdict,
         **dict(reports),

@@ -21,15 +21,17 @@ def review(options: argparse.Namespace) -> int:
     found = registry.versions(name)
     for version in found:
         print(_line(version))
-    shown = registry.version(name, options.version) if options.version else waiting(name)
+    waits = next((version for version in found if version.approval is None), None)
+    shown = registry.version(name, options.version) if options.version else waits
     if shown is None:
         print(f"nothing waits for review; next: tunegate status {name}")
         return 0
-    tables.print_build(shown.build_key, shown.run_id)
+    tables.print_build(shown.build_key, shown)
     print(f"\nv{shown.version} page: {registry.page(name, shown.version, shown.run_id)}")
     if shown.approval is None:
         print("next: any of")
-        print(f"  tunegate chat {name} --candidate --version {shown.version}")
+        if shown == waits:  # the one that chat starts
+            print(f"  tunegate chat {name} --candidate")
         print(f"  tunegate approve {name} --version {shown.version} --reviewer NAME")
         print(f'  tunegate reject {name} --version {shown.version} --reviewer NAME --reason "…"')
     return 0

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from pipeline import report, report_ledger, report_prompts, store
 from pipeline.artifacts import Build, Interval, Verdict
+from pipeline.errors import RegistryError
+
+if TYPE_CHECKING:
+    from pipeline.registry import Version
 
 COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 WIDTH_OF_A_PIPE = 140
 ANSWER = 60  # characters of a broken prompt's answer
 
 
-def read_build(key: str, run_id: str | None = None) -> Build:
-    """A finished build's record: from the store, or from its MLflow run where another machine built it.
+def read_build(key: str, version: Version | None = None) -> Build:
+    """A finished build's record: from the store, or from the version's MLflow run where the store has none of its unit.
 
     Raises RegistryError when neither has it.
     """
     file = store.build_folder(key) / "build.json"
-    if file.is_file() or run_id is None:
+    if version is None:
         return Build.model_validate_json(file.read_text(encoding="utf-8"))
+    if file.is_file():
+        made = Build.model_validate_json(file.read_text(encoding="utf-8"))
+        if made.unit == version.unit:
+            return made
     from pipeline import registry_runs
 
-    return Build.model_validate_json(registry_runs.read_text(run_id, registry_runs.RECORD))
+    made = Build.model_validate_json(registry_runs.read_text(version.run_id, registry_runs.RECORD))
+    if made.unit != version.unit:
+        raise RegistryError(
+            f"{registry_runs.RECORD} of the MLflow run {version.run_id} is about unit {made.unit.digest[:12]}",
+            key=f"{version.name} version {version.version}",
+            allowed=f"unit {version.unit.digest[:12]}, which was registered",
+            remedy="build anew: tunegate run CONFIG --again",
+        )
+    return made
 
 
-def print_build(key: str, run_id: str | None = None) -> None:
+def print_build(key: str, version: Version | None = None) -> None:
     """Print a finished build: must-pass prompts that broke, every system's scores, the loss ledger, the gate's table."""
-    made = read_build(key, run_id)
+    made = read_build(key, version)
     console = terminal()
     if asked := report_prompts.prompts(made):
         print_prompts(asked, console)

@@ -72,6 +72,12 @@ class Plan:
     sizes: tuple[str, ...] = ()
     judges: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def digests(self) -> dict[str, str | None]:
+        """The digest of each artefact of the model's making that is there already, by stage; None for one still to be made."""
+        made = (planned for planned in self.steps if planned.step.stage != "ledger")
+        return {planned.step.stage: planned.record["digest"] if planned.record else None for planned in made}
+
 
 def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
     """The artefact-making steps of a config, in order."""

@@ -26,15 +26,18 @@ from pipeline.registry_runs import BUILD, CONFIG, UNIT_DIGEST, VERDICT
 
 log = logging.getLogger(__name__)
 
-UNIT, APPROVAL, FOLDER, OURS, DECISION = (
-    f"tunegate.{name}" for name in ("unit", "approval", "model_digest", "registered", "decision")
+UNIT, APPROVAL, FOLDER, PLACE, OURS, DECISION = (
+    f"tunegate.{name}" for name in ("unit", "approval", "model_digest", "model_path", "registered", "decision")
 )
 # What MLflow's database holds of a description, and what a person may reasonably say
 DESCRIPTION, REASON = 5000, 2000
 
 
 class Version(Record):
-    """A registered version as a reviewer sees it; `verdict` is the newest judgement on this unit."""
+    """A registered version as a reviewer sees it.
+
+    `verdict` is the newest judgement on this unit, `place` where the weights lie in its run.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -44,6 +47,7 @@ class Version(Record):
     unit: ServedUnit
     build_key: str
     model_digest: str
+    place: str
     verdict: Outcome
     approval: Approval | None
     aliases: tuple[str, ...]
@@ -53,7 +57,7 @@ class Version(Record):
 def register(run_id: str, build: Build) -> str:
     """Make a passing build a model version with the alias `candidate`, and return its number.
 
-    The same unit of the same run is registered once.
+    The same unit of the same run is registered once; registering it again notes its newest verdict.
     Raises RegistryError when the verdict isn't a pass or the weights are no longer what was judged.
     """
     if build.verdict is None or build.verdict.outcome != "pass" or build.verdict.unit_digest != build.unit.digest:
@@ -62,42 +66,47 @@ def register(run_id: str, build: Build) -> str:
             key=build.name,
             remedy="tunegate run CONFIG",
         )
-    known = _of_this_build(run_id, build)
+    known = note_verdict(run_id, build)
     if known:
         if known.approval is None:
             _point("candidate", build.name, known.version)
         return known.version
-    source, model_digest = registry_weights.put(run_id, build)
+    place, model_digest = registry_weights.put(run_id, build)
     _make_registered_model(build.name)
     tags = {
         UNIT_DIGEST: build.unit.digest,
         UNIT: build.unit.model_dump_json(),
         VERDICT: build.verdict.outcome,
         FOLDER: model_digest,
+        PLACE: place,
         BUILD: build.key,
     }
+    source = f"{artifact_uri(run_id)}/{place}"
     with asking() as client:
         made = client.create_model_version(build.name, source, run_id, tags=tags, description=_description(build))
     _point("candidate", build.name, str(made.version))
     return str(made.version)
 
 
-def note_verdict(run_id: str, build: Build) -> None:
-    """Write the newest verdict on the build's version, if it has one: judged again, it may no longer pass."""
+def note_verdict(run_id: str, build: Build) -> Version | None:
+    """Write the newest verdict on the build's version, if it has one: judged again, it may pass or no longer pass.
+
+    Returns the version as it was found.
+    """
     known = _of_this_build(run_id, build)
     if known and build.verdict:
         with asking() as client:
             client.set_model_version_tag(known.name, known.version, VERDICT, build.verdict.outcome)
+    return known
 
 
 def versions(name: str) -> list[Version]:
     """Every version of a model that tunegate registered, newest first; [] for a name never registered."""
     with asking() as client:
         found = list(client.search_model_versions(f"name = '{_quotable(name)}'"))
-        aliases = dict(client.get_registered_model(name).aliases) if found else {}
     pointing: dict[str, list[str]] = {}
-    for alias, version in sorted(aliases.items()):
-        pointing.setdefault(str(version), []).append(alias)
+    for alias, number in sorted(_aliases(name).items() if found else ()):
+        pointing.setdefault(number, []).append(alias)
     records = [
         _record(version, tuple(pointing.get(str(version.version), ()))) for version in found if UNIT in version.tags
     ]
@@ -215,9 +224,24 @@ def waiting(name: str) -> list[Version]:
 
 
 def champion(name: str) -> Release | None:
-    """The release that the alias `champion` points to, or None; it serves even if it was rejected since."""
+    """The release that the alias `champion` points to, or None without one; it serves even if it was rejected since.
+
+    Raises RegistryError when the alias points to what can't be read or was never decided on: a candidate would be held
+    against nothing.
+    """
     found = next((record for record in versions(name) if "champion" in record.aliases), None)
-    return _release(found, found.approval) if found and found.approval else None
+    if found and found.approval:
+        return _release(found, found.approval)
+    number = _aliases(name).get("champion")
+    if number is None:
+        return None
+    edited = "whose tags can't be read: they were edited, or a newer tunegate wrote them"
+    raise RegistryError(
+        f"the alias champion points to version {number}, {'which nobody decided on' if found else edited}",
+        key=name,
+        allowed="an approved version that this tunegate can read",
+        remedy=f"tunegate promote {name} --version N with an approved one, or use the tunegate that registered version {number}",
+    )
 
 
 def set_champion(name: str, number: str) -> None:
@@ -230,7 +254,8 @@ def model_path(record: Version) -> Path:
 
     Raises RegistryError when it is gone or isn't what was judged.
     """
-    return registry_weights.fetch(record.run_id, record.model_digest, f"{record.name} version {record.version}")
+    label = f"{record.name} version {record.version}"
+    return registry_weights.fetch(record.run_id, record.place, record.model_digest, label)
 
 
 def config_of(run_id: str) -> Config:
@@ -274,6 +299,17 @@ def _of_this_build(run_id: str, build: Build) -> Version | None:
     )
 
 
+def _aliases(name: str) -> dict[str, str]:
+    """Every alias of a model with the version it points to, whoever made it; {} for a name never registered."""
+    with asking() as client:
+        try:
+            return {alias: str(number) for alias, number in client.get_registered_model(name).aliases.items()}
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return {}
+
+
 def _record(found: Any, aliases: tuple[str, ...]) -> Version | None:
     """An MLflow version as ours; one whose tags can't be read (edited, or newer) is left out, and said so."""
     try:
@@ -284,6 +320,7 @@ def _record(found: Any, aliases: tuple[str, ...]) -> Version | None:
             unit=ServedUnit.model_validate_json(found.tags[UNIT]),
             build_key=found.tags[BUILD],
             model_digest=found.tags[FOLDER],
+            place=found.tags.get(PLACE, registry_weights.UNNAMED),
             verdict=found.tags[VERDICT],
             approval=Approval.model_validate_json(found.tags[APPROVAL]) if APPROVAL in found.tags else None,
             aliases=aliases,

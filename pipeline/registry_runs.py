@@ -1,4 +1,4 @@
-"""One MLflow run a build: its settings, curves, numbers, plots and the pages that a reviewer reads."""
+"""One MLflow run for each served unit of a build: its settings, curves, numbers, plots and the pages that a reviewer reads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any, Literal
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 
 from pipeline import plan, report, store
@@ -20,7 +21,7 @@ from pipeline.program import write_json
 from pipeline.registry_client import artifact_uri, asking, local_folder, tracking_uri
 
 BUILD, UNIT_DIGEST, VERDICT, DESCRIBED = (f"tunegate.{name}" for name in ("build", "unit_digest", "verdict", "config"))
-CONFIG, RECORD = "config.json", "build.json"
+CONFIG, RECORD, NOTE = "config.json", "build.json", "mlflow.note.content"
 # MLflow's own limits: entries in a batch, and the characters of a parameter's and a tag's value
 BATCH, METRIC_BATCH = 100, 1000
 PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH = 6000, 5000, 250
@@ -36,20 +37,66 @@ class Point:
     at: int
 
 
-def open_run(name: str, build_key: str, config: Mapping[str, Any]) -> str:
-    """The MLflow run of this build: the one it had before, or a new one with the config as parameters.
+def open_run(
+    name: str, build_key: str, config: Mapping[str, Any], made: Mapping[str, str | None] = MappingProxyType({})
+) -> str:
+    """The MLflow run that this build goes on with, or a new one with the config as parameters.
 
+    `made` has the digest of each artefact that the store holds, by stage, and None for one still to be made. A run that
+    is a unit's is gone on with only when it holds these very artefacts: what is made anew may come out as another unit.
     Raises RegistryError when MLflow can't be reached, or when its experiment was deleted.
     """
+    found = _runs(name, build_key)
+    same = [run for run in found if UNIT_DIGEST in run.data.tags and _holds(run, made)]
+    unfinished = [run for run in found if UNIT_DIGEST not in run.data.tags]
+    return _started(name, build_key, config, next(iter(same + unfinished), None))
+
+
+def run_of_unit(run_id: str, name: str, build_key: str, config: Mapping[str, Any], unit_digest: str) -> str:
+    """The run for this unit of the build: the one it has, else `run_id` unless that is another unit's, else a new one.
+
+    A version's numbers and pages lie in its run, and no other unit's may take their place.
+    """
     with asking() as client:
-        experiment = _experiment(name)
-        found = client.search_runs([experiment], f"tags.`{BUILD}` = '{build_key}'", max_results=1)
-        if found:
-            run_id, tags = str(found[0].info.run_id), found[0].data.tags
+        holds = client.get_run(run_id).data.tags.get(UNIT_DIGEST)
+        if holds == unit_digest:
+            return run_id
+        own = next((run for run in _runs(name, build_key) if run.data.tags.get(UNIT_DIGEST) == unit_digest), None)
+        if holds is None and own is None:
+            client.set_tag(run_id, UNIT_DIGEST, unit_digest)
+            return run_id
+        chosen = _started(name, build_key, config, own)
+        client.set_tag(chosen, UNIT_DIGEST, unit_digest)
+        if holds is None:
+            client.set_tag(run_id, NOTE, f"Made again what the run {chosen} holds; the build went on there.")
+    close_run(run_id, "FINISHED")
+    return chosen
+
+
+def _runs(name: str, build_key: str) -> list[Run]:
+    """The build's runs, newest first."""
+    with asking() as client:
+        return list(client.search_runs([_experiment(name)], f"tags.`{BUILD}` = '{build_key}'"))
+
+
+def _holds(run: Run, made: Mapping[str, str | None]) -> bool:
+    return all(digest and run.data.tags.get(_mark(stage)) == digest for stage, digest in made.items())
+
+
+def _mark(stage: str) -> str:
+    """The tag with the digest of the stage's artefact."""
+    return f"tunegate.{stage}.digest"
+
+
+def _started(name: str, build_key: str, config: Mapping[str, Any], run: Run | None) -> str:
+    """The run, running again, or a new one; described by the config."""
+    with asking() as client:
+        if run:
+            run_id, tags = str(run.info.run_id), run.data.tags
             client.update_run(run_id, status="RUNNING")
         else:
-            run = client.create_run(experiment, run_name=f"{name}-{build_key[:8]}", tags={BUILD: build_key})
-            run_id, tags = str(run.info.run_id), {}
+            made = client.create_run(_experiment(name), run_name=f"{name}-{build_key[:8]}", tags={BUILD: build_key})
+            run_id, tags = str(made.info.run_id), {}
         if DESCRIBED not in tags:  # a killed build may have got no further than the run's id
             for params in _batches([Param(key, str(value)[:PARAM_LENGTH]) for key, value in _flat(config)], BATCH):
                 client.log_batch(run_id, params=params)
@@ -98,7 +145,7 @@ def log_artifact(run_id: str, artifact: Artifact) -> None:
     One that the run has already is left alone.
     """
     stage = artifact.stage
-    mark = f"tunegate.{stage}.digest"
+    mark = _mark(stage)
     details = [(key, value) for key, value in _flat(artifact.detail) if value is not None]
     tags = [
         RunTag(f"tunegate.{stage}.{_safe(key)}"[:KEY_LENGTH], value[:TAG_LENGTH])
@@ -131,7 +178,7 @@ def record_build(run_id: str, build: Build) -> None:
     tags = {
         VERDICT: build.verdict.outcome if build.verdict else "none",
         UNIT_DIGEST: build.unit.digest,
-        "mlflow.note.content": card,
+        NOTE: card,
     }
     with TemporaryDirectory() as folder:
         _write_pages(build, card, Path(folder))

@@ -1,7 +1,8 @@
 """The weights of a registered version: in the MLflow run's artifact folder, checked against what was judged.
 
-MLflow refuses a version whose local source lies elsewhere, so a local folder gets hard links to the
-store's files; a remote one gets an upload, and a machine that serves from it downloads once.
+They lie under their own digest, so that no other weights ever take their place. MLflow refuses a version whose
+local source lies elsewhere, so a local folder gets hard links to the store's files; a remote one gets an upload,
+and a machine that serves from it downloads once.
 """
 
 from __future__ import annotations
@@ -16,55 +17,73 @@ from pipeline.digests import digest_folder
 from pipeline.errors import RegistryError
 from pipeline.registry_client import artifact_uri, asking, local_folder
 
-MODEL = "model"
+UNNAMED = "model"  # the one place in a run, before weights lay under their digest
 
 
 def put(run_id: str, build: Build) -> tuple[str, str]:
-    """Hard-link (or upload) the judged folder into the run; returns its URI and its digest.
+    """Hard-link (or upload) the judged folder into the run; returns its place there and its digest.
 
-    Raises RegistryError when the folder is no longer what was judged.
+    What lies there already as it was judged stays. Raises RegistryError when the folder is no longer what was judged.
     """
     judged = build.artifacts["quantize" if "quantize" in build.artifacts else "merge"].digest
-    uri = artifact_uri(run_id)
-    local = local_folder(uri)
+    place = f"models/{judged}"
+    local = local_folder(artifact_uri(run_id))
     if local:
-        _link(build.model_path, local / MODEL)
-    if digest_folder(local / MODEL if local else build.model_path) != judged:
-        if local:
-            shutil.rmtree(local / MODEL)
-        raise RegistryError(
-            "the model folder changed since it was judged",
-            file=str(build.model_path),
-            remedy=f"delete {build.model_path.parent}, then tunegate run CONFIG",
-        )
-    if not local:
+        _link(build.model_path, local / place, judged)
+    else:
+        _must_be_as_judged(build.model_path, build.model_path, judged)
         with asking() as client:
-            client.log_artifacts(run_id, str(build.model_path), MODEL)
-    return f"{uri}/{MODEL}", judged
+            client.log_artifacts(run_id, str(build.model_path), place)
+    return place, judged
 
 
-def fetch(run_id: str, model_digest: str, label: str) -> Path:
-    """The run's model folder on this machine; `label` names the version in errors.
+def fetch(run_id: str, place: str, model_digest: str, label: str) -> Path:
+    """The version's model folder on this machine, which lies at `place` in the run; `label` names the version in errors.
 
     Raises RegistryError when it is gone, or when what was downloaded hasn't the digest.
     """
     local = local_folder(artifact_uri(run_id))
     if local is None:
-        return _downloaded(run_id, model_digest, label)
-    if not (local / MODEL).is_dir():
+        return _downloaded(run_id, place, model_digest, label)
+    if not (local / place).is_dir():
         raise RegistryError(
             f"the weights of {label} are not on this machine",
-            file=str(local / MODEL),
+            file=str(local / place),
             remedy="restore them, or use the machine that built them",
         )
-    return local / MODEL
+    return local / place
 
 
-def _link(source: Path, target: Path) -> None:
-    """Put hard links to the files of `source` into `target`, in one step; copies on another file system."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+def _link(source: Path, target: Path, judged: str) -> None:
+    """Put hard links to the files of `source` into `target`, checked and in one step; copies on another file system."""
+    with store.lock(f"release/{judged}"):
+        if target.is_dir() and digest_folder(target) == judged:
+            return
+        beside, damaged = (target.with_name(f".{target.name}.{what}") for what in ("partial", "damaged"))
+        for left in (beside, damaged):
+            shutil.rmtree(left, ignore_errors=True)
+        _copy(source, beside)
+        try:
+            _must_be_as_judged(beside, source, judged)
+        except RegistryError:
+            shutil.rmtree(beside)
+            raise
+        if target.exists():
+            target.rename(damaged)
+        beside.rename(target)
+        shutil.rmtree(damaged, ignore_errors=True)
 
+
+def _must_be_as_judged(copy: Path, source: Path, judged: str) -> None:
+    if digest_folder(copy) != judged:
+        raise RegistryError(
+            "the model folder changed since it was judged",
+            file=str(source),
+            remedy=f"delete {source.parent}, then tunegate run CONFIG",
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
     def link(one: str, other: str) -> str:
         try:
             os.link(one, other)
@@ -72,13 +91,10 @@ def _link(source: Path, target: Path) -> None:
             shutil.copy2(one, other)
         return other
 
-    shutil.copytree(source, beside, copy_function=link)
-    if target.exists():
-        shutil.rmtree(target)
-    beside.rename(target)
+    shutil.copytree(source, target, copy_function=link)
 
 
-def _downloaded(run_id: str, model_digest: str, label: str) -> Path:
+def _downloaded(run_id: str, place: str, model_digest: str, label: str) -> Path:
     target = store.home() / "work" / "releases" / model_digest
     with store.lock(f"release/{model_digest}"):
         if target.is_dir():
@@ -87,7 +103,7 @@ def _downloaded(run_id: str, model_digest: str, label: str) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         with asking() as client:
-            found = Path(client.download_artifacts(run_id, MODEL, str(beside)))
+            found = Path(client.download_artifacts(run_id, place, str(beside)))
         digest = digest_folder(found)
         if digest != model_digest:
             raise RegistryError(

@@ -157,6 +157,14 @@ def test_the_merge_depends_on_the_rows_that_it_is_chosen_by():
     assert "data.sequence_len" in merge.sections
 
 
+def test_a_plan_tells_what_of_the_model_is_made():
+    """By stage, with the digest, or None for what is still to do; the ledger makes no model."""
+    first, *others = plan.all_steps(config())
+    steps = (plan.PlannedStep(first, "k", {"digest": "d"}), *(plan.PlannedStep(step, None, None) for step in others))
+    made = plan.Plan("tickets", "key", steps, None).digests
+    assert made == {"base": "d", "prepare": None, "finetune": None, "merge": None, "quantize": None}
+
+
 def test_the_plan_lists_the_ledger_after_the_gate():
     """In the order in which a build does it."""
     steps = [plan.PlannedStep(step, None, None) for step in plan.all_steps(config())]

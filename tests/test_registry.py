@@ -14,11 +14,14 @@ import httpx
 import pytest
 from loopback import answers, free_port, wait_for
 from registered import HARD, a_build, new_home, opened, registered
+from released import ENVIRONMENT, a_model, write_weights
 from sample_build import sample_build
 
 from flows.curves import Curves
-from pipeline import registry, registry_client, registry_runs, registry_weights
+from pipeline import registry, registry_client, registry_runs, registry_weights, serving
 from pipeline.artifacts import Artifact
+from pipeline.config import Config
+from pipeline.digests import digest_folder
 from pipeline.errors import RegistryError, ReviewError
 from pipeline.registry_client import artifact_uri, asking, local_folder
 from pipeline.registry_runs import Point
@@ -200,7 +203,132 @@ def test_weights_that_changed_since_are_not_registered(home, tmp_path):
     with pytest.raises(RegistryError, match="changed since it was judged"):
         registry.register(run_id, build)
     assert registry.versions(NAME) == []
-    assert not (local_folder(artifact_uri(run_id)) / "model").exists()
+    assert list((local_folder(artifact_uri(run_id)) / "models").iterdir()) == []
+
+
+def another_unit(build, folder, weights):
+    """The same build's key, made where the store was empty: its weights came out otherwise."""
+    write_weights(folder, weights)
+    config = Config.model_validate(build.config)
+    unit = serving.served_unit(folder, config.serve, config.name, ENVIRONMENT)
+    quantized = build.artifacts["quantize"].model_copy(update={"digest": digest_folder(folder)})
+    return build.model_copy(
+        update={
+            "unit": unit,
+            "model_path": folder,
+            "artifacts": {**build.artifacts, "quantize": quantized},
+            "verdict": build.verdict.model_copy(update={"unit_digest": unit.digest}),
+        }
+    )
+
+
+def test_weights_of_another_unit_take_nobodys_place(home, tmp_path):
+    """A second unit registered from the same run leaves the approved version's files as they are."""
+    build = a_build(tmp_path)
+    registered(build)
+    registry.decide(NAME, "1", "approved", "tests", "")
+    other = another_unit(build, a_model(tmp_path / "elsewhere" / "payload"), "other weights")
+    assert registry.register(opened(build), other) == "2"
+    for number, made in (("1", build), ("2", other)):
+        version = registry.version(NAME, number)
+        assert digest_folder(registry.model_path(version)) == version.model_digest
+        assert version.model_digest == made.artifacts["quantize"].digest
+    assert registry.release(NAME, "1").unit == build.unit
+
+
+def test_a_changed_store_leaves_registered_weights_alone(home, tmp_path):
+    """Whether the refused weights are another version's or this one's: what is served stays."""
+    build = a_build(tmp_path)
+    registered(build)
+    served = registry.model_path(registry.version(NAME, "1"))
+    weights = build.model_path / "model.safetensors"
+    judged = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(judged + b"x")
+    unit = build.unit.model_copy(update={"vllm_version": "9"})
+    verdict = build.verdict.model_copy(update={"unit_digest": unit.digest})
+    run_id = opened(build)
+    assert registry.register(run_id, build.model_copy(update={"unit": unit, "verdict": verdict})) == "2"
+    with pytest.raises(RegistryError, match="changed since it was judged"):
+        registry.register(run_id, another_unit(build, build.model_path, "judged").model_copy(
+            update={"model_path": a_model(tmp_path / "elsewhere" / "payload")}
+        ))  # fmt: skip
+    assert (served / "model.safetensors").read_bytes() == judged
+    assert [folder for folder in served.parent.iterdir() if folder != served] == []
+
+
+def test_damaged_weights_are_put_right(home, tmp_path):
+    """A folder that isn't what its name says gives way to the judged files, in one step."""
+    build = a_build(tmp_path)
+    run_id = opened(build)
+    place, digest = registry_weights.put(run_id, build)
+    folder = local_folder(artifact_uri(run_id)) / place
+    (folder / "config.json").unlink()
+    assert registry_weights.put(run_id, build) == (place, digest)
+    assert digest_folder(folder) == digest
+    assert [beside.name for beside in folder.parent.iterdir()] == [digest]
+
+
+def test_versions_from_before_keep_their_weights_place(home, tmp_path):
+    """A version without the tag of its place has its weights under `model`; a new unit of its run lies beside them."""
+    build = a_build(tmp_path)
+    registered(build)
+    found = registry.version(NAME, "1")
+    before = registry.model_path(found).rename(local_folder(artifact_uri(found.run_id)) / "model")
+    with asking() as client:
+        client.delete_model_version_tag(NAME, "1", registry.PLACE)
+    other = another_unit(build, a_model(tmp_path / "elsewhere" / "payload"), "other weights")
+    registry.register(opened(build), other)
+    assert registry.model_path(registry.version(NAME, "1")) == before
+    assert digest_folder(before) == found.model_digest
+
+
+MADE = {"merge": "1" * 64, "quantize": "2" * 64}
+
+
+def recorded(key, made, unit):
+    """A build's run of that unit, with the marks of its artefacts, and as it ended."""
+    run_id = registry_runs.open_run(NAME, key, {"seed": 42}, made)
+    own = registry_runs.run_of_unit(run_id, NAME, key, {"seed": 42}, unit)
+    with asking() as client:
+        for stage, digest in made.items():
+            client.set_tag(own, f"tunegate.{stage}.digest", digest)
+    registry_runs.close_run(own, "FINISHED")
+    return own
+
+
+def test_each_unit_of_a_build_has_its_run(home):
+    """The same artefacts served otherwise, or others under the same key, are recorded apart; each is found again."""
+    key, other = "a" * 32, MADE | {"quantize": "3" * 64}
+    first = recorded(key, MADE, "unit 1")
+    runs = [first, recorded(key, MADE, "unit 2"), recorded(key, other, "unit 3")]
+    assert len(set(runs)) == 3
+    assert [recorded(key, made, f"unit {n}") for n, made in ((1, MADE), (2, MADE), (3, other))] == runs
+    assert [run_of(run_id).data.tags[registry_runs.UNIT_DIGEST] for run_id in runs] == ["unit 1", "unit 2", "unit 3"]
+    assert {run_of(run_id).data.params["seed"] for run_id in runs} == {"42"}
+    assert {run_of(run_id).info.status for run_id in runs} == {"FINISHED"}
+
+
+def test_what_is_made_anew_starts_a_run_and_goes_on_in_it(home):
+    """A unit's run isn't written over by a build that may come out otherwise; killed, that build finds its own again."""
+    key, nothing = "b" * 32, dict.fromkeys(MADE)
+    first = recorded(key, MADE, "unit 1")
+    again = registry_runs.open_run(NAME, key, {"seed": 42}, nothing)
+    assert again != first
+    assert registry_runs.open_run(NAME, key, {"seed": 42}, nothing) == again
+    assert registry_runs.run_of_unit(again, NAME, key, {"seed": 42}, "unit 2") == again
+    assert run_of(first).info.status == "FINISHED"
+
+
+def test_a_unit_that_came_out_the_same_goes_on_in_its_run(home):
+    """The same bytes made again are the same version's; the run that was opened for them says where they are."""
+    key = "c" * 32
+    first = recorded(key, MADE, "unit 1")
+    again = registry_runs.open_run(NAME, key, {"seed": 42}, dict.fromkeys(MADE))
+    assert registry_runs.run_of_unit(again, NAME, key, {"seed": 42}, "unit 1") == first
+    assert (run_of(first).info.status, run_of(again).info.status) == ("RUNNING", "FINISHED")
+    assert first in run_of(again).data.tags["mlflow.note.content"]
+    assert registry_runs.open_run(NAME, key, {"seed": 42}, MADE) == first
 
 
 def test_an_approval_names_the_digest(home, tmp_path):
@@ -272,6 +400,17 @@ def test_what_no_longer_passes_is_not_approved(home, tmp_path):
         registry.decide(NAME, "1", "approved", "tests", "")
 
 
+def test_what_passes_again_can_be_approved(home, tmp_path):
+    """After a pass, another outcome and a pass, the newest counts."""
+    build = a_build(tmp_path)
+    registered(build)
+    run_id = registry.versions(NAME)[0].run_id
+    registry.note_verdict(run_id, build.model_copy(update={"verdict": a_build(tmp_path, 2, policy=HARD).verdict}))
+    assert registry.version(NAME, "1").verdict == "fail"
+    assert registry.register(run_id, build) == "1"
+    assert registry.decide(NAME, "1", "approved", "tests", "").decision == "approved"
+
+
 def test_an_approval_is_void_when_the_unit_changes(home, tmp_path):
     """An approval of one digest releases no other."""
     build = a_build(tmp_path)
@@ -296,6 +435,25 @@ def test_there_is_one_champion_at_most(home, tmp_path):
     registry.decide(NAME, "2", "rejected", "tests", "seen a bug")
     assert registry.champion(NAME).version == "2"
     assert registry.champion("never-registered") is None
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("undecided", "version 1, which nobody decided on"), ("newer", "version 1, whose tags can't be read")],
+)
+def test_a_champion_that_is_none_is_not_passed_over(home, tmp_path, how, said):
+    """An alias set by hand, or a newer tunegate's tags: the gate must not take it for no champion at all."""
+    build = a_build(tmp_path)
+    registered(build)
+    if how == "newer":
+        registry.decide(NAME, "1", "approved", "tests", "")
+        with asking() as client:
+            newer = {**json.loads(build.unit.model_dump_json()), "a_new_field": 1}
+            client.set_model_version_tag(NAME, "1", registry.UNIT, json.dumps(newer))
+    registry.set_champion(NAME, "1")
+    with pytest.raises(RegistryError, match=said) as refused:
+        registry.champion(NAME)
+    assert "tunegate promote tickets --version N" in refused.value.problems[0].remedy
 
 
 def test_a_version_that_can_not_be_read_is_left_out(home, tmp_path, caplog):
@@ -457,7 +615,7 @@ def test_the_whole_way_through_a_server(server, tmp_path, home):
     (release.model_path).rename(tmp_path / "broken")
     with asking() as client:
         (tmp_path / "config.json").write_text("{}")
-        client.log_artifact(found.run_id, str(tmp_path / "config.json"), "model")
+        client.log_artifact(found.run_id, str(tmp_path / "config.json"), found.place)
     with pytest.raises(RegistryError, match="has the digest"):
         registry.release(NAME)
 

@@ -358,7 +358,7 @@ def test_only_an_approved_version_is_promoted_and_answers(house: House) -> None:
 def test_what_serves_is_byte_for_byte_what_was_judged(house: House) -> None:
     """The folder in MLflow's store has the digest that the evaluation, the approval and the deployment name."""
     made = build_of(house)
-    (served,) = (house.folder / "mlruns" / "artifacts").glob("tiny/*/artifacts/model")
+    (served,) = (house.folder / "mlruns" / "artifacts").glob("tiny/*/artifacts/models/*")
     assert digest_folder(served) == made.artifacts["quantize"].digest
     assert made.evaluations["candidate"].unit_digest == made.unit.digest
 
@@ -366,7 +366,7 @@ def test_what_serves_is_byte_for_byte_what_was_judged(house: House) -> None:
 def test_a_promoted_release_that_changed_on_disk_is_not_served_again(house: House) -> None:
     """One byte more in the weights' folder voids the approval."""
     house.tunegate("down")
-    (served,) = (house.folder / "mlruns" / "artifacts").glob("tiny/*/artifacts/model")
+    (served,) = (house.folder / "mlruns" / "artifacts").glob("tiny/*/artifacts/models/*")
     template = served / "tokenizer_config.json"
     original = template.read_bytes()
     template.unlink()
