@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from prefect import task
@@ -228,8 +229,11 @@ def _evaluate(
             store.finish("evaluate", key, partial, parents=parents, made_by=made_by, detail=detail)
     found = store.find("evaluate", key)
     assert found is not None  # noqa: S101 - finished above
-    show({"event": "stage", "stage": "evaluate", "state": system.role})
-    return Evaluation.model_validate_json((found.payload / "report.json").read_text(encoding="utf-8"))
+    report = Evaluation.model_validate_json((found.payload / "report.json").read_text(encoding="utf-8"))
+    scores = ", ".join(f"{name} {score.value:.3f}" for name, score in report.metrics.items())
+    show({"event": "stage", "stage": "evaluate", "state": system.role, "seconds": report.seconds})
+    show({"event": "message", "text": f"{system.role}: {scores} of {len(report.items)} items, {report.errors} failed"})
+    return report
 
 
 def _loadtest(
@@ -253,8 +257,13 @@ def _loadtest(
             settings |= {"image": system.unit.runtime_digest, "container": system.config["serve"]["container"]}
         request = program.Request(settings, stages.inputs_json(artifacts, ("prepare",)), folder)
         stages.run_program(module, environment, system.config, request, show)
+    report = LoadTest.model_validate_json(file.read_text(encoding="utf-8"))
     show({"event": "stage", "stage": "loadtest", "state": system.role})
-    return LoadTest.model_validate_json(file.read_text(encoding="utf-8"))
+    for level in report.levels:
+        speed = fmean(level.metrics["output_throughput"])
+        text = f"{system.role}: {speed:.0f} output tokens/s by {level.max_concurrency} at once, {level.failed} failed"
+        show({"event": "message", "text": text})
+    return report
 
 
 def _where(config: Mapping[str, Any], system: System, server: Server) -> dict[str, Any]:
