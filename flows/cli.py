@@ -143,6 +143,7 @@ def _serving_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "--candidate", action="store_true", help="start the version that waits for review, for this chat only"
     )
     chat.add_argument("--message", "-m", help="one message instead of a conversation")
+    chat.add_argument("--system", "-s", help="the system prompt in front, such as the one that the training rows have")
 
 
 def _house_commands(commands: Commands[argparse.ArgumentParser]) -> None:

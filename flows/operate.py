@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -18,7 +18,7 @@ from flows import progress, stages
 from flows import promote as promotion
 from flows.review import one_name, waiting
 from pipeline import deployment, deployment_steps, loopback, registry, serving, store
-from pipeline.errors import Problem, ReviewError, ServingError
+from pipeline.errors import Problem, RegistryError, ReviewError, ServingError
 
 
 def promote(options: argparse.Namespace) -> int:
@@ -80,9 +80,19 @@ def status(options: argparse.Namespace) -> int:
 
 
 def _print_status(name: str) -> int:
-    for line in deployment.status(name).lines():
+    found = deployment.status(name)
+    for line in (*found.lines(), *_rejected(name, found.version)):
         print(line)
     return 0
+
+
+def _rejected(name: str, number: str | None) -> Iterator[str]:
+    """That what serves was rejected since, as far as MLflow can be asked."""
+    with suppress(RegistryError):
+        made = next((version.approval for version in registry.versions(name) if version.version == number), None)
+        if made and made.decision == "rejected":
+            why = f": {made.reason}" if made.reason else ""
+            yield f"  rejected  by {made.reviewer}{why}; promote another version, or tunegate down"
 
 
 def logs(options: argparse.Namespace) -> int:
@@ -124,7 +134,7 @@ def chat(options: argparse.Namespace) -> int:
     """Talk to what serves, through the proxy, or to a candidate started for this chat alone."""
     name = one_name(options.name)
     with _chat_server(name, candidate=options.candidate) as (url, headers, model):
-        messages: list[dict[str, str]] = []
+        messages = [{"role": "system", "content": options.system}] if options.system else []
         for text in [options.message] if options.message else _typed():
             messages.append({"role": "user", "content": text})
             answer = _stream(url, headers, {"model": model, "messages": messages, "stream": True, "temperature": 0})
@@ -140,7 +150,8 @@ def _chat_server(name: str, *, candidate: bool) -> Iterator[tuple[str, dict[str,
             raise ServingError(
                 "nothing serves", key=name, remedy=f"tunegate promote {name}, or tunegate chat {name} --candidate"
             )
-        config = registry.config_of(registry.release(name, live.version).run_id)
+        assert live.version is not None  # noqa: S101 - something serves
+        config = registry.config_of(registry.version(name, live.version).run_id)
         key = os.environ.get(config.promote.api_key_env)
         yield live.url, {"Authorization": f"Bearer {key}"} if key else {}, config.serve.served_model_name or name
         return

@@ -7,7 +7,7 @@ import shlex
 from typing import Literal
 
 from flows import tables
-from pipeline import deployment_state, registry, store
+from pipeline import deployment, deployment_state, registry, store
 from pipeline.errors import ReviewError
 from pipeline.registry import Version
 
@@ -69,7 +69,8 @@ def _decide(options: argparse.Namespace, decision: Literal["approved", "rejected
     if decision == "approved" and not serves:
         print(f"next: {shlex.join(['tunegate', 'promote', name, '--version', target])}")
     if decision == "rejected" and serves:
-        print(f"v{target} serves until you change that; next: tunegate rollback {name}, or tunegate down")
+        back = f"tunegate rollback {name}, or " if deployment.previous(name) else ""
+        print(f"v{target} serves until you change that; next: {back}tunegate down")
     return 0
 
 

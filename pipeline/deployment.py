@@ -91,8 +91,9 @@ def is_settled(promotion: Promotion) -> bool:
 def loss(name: str, config: Config) -> str | None:
     """Why a promotion with this config would drop requests, although promotions don't; None where it drops none.
 
-    Raises ConfigError when the proxy needs a key that isn't set.
+    Raises ConfigError when the proxy needs a key that isn't set, RoutingError when it couldn't listen at its port.
     """
+    routing.preflight(config.promote, state.proxy_folder(name))
     return routing.loss(config.promote, state.proxy_folder(name))
 
 

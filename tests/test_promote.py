@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 from loopback import HTTP, chat, said, wait_for
@@ -15,10 +17,19 @@ from released import ENVIRONMENT, Aliases, a_config, a_model, a_release, servers
 
 from flows import operate, promote
 from pipeline import deployment, deployment_steps, registry, routing
-from pipeline.errors import RegistryError, ReviewError, ServingError
+from pipeline.errors import RegistryError, ReviewError, RoutingError, ServingError
 
 NAME = "tickets"
 STEPS = ["verify", "start", "canary", "switch", "drain", "alias"]
+
+
+def raising(error):
+    """A function that only raises."""
+
+    def call(*_args, **_kwargs):
+        raise error
+
+    return call
 
 
 class World:
@@ -145,6 +156,39 @@ def test_an_alias_that_fails_for_a_moment_is_tried_again(world, prefect, prefect
     assert tries == ["1"] * 3
     assert world.aliases.moves == ["1"]
     newest_flow_run(prefect_server, {**dict.fromkeys(STEPS, 1), "alias": 3})
+
+
+def test_what_was_rejected_since_is_shown_as_such_and_can_be_talked_to(world, monkeypatch, capsys):
+    """It serves on: status says by whom and why it was rejected, and a chat reaches it, with a system prompt."""
+    release = world.release("1")
+    world.run(release)
+    rejected = release.approval.model_copy(update={"decision": "rejected", "reason": "it leaks addresses"})
+    version = SimpleNamespace(version="1", approval=rejected, run_id="r")
+    monkeypatch.setattr(registry, "versions", lambda _name: [version])
+    monkeypatch.setattr(registry, "version", lambda _name, _number: version)
+    monkeypatch.setattr(registry, "config_of", lambda _run: world.config)
+    operate._print_status(NAME)
+    assert "rejected  by tests: it leaks addresses" in capsys.readouterr().out
+    asked = argparse.Namespace(name=NAME, candidate=False, message="hello", system="Be brief.")
+    operate.chat(asked)
+    assert "version 1" in capsys.readouterr().out
+    monkeypatch.setattr(registry, "versions", raising(RegistryError("away")))
+    operate._print_status(NAME)
+    assert "v1 is live" in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_of_a_port_that_is_taken(world, monkeypatch):
+    """Before anything starts."""
+    release = world.release("1")
+    monkeypatch.setattr(registry, "release", lambda _name, _version: release)
+    monkeypatch.setattr(registry, "config_of", lambda _run: world.config)
+    monkeypatch.setattr(operate, "one_name", lambda name: name)
+    monkeypatch.setattr(operate.stages, "serve_environment", lambda _config: ENVIRONMENT)
+    with (
+        socket.create_server(("127.0.0.1", world.config.promote.port)),
+        pytest.raises(RoutingError, match="something else"),
+    ):
+        operate.promote(argparse.Namespace(name=NAME, version=None, dry_run=True))
 
 
 def test_a_dry_run_says_whether_requests_would_be_lost(world, monkeypatch, capsys):
