@@ -266,24 +266,34 @@ def _drain_server(placement: Placement, promotion: Promotion) -> None:
     server = placement.server
     if server is None:
         return
-    until = time.monotonic() + promotion.config.promote.drain_timeout
-    quiet_since = time.monotonic()
-    while serving.is_alive(server) and time.monotonic() < until and time.monotonic() - quiet_since < SETTLE_S:
-        if _in_flight(server):
-            quiet_since = time.monotonic()
-        time.sleep(0.05)
-    left = _in_flight(server)
-    if left:
-        text = f"{left} requests still in flight after {promotion.config.promote.drain_timeout} s"
+    began = time.monotonic()
+    left = _left_after(server, promotion.config.promote.drain_timeout)
+    if left != 0:
+        what = "it doesn't tell what is in flight" if left is None else f"{left} requests still in flight"
+        text = f"the old server is stopped: {what} after {time.monotonic() - began:.0f} s"
         promotion.on_event({"event": "message", "text": text})
     serving.stop(server, placement.settings().serve.shutdown_timeout)
 
 
-def _in_flight(server: Server) -> int:
+def _left_after(server: Server, timeout_s: float) -> int | None:
+    """What is in flight once it was quiet for a while, which is 0, or at the timeout; None when it doesn't tell."""
+    began = quiet_since = time.monotonic()
+    while serving.is_alive(server):
+        asked, left = time.monotonic(), _in_flight(server)
+        if left != 0:
+            quiet_since = time.monotonic()
+        if asked - quiet_since >= SETTLE_S or asked - began >= timeout_s:
+            return left
+        time.sleep(0.05)
+    return 0
+
+
+def _in_flight(server: Server) -> int | None:
+    """Requests that it has; none once nothing runs, and None of one that runs and doesn't tell, frozen or overloaded."""
     try:
         return serving.in_flight(server)
-    except ServingError:  # a server that doesn't tell has none that could finish
-        return 0
+    except ServingError:
+        return None if serving.is_running(server) else 0
 
 
 def _completion(http: httpx.Client, server: Server, question: str) -> bool:

@@ -135,6 +135,11 @@ def is_alive(server: Server) -> bool:
     return serving_process.is_alive(server)
 
 
+def is_running(server: Server) -> bool:
+    """Whether vLLM itself runs now; one that is dead, or waits to be started again, has no request to finish."""
+    return _look(server).state in ("starting", "running")
+
+
 def refresh_log(server: Server) -> None:
     """Bring `server.log` up to date; a process writes it itself, a container's is fetched from the engine."""
     if server.runtime == "docker":
@@ -148,8 +153,7 @@ def in_flight(server: Server) -> int:
 
 def condition(server: Server) -> Condition:
     """How the server is now, asked of the system and of the server itself; never raises for a dead one."""
-    look = serving_docker.condition if server.runtime == "docker" else serving_process.condition
-    found = look(server)
+    found = _look(server)
     if found.state == "dead" or not serving_server.is_healthy(server.url):
         return found
     try:
@@ -157,6 +161,11 @@ def condition(server: Server) -> Condition:
     except ServingError:
         busy = None
     return found.model_copy(update={"healthy": True, "in_flight": busy})
+
+
+def _look(server: Server) -> Condition:
+    """How the server is, as the system knows it."""
+    return serving_docker.condition(server) if server.runtime == "docker" else serving_process.condition(server)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from pipeline.errors import ServingError
 
 BUSY = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
+METRICS_TIMEOUT_S = 5.0
+
 
 class Server(Record):
     """A model server that was started: enough to find, ask and stop it from another process.
@@ -86,7 +88,7 @@ def complete(url: str, model: str, timeout_s: float) -> str:
 def in_flight(url: str) -> int:
     """Requests that the server is working on or has waiting, by its own metrics; raises ServingError."""
     try:
-        with loopback.client(url, 5) as http:
+        with loopback.client(url, METRICS_TIMEOUT_S) as http:
             response = http.get("/metrics")
         response.raise_for_status()
     except httpx.HTTPError as error:

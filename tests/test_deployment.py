@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -27,7 +28,7 @@ from released import (
     write_weights,
 )
 
-from pipeline import deployment, deployment_steps, routing, serving, store
+from pipeline import deployment, deployment_steps, routing, serving, serving_server, store
 from pipeline import deployment_state as state
 from pipeline.deployment_steps import Promotion
 from pipeline.errors import Busy, ReviewError, RoutingError, ServingError
@@ -432,6 +433,71 @@ def test_draining_waits_for_what_is_in_flight(world):
     assert (text, ended) == (" ".join(["old"] * 100), True)
 
 
+def asked_of_the_old(monkeypatch, before, after_silence=lambda: None):
+    """What the old server tells while it drains, None where it doesn't; `before` is called ahead of the first question."""
+    old, told, really = state.read(NAME).live.server, [], serving.in_flight
+
+    def ask(server):
+        if server != old:
+            return really(server)
+        if not told:
+            before()
+        try:
+            told.append(really(server))
+        except ServingError:
+            told.append(None)
+            after_silence()
+            raise
+        return told[-1]
+
+    monkeypatch.setattr(serving, "in_flight", ask)
+    return told
+
+
+def said_of_the_old(world):
+    """What a person reads of the old server's end."""
+    texts = [str(event.get("text", "")) for event in world.events]
+    return [text for text in texts if "old server" in text]
+
+
+def test_a_server_that_is_silent_for_a_while_is_not_drained(world, monkeypatch):
+    """Frozen over one question, by swap or by load: its stream goes on to its end, and nobody is told of a timeout."""
+    world.config = a_config(promote={"drain_timeout": 120}, serve={"shutdown_timeout": 1})
+    words = " ".join(["old"] * 150)
+    world.promote("1", hello=words, token_delay=0.05)
+    old, pid = state.read(NAME).live.server, deployment.status(NAME).pid
+    monkeypatch.setattr(serving_server, "METRICS_TIMEOUT_S", 1.0)
+    told = asked_of_the_old(
+        monkeypatch, lambda: os.kill(pid, signal.SIGSTOP), after_silence=lambda: os.kill(pid, signal.SIGCONT)
+    )
+    with ThreadPoolExecutor(1) as pool:
+        stream = under_way(pool, lambda: stream_chat(world.url), lambda: running(old.url) == 1)
+        world.promote("2")
+        text, _, ended = stream.result()
+    assert (text, ended) == (words, True)
+    assert (told[0], told[-1]) == (None, 0)
+    assert said_of_the_old(world) == []
+
+
+def test_a_server_that_dies_while_it_drains_is_drained(world, monkeypatch):
+    """It has nothing left that could finish, so nobody waits for it, nor for its restart."""
+    world.config = a_config(promote={"drain_timeout": 3600})
+    world.promote("1", hello=" ".join(["old"] * 2000), token_delay=0.05)
+    old, pid = state.read(NAME).live.server, deployment.status(NAME).pid
+
+    def kill():
+        for process in (old.pid, pid):
+            os.kill(process, signal.SIGKILL)
+
+    told = asked_of_the_old(monkeypatch, kill)
+    with ThreadPoolExecutor(1) as pool:
+        stream = under_way(pool, lambda: stream_chat(world.url), lambda: running(old.url) == 1)
+        assert world.promote("2") == STEPS
+        stream.exception()
+    assert set(told) == {None}
+    assert said_of_the_old(world) == []
+
+
 def test_draining_ends_at_its_timeout(world):
     """A request that takes for ever doesn't hold the promotion: it is told of, and the old server ends."""
     world.config = a_config(promote={"drain_timeout": 1}, serve={"shutdown_timeout": 1})
@@ -441,8 +507,30 @@ def test_draining_ends_at_its_timeout(world):
         stream = under_way(pool, lambda: stream_chat(world.url), lambda: running(old.url) == 1)
         world.promote("2")
         assert not serving.is_alive(old)
-        assert "still in flight" in " ".join(str(event.get("text", "")) for event in world.events)
+        (said,) = said_of_the_old(world)
+        assert "1 requests still in flight after" in said
         stream.exception()
+
+
+def test_a_server_that_stays_silent_is_stopped_at_the_timeout(world, monkeypatch):
+    """What is in flight on it isn't known, and that is what is said, after as long as was really waited."""
+    world.config = a_config(promote={"drain_timeout": 2})
+    world.promote("1")
+    old = state.read(NAME).live.server
+
+    def silent(server):
+        if server == old:
+            raise ServingError("the server's metrics can't be read")
+        return 0
+
+    monkeypatch.setattr(serving, "in_flight", silent)
+    began = time.monotonic()
+    world.promote("2")
+    waited = time.monotonic() - began
+    assert not serving.is_alive(old)
+    (said,) = said_of_the_old(world)
+    found = re.search(r"doesn't tell what is in flight after (\d+) s", said)
+    assert 2 <= int(found[1]) <= waited
 
 
 def test_an_alias_that_cannot_move_is_moved_by_the_next_command(world):
