@@ -8,8 +8,8 @@ that nobody is to keep, or that isn't ready yet, ends when the process that aske
 The server runs in FOLDER and is given the model as `model`, a link there to its folder: vLLM's key of what it
 compiled holds the path that it is told, and so it is one path for evaluation and promotion.
 
-SIGTERM passes to the server, which finishes its requests in flight. Limits: Linux; the log grows until the
-next start.
+SIGTERM passes to the server, which finishes its requests in flight. What can't be noted, the disk being full, is told on
+standard error and noted later; the server is watched all the same. Limits: Linux; the log grows until the next start.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class Supervisor:
         self.owner = processes.Process(*self.spec.owner)
         self.state = State(supervisor=os.getpid())
         self._stop = threading.Event()
+        self._is_noted = True  # whether state.json holds the state
 
     def run(self) -> None:
         """Start, watch, start again, until told to stop, orphaned or out of patience."""
@@ -106,8 +107,7 @@ class Supervisor:
         in_a_row = 0
         while True:
             began = time.monotonic()
-            child = self._start()
-            why = self._watch(child)
+            why = self._live()
             if self._stop.is_set() or not self._is_ready():
                 return self._note("stopped" if self._stop.is_set() else "failed", why)
             in_a_row = 0 if time.monotonic() - began > STEADY_S else in_a_row
@@ -121,6 +121,14 @@ class Supervisor:
             if model_digests((self.folder / MODEL).resolve()) != self.spec.digests:
                 return self._note("failed", f"{why}; not started again: the model folder isn't what was judged")
             self.state.restarts += 1
+
+    def _live(self) -> str:
+        """Start the server and wait for its end; says why it ended."""
+        try:
+            child = self._start()
+        except OSError as error:  # no room for the log, or for another process
+            return f"can't be started: {error}"
+        return self._watch(child)
 
     def _start(self) -> subprocess.Popen[bytes]:
         with Path(self.spec.log).open("ab") as sink:
@@ -137,6 +145,8 @@ class Supervisor:
         """Wait for the server's end, bringing it about when asked, orphaned or deaf; says why it ended."""
         asked, silent, next_check = "", 0, time.monotonic() + HEALTH_EVERY_S
         while (status := child.poll()) is None:
+            if not self._is_noted:
+                self._write()
             if self.state.state == "starting" and self._is_ready():
                 self._note("running")
             if not asked and (self._stop.is_set() or self._is_orphan()):
@@ -186,7 +196,26 @@ class Supervisor:
 
     def _note(self, state: str, why: str = "") -> None:
         self.state.state, self.state.why, self.state.since = state, why, time.time()
-        write_json(self.folder / "state.json", asdict(self.state))
+        self._write()
+
+    def _write(self) -> None:
+        """Leave the state where others read it; a disk that is full is told once, and tried again while the server runs."""
+        try:
+            write_json(self.folder / "state.json", asdict(self.state))
+        except OSError as error:
+            if self._is_noted:
+                words = [self.state.state, self.state.why]
+                self._say(f"state.json can't be written: {error}; not noted: {', '.join(filter(None, words))}")
+            self._is_noted = False
+            return
+        if not self._is_noted:
+            self._say("state.json is written again")
+        self._is_noted = True
+
+    def _say(self, text: str) -> None:
+        """A line in supervisor.log, if it still takes one."""
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n".encode())
 
     def _on_term(self, *_: object) -> None:
         self._stop.set()

@@ -96,3 +96,25 @@ def test_the_note_is_json_that_others_read(tmp_path):
     state = supervise(tmp_path, "pass", ready=False)
     assert json.loads((tmp_path / "state.json").read_text()) == asdict(state)
     assert read_state(tmp_path / "elsewhere").state == "starting"
+
+
+def test_a_state_that_cannot_be_noted_is_tried_again(tmp_path, capfd):
+    """The server is started again meanwhile; it is said once that nothing is noted, and once that it is again."""
+    code = f"""
+import os, pathlib
+here = pathlib.Path({str(tmp_path)!r})
+print("started", flush=True)
+start = (here / "vllm.log").read_text().count("started")
+in_the_way = here / f".state.json.{{os.getppid()}}"
+while start == 1 and not in_the_way.is_dir():
+    try: in_the_way.mkdir()
+    except FileExistsError: pass
+if start == 3:
+    in_the_way.rmdir()
+    while '"restarts": 2' not in (here / "state.json").read_text(): pass
+"""
+    state = supervise(tmp_path, code)
+    assert (state.state, state.restarts, starts(tmp_path)) == ("failed", 2, 3)
+    told = [line for line in capfd.readouterr().err.splitlines() if "state.json" in line]
+    assert [("can't be written" in line, "written again" in line) for line in told] == [(True, False), (False, True)]
+    assert "Is a directory" in told[0]
