@@ -98,7 +98,7 @@ class Supervisor:
         self.owner = processes.Process(*self.spec.owner)
         self.state = State(supervisor=os.getpid())
         self._stop = threading.Event()
-        self._is_noted = True  # whether state.json holds the state
+        self._unnoted = ""  # why state.json doesn't hold the state
 
     def run(self) -> None:
         """Start, watch, start again, until told to stop, orphaned or out of patience."""
@@ -145,7 +145,7 @@ class Supervisor:
         """Wait for the server's end, bringing it about when asked, orphaned or deaf; says why it ended."""
         asked, silent, next_check = "", 0, time.monotonic() + HEALTH_EVERY_S
         while (status := child.poll()) is None:
-            if not self._is_noted:
+            if self._unnoted:
                 self._write()
             if self.state.state == "starting" and self._is_ready():
                 self._note("running")
@@ -203,14 +203,14 @@ class Supervisor:
         try:
             write_json(self.folder / "state.json", asdict(self.state))
         except OSError as error:
-            if self._is_noted:
-                words = [self.state.state, self.state.why]
-                self._say(f"state.json can't be written: {error}; not noted: {', '.join(filter(None, words))}")
-            self._is_noted = False
+            if not self._unnoted:
+                words = ", ".join(filter(None, [self.state.state, self.state.why]))
+                self._say(f"state.json can't be written: {error}; not noted: {words}")
+            self._unnoted = str(error)
             return
-        if not self._is_noted:
-            self._say("state.json is written again")
-        self._is_noted = True
+        if self._unnoted:  # the first line may have found no room either
+            self._say(f"state.json is written again; it was {self._unnoted}")
+        self._unnoted = ""
 
     def _say(self, text: str) -> None:
         """A line in supervisor.log, if it still takes one."""
