@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pipeline import deployment_state as state
-from pipeline import routing, serving, serving_server, store
+from pipeline import routing, serving, store
 from pipeline.config import Config
 from pipeline.deployment_state import Deployment, Placement
 from pipeline.deployment_status import Status
@@ -194,6 +194,7 @@ def _with_server(found: Status, live: Placement, server: Server, proxy: Proxy | 
             "uptime_s": now.uptime_s,
             "restarts": now.restarts,
             "in_flight": now.in_flight,
+            "why": now.why,
         }
     )
 
@@ -220,7 +221,7 @@ def _serves(deployment: Deployment, promotion: Promotion) -> bool:
     until = time.monotonic() + promotion.config.serve.startup_timeout
     told = False
     while serving.is_alive(live.server) and time.monotonic() < until:
-        if serving_server.is_healthy(live.server.url):
+        if serving.condition(live.server).healthy:
             return True
         if not told:
             promotion.on_event({"event": "message", "text": "the server is not answering; waiting for its restart"})

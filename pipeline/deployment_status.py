@@ -15,7 +15,7 @@ class Status(Record):
     `state`: live (clients get answers), restarting (the server's supervisor is bringing it back), down (it
     doesn't come back by itself), stopped (on purpose), none (never promoted). `url` is where clients go,
     None unless the proxy runs; `uptime_s` is of the server's present process; `unfinished` names the steps
-    that the next promote takes.
+    that the next promote takes; `why` says what a server that is down ended of, where that is known.
     """
 
     name: str
@@ -39,10 +39,13 @@ class Status(Record):
     unfinished: tuple[str, ...] = ()
     kept: str | None = None
     previous: tuple[str, ...] = ()
+    why: str = ""
 
     def lines(self) -> list[str]:
         """The status as a person reads it, with the next command where something is amiss."""
         lines = [self._head(), *self._processes()]
+        if self.why:
+            lines.append(f"  ended     {self.why}")
         again = f"tunegate promote {self.name} --version"
         if self.kept:
             lines.append(f"  kept      v{self.kept} still runs, for a quick rollback")

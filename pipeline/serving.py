@@ -2,7 +2,7 @@
 
 The only file, with its serving_* siblings, that knows vLLM and containers. A server is started as a
 ServedUnit says, and only if that is what lies there now: other bytes, packages, flags or hardware are
-refused. Ready means that a real completion came back.
+refused. Ready means that a real completion came back and that all is still as it was before vLLM read it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pipeline import (
@@ -35,6 +36,7 @@ from pipeline.serving_server import Condition, Server
 POLL_S = 0.1
 ENGINE_POLL_S = 1.0  # a container engine is asked for the log each time
 ADDRESS_TRIES = 3
+REMEDY = "restore it, or build and approve anew"
 
 
 def served_unit(model: Path, serve: ServeConfig, name: str, environment: Environment | None) -> ServedUnit:
@@ -87,23 +89,24 @@ def start(
     one is stopped. With `keep` it outlives this process and is started again when it dies, else it ends with
     this process.
 
-    Raises ModelError for an unsafe folder, ServingError when what lies there isn't `unit`, when a GPU has no room
-    for it, or when the server dies (with its log's telling line) or isn't ready within serve.startup_timeout.
+    Raises ModelError for an unsafe folder, ServingError when what lies there isn't `unit`, before or after vLLM read
+    it, when a GPU has no room for it, or when the server dies (with its log's telling line) or isn't ready within serve.startup_timeout.
     """
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    _verify(unit, model.resolve(), serve, name, environment)
+    files = _verify(unit, model.resolve(), serve, name, environment)
+    verify_again = partial(_verify_again, files, unit, model.resolve(), serve, name, environment)
     before = find(folder)
     if before is not None and before.unit_digest == unit.digest and is_alive(before):
-        return _until_ready(before, unit, serve, on_event)
+        return _until_ready(before, unit, serve, on_event, verify_again)
     if before is not None:
         stop(before, 1)
     serving_room.check(unit, model, serving_room.WAIT_S)
     for tries_left in reversed(range(ADDRESS_TRIES)):
-        server = _spawn(unit, model.resolve(), serve, folder, environment, keep=keep)
+        server = _spawn(unit, model.resolve(), files, serve, folder, environment, keep=keep)
         try:
             write_json(folder / "server.json", server.model_dump(mode="json"))
-            return _until_ready(server, unit, serve, on_event)
+            return _until_ready(server, unit, serve, on_event, verify_again)
         except ServingError as error:
             stop(server, 1)
             if not tries_left or "Address already in use" not in str(error):
@@ -152,9 +155,12 @@ def in_flight(server: Server) -> int:
 
 
 def condition(server: Server) -> Condition:
-    """How the server is now, asked of the system and of the server itself; never raises for a dead one."""
+    """How the server is now, asked of the system and of the server itself; never raises for a dead one.
+
+    One that was started again isn't healthy before its supervisor has seen that it serves what was judged.
+    """
     found = _look(server)
-    if found.state == "dead" or not serving_server.is_healthy(server.url):
+    if found.state in ("dead", "restarting") or not serving_server.is_healthy(server.url):
         return found
     try:
         busy: int | None = in_flight(server)
@@ -186,27 +192,56 @@ def running(
         stop(server, 1)
 
 
-def _verify(unit: ServedUnit, folder: Path, serve: ServeConfig, name: str, environment: Environment | None) -> None:
-    """Refuse to serve anything but what was judged."""
+def _verify(
+    unit: ServedUnit, folder: Path, serve: ServeConfig, name: str, environment: Environment | None
+) -> dict[str, str]:
+    """Refuse to serve anything but what was judged; returns the digests of the model's files."""
     check_folder(folder)
-    found = served_unit(folder, serve, name, environment)
+    files = serving_digests.model_files(folder)
+    found = served_unit(folder, serve, name, environment).model_copy(update=serving_digests.by_part(files))
     problems = [
         Problem(
             f"is {getattr(found, field)}",
             key=f"unit.{field}",
             allowed=f"{getattr(unit, field)}, as it was judged",
-            remedy="restore it, or build and approve anew",
+            remedy=REMEDY,
         )
         for field in ServedUnit.model_fields
         if getattr(found, field) != getattr(unit, field)
     ]
     if problems:
         raise ServingError(problems)
+    return files
+
+
+def _verify_again(
+    files: dict[str, str],
+    unit: ServedUnit,
+    folder: Path,
+    serve: ServeConfig,
+    name: str,
+    environment: Environment | None,
+) -> None:
+    """Refuse what changed since it was verified: vLLM may have read other bytes. `files` are those of before."""
+    changed = serving_digests.differences(files, serving_digests.model_files(folder))
+    if changed:
+        raise ServingError(
+            Problem(
+                f"{what} while vLLM loaded the model",
+                file=str(folder / file),
+                key=f"unit.{serving_digests.part_of(file)}",
+                allowed="the bytes that were judged, from before the start until the server is ready",
+                remedy=f"see what writes there, then {REMEDY}",
+            )
+            for file, what in changed.items()
+        )
+    _verify(unit, folder, serve, name, environment)
 
 
 def _spawn(
     unit: ServedUnit,
     folder_of_model: Path,
+    files: dict[str, str],
     serve: ServeConfig,
     folder: Path,
     environment: Environment | None,
@@ -215,11 +250,20 @@ def _spawn(
 ) -> Server:
     if serve.runtime == "docker":
         return serving_docker.spawn(unit, folder_of_model, serve, folder, keep=keep)
-    return serving_process.spawn(unit, folder_of_model, serve, folder, _needed(environment), keep=keep)
+    return serving_process.spawn(unit, folder_of_model, files, serve, folder, _needed(environment), keep=keep)
 
 
-def _until_ready(server: Server, unit: ServedUnit, serve: ServeConfig, on_event: Callable[[Event], None]) -> Server:
-    """Wait for /health, then for a real completion; say what the server is at meanwhile."""
+def _until_ready(
+    server: Server,
+    unit: ServedUnit,
+    serve: ServeConfig,
+    on_event: Callable[[Event], None],
+    verify_again: Callable[[], None],
+) -> Server:
+    """Wait for /health, then for a real completion; say what the server is at meanwhile.
+
+    Stops it if it may have loaded something else than was judged.
+    """
     progress = Progress(server, unit, on_event)
     until = time.monotonic() + serve.startup_timeout
     while not serving_server.is_healthy(server.url, timeout_s=1):
@@ -235,6 +279,11 @@ def _until_ready(server: Server, unit: ServedUnit, serve: ServeConfig, on_event:
         raise ServingError(
             f"the server is up but doesn't generate: {error}", file=str(server.log), remedy="read the log"
         ) from error
+    try:
+        verify_again()
+    except BaseException:
+        stop(server, 1)
+        raise
     (server.folder / "ready").touch()
     refresh_log(server)
     progress.done()

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,18 +42,38 @@ class Installed:
 
 
 def model_digests(folder: Path) -> dict[str, str]:
-    """Digests of a model folder's weights, tokenizer (with chat template) and configuration (the rest).
+    """Digests of a model folder's weights, tokenizer (with chat template) and configuration (the rest)."""
+    return by_part(model_files(folder))
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """The digest of every file of a model folder that a server may read, by its name there.
 
     Every byte is read, several files at a time; a second question in one process reads only what changed since.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
     read = {name: path for name, path in files.items() if not DOCUMENTS.fullmatch(name)}
-    parts: dict[str, dict[str, str]] = {"weights": {}, "tokenizer": {}, "configuration": {}}
     with ThreadPoolExecutor(READERS) as pool:
-        for name, digest in zip(read, pool.map(file_digests.read_here, read.values()), strict=True):
-            part = next((part for part, names in NAMES.items() if names.fullmatch(name)), "configuration")
-            parts[part][name] = digest
+        return dict(zip(read, pool.map(file_digests.read_here, read.values()), strict=True))
+
+
+def by_part(files: Mapping[str, str]) -> dict[str, str]:
+    """A digest for each part that the files belong to."""
+    parts: dict[str, dict[str, str]] = {"weights": {}, "tokenizer": {}, "configuration": {}}
+    for name, digest in files.items():
+        parts[part_of(name)][name] = digest
     return {part: digest_of(files) for part, files in parts.items()}
+
+
+def part_of(name: str) -> str:
+    """The part of a served unit that a file belongs to."""
+    return next((part for part, names in NAMES.items() if names.fullmatch(name)), "configuration")
+
+
+def differences(judged: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
+    """What became of the files that aren't as they were judged, by name: each was changed, is gone or is new."""
+    names = [name for name in sorted({*judged, *found}) if judged.get(name) != found.get(name)]
+    return {name: "is new" if name not in judged else "was changed" if name in found else "is gone" for name in names}
 
 
 def installed(environment: Environment) -> Installed:

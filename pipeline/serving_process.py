@@ -40,36 +40,44 @@ TEARDOWN_S = 5.0
 
 
 def spawn(
-    unit: ServedUnit, model: Path, serve: ServeConfig, folder: Path, environment: Environment, *, keep: bool
+    unit: ServedUnit,
+    model: Path,
+    files: dict[str, str],
+    serve: ServeConfig,
+    folder: Path,
+    environment: Environment,
+    *,
+    keep: bool,
 ) -> Server:
     """Start the supervisor, which starts vLLM at a free port; returns at once.
 
-    Needs an absolute, existing `folder`.
+    `files` are the digests of the model's files as they were judged. Needs an absolute, existing `folder`.
     """
     me = processes.find(os.getpid())
     assert me is not None  # noqa: S101 - this process runs
     port = free_port()
     arguments = serving_command.arguments(unit.flags, serving_supervisor.MODEL, HOST, port, serve.shutdown_timeout)
     log = folder / "vllm.log"
+    name = next(flag for flag in unit.flags if flag.startswith("--served-model-name=")).partition("=")[2]
     spec = Spec(
         command=(str(environment.interpreter), "-P", "-m", serving_command.MODULE, *arguments),
         environ=environ(unit, environment),
         log=str(log),
         url=f"http://{HOST}:{port}",
-        digests={"weights": unit.weights, "tokenizer": unit.tokenizer, "configuration": unit.configuration},
+        model=name,
+        files=files,
         shutdown_timeout=serve.shutdown_timeout,
         keep=keep,
         owner=(me.pid, me.started),
     )
-    for name in ("ready", "state.json"):
-        (folder / name).unlink(missing_ok=True)
+    for left in ("ready", "state.json"):
+        (folder / left).unlink(missing_ok=True)
     _link(folder / serving_supervisor.MODEL, model)
     spec.write(folder)
     with log.open("a", encoding="utf-8") as sink:
         sink.write(f"{serving_diagnosis.START} {unit.vllm_version}, unit {unit.digest[:12]}, {spec.url}, {model}\n")
     command = [sys.executable, "-P", "-m", "pipeline.serving_supervisor", str(folder)]
     child = processes.spawn(command, _supervisor_environ(), folder / "supervisor.log")
-    name = next(flag for flag in unit.flags if flag.startswith("--served-model-name=")).partition("=")[2]
     return Server(
         runtime="process",
         unit_digest=unit.digest,
@@ -141,13 +149,16 @@ def is_alive(server: Server) -> bool:
 
 
 def condition(server: Server) -> Condition:
-    """How the server is, as the system and its supervisor know it."""
+    """How the server is, as the system and its supervisor know it; one that was started again isn't running at once."""
     noted, running = state(server), vllm(server)
+    if running is None and not is_alive(server):
+        return Condition(state="dead", restarts=noted.restarts, why=noted.why)
     if running is None:
-        return Condition(state="restarting" if is_alive(server) else "dead", restarts=noted.restarts)
+        return Condition(state="restarting", restarts=noted.restarts)
     now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    stage = "running" if (server.folder / "ready").exists() else "starting"
     return Condition(
-        state="running" if (server.folder / "ready").exists() else "starting",
+        state="restarting" if noted.state == "restarting" else stage,
         restarts=noted.restarts,
         pid=running.pid,
         uptime_s=now - running.started / os.sysconf("SC_CLK_TCK"),

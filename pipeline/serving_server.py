@@ -39,7 +39,7 @@ class Condition(Record):
     """How a server is now.
 
     `uptime_s` counts from its last start, `pid` and `container` are what runs, `in_flight` is None when it
-    doesn't tell.
+    doesn't tell, `why` says what a dead one ended of, where that is known.
     """
 
     state: Literal["starting", "running", "restarting", "dead"]
@@ -49,6 +49,7 @@ class Condition(Record):
     container: str | None = None
     uptime_s: float | None = None
     in_flight: int | None = None
+    why: str = ""
 
 
 def is_healthy(url: str, timeout_s: float = 5.0) -> bool:

@@ -2,8 +2,10 @@
 
 It reads FOLDER/spec.json, starts the server as its child, notes in FOLDER/state.json how it is, and ends with
 it. A server that dies, or whose /health stays silent, is started again after a growing pause, but only once
-it was ready (FOLDER/ready is there) and while the model folder still has the digests that were judged. One
-that nobody is to keep, or that isn't ready yet, ends when the process that asked for it is gone.
+it was ready (FOLDER/ready is there) and while the model folder still has the digests that were judged. Until it
+has answered again, and the folder was still the same then, it counts as restarting; if the folder changed while
+vLLM read it, it is killed. One that nobody is to keep, or that isn't ready yet, ends when the process that asked
+for it is gone.
 
 The server runs in FOLDER and is given the model as `model`, a link there to its folder: vLLM's key of what it
 compiled holds the path that it is told, and so it is one path for evaluation and promotion.
@@ -21,34 +23,40 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from pipeline import processes
 from pipeline.program import write_json
-from pipeline.serving_digests import model_digests
+from pipeline.serving_digests import differences, model_files
 
 POLL_S = 0.1
 MODEL = "model"  # the link's name
 PAUSES_S = (0.5, 2.0, 5.0, 15.0, 60.0)  # before each restart in a row; after the last it is given up
 STEADY_S = 300.0  # running that long counts as recovered: the next death starts from the first pause
 HEALTH_EVERY_S, HEALTH_TIMEOUT_S, HEALTH_FAILURES = 15.0, 30.0, 8
+LOOK_EVERY_S = 0.5  # how often one that was started again is asked for an answer, and its folder compared
 TEARDOWN_S = 10.0  # what vLLM may take to end after its last request
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What to run. `owner` is the process to live with unless `keep` and ready; times are in seconds."""
+    """What to run. `owner` is the process to live with unless `keep` and ready; times are in seconds.
+
+    `model` is the name that it answers to, `files` are the digests of the model folder's files as they were judged.
+    """
 
     command: tuple[str, ...]
     environ: dict[str, str]
     log: str
     url: str
-    digests: dict[str, str]
+    model: str
+    files: dict[str, str]
     shutdown_timeout: float
     keep: bool
     owner: tuple[int, int]
@@ -118,8 +126,8 @@ class Supervisor:
             in_a_row += 1
             if self._stop.is_set():
                 return self._note("stopped", why)
-            if model_digests((self.folder / MODEL).resolve()) != self.spec.digests:
-                return self._note("failed", f"{why}; not started again: the model folder isn't what was judged")
+            if changes := self._changes():
+                return self._note("failed", why if changes in why else f"{why}; not started again: {changes}")
             self.state.restarts += 1
 
     def _live(self) -> str:
@@ -138,12 +146,12 @@ class Supervisor:
             )  # fmt: skip
         found = processes.find(child.pid)
         self.state.pid, self.state.started = child.pid, found.started if found else 0
-        self._note("running" if self._is_ready() else "starting")
+        self._note("restarting" if self.state.restarts else "starting")
         return child
 
     def _watch(self, child: subprocess.Popen[bytes]) -> str:
         """Wait for the server's end, bringing it about when asked, orphaned or deaf; says why it ended."""
-        asked, silent, next_check = "", 0, time.monotonic() + HEALTH_EVERY_S
+        asked, silent, next_check, next_look = "", 0, time.monotonic() + HEALTH_EVERY_S, 0.0
         while (status := child.poll()) is None:
             if self._unnoted:
                 self._write()
@@ -153,8 +161,11 @@ class Supervisor:
                 asked = "told to stop" if self._stop.is_set() else "its owner is gone"
                 self._stop.set()
                 self._end(child)
+            if not asked and self.state.state == "restarting" and time.monotonic() > next_look:
+                asked = self._look_again(child)
+                next_look = time.monotonic() + LOOK_EVERY_S
             if not asked and self._is_ready() and time.monotonic() > next_check:
-                silent = 0 if self._answers() else silent + 1
+                silent = 0 if self._is_up() else silent + 1
                 next_check = time.monotonic() + HEALTH_EVERY_S
                 if silent >= HEALTH_FAILURES:
                     asked = f"/health was silent {silent} times"
@@ -162,6 +173,32 @@ class Supervisor:
             time.sleep(POLL_S)
         self._kill_rest(child)
         return asked or (f"killed by signal {-status}" if status < 0 else f"ended with status {status}")
+
+    def _look_again(self, child: subprocess.Popen[bytes]) -> str:
+        """Note that a server which was started again runs, once it answers and the folder is what was judged.
+
+        If it isn't, the server is killed, so that no client meets it for longer; returns why.
+        """
+        is_up = self._is_up()
+        changes = self._changes()
+        if is_up and not changes and self._completes():
+            changes = self._changes()
+            if not changes:
+                self._note("running")
+        if not changes:
+            return ""
+        self._kill_rest(child)
+        return f"killed: {changes}"
+
+    def _changes(self) -> str:
+        """How the model folder isn't what was judged, in words; "" when it is."""
+        folder = (self.folder / MODEL).resolve()
+        try:
+            found = [f"{name} {what}" for name, what in differences(self.spec.files, model_files(folder)).items()]
+        except OSError as error:  # a file that went while it was read
+            found = [str(error)]
+        words = f"{folder} isn't what was judged ({', '.join(found)}); restore it, or build and approve anew"
+        return words if found else ""
 
     def _end(self, child: subprocess.Popen[bytes]) -> None:
         """SIGTERM to the server alone: its children finish their requests; SIGKILL when it is late."""
@@ -187,12 +224,23 @@ class Supervisor:
     def _is_orphan(self) -> bool:
         return not (self.spec.keep and self._is_ready()) and not processes.is_alive(self.owner)
 
-    def _answers(self) -> bool:
+    def _is_up(self) -> bool:
+        return self._ask("/health") is not None
+
+    def _completes(self) -> bool:
+        """Whether it answers a real chat completion."""
+        messages = [{"role": "user", "content": "Hello!"}]
+        body = {"model": self.spec.model, "messages": messages, "max_tokens": 4, "temperature": 0}
+        return b"choices" in (self._ask("/v1/chat/completions", json.dumps(body).encode()) or b"")
+
+    def _ask(self, path: str, body: bytes | None = None) -> bytes | None:
+        """What the server says to a GET, or to a POST of JSON; None unless it is a 200."""
+        asked = urllib.request.Request(self.spec.url + path, body, {"Content-Type": "application/json"})  # noqa: S310
         try:
-            with urllib.request.urlopen(f"{self.spec.url}/health", timeout=HEALTH_TIMEOUT_S) as response:  # noqa: S310
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+            with urllib.request.urlopen(asked, timeout=HEALTH_TIMEOUT_S) as response:  # noqa: S310
+                return bytes(response.read()) if response.status == HTTPStatus.OK else None
+        except (OSError, HTTPException):
+            return None
 
     def _note(self, state: str, why: str = "") -> None:
         self.state.state, self.state.why, self.state.since = state, why, time.time()
@@ -209,7 +257,7 @@ class Supervisor:
             self._unnoted = str(error)
             return
         if self._unnoted:  # the first line may have found no room either
-            self._say(f"state.json is written again; it was {self._unnoted}")
+            self._say(f"state.json is written again; it couldn't be: {self._unnoted}")
         self._unnoted = ""
 
     def _say(self, text: str) -> None:

@@ -662,6 +662,18 @@ def test_status_says_what_to_do_next(world):
     assert "tunegate promote tickets --version 2" in "\n".join(deployment.status(NAME).lines())
 
 
+def test_status_says_what_a_server_that_is_down_ended_of(world):
+    """A folder that changed under a server keeps it from being started again, and the file is named."""
+    world.promote("1")
+    change_a_weight(world, "1")
+    os.kill(deployment.status(NAME).pid, signal.SIGKILL)
+    wait_for(lambda: deployment.status(NAME).state == "down")
+    said = "\n".join(deployment.status(NAME).lines())
+    assert "killed by signal 9; not started again" in said
+    assert "model.safetensors was changed" in said
+    assert "tunegate promote tickets --version 1" in said
+
+
 def test_status_counts_what_is_in_flight(world):
     """In-flight requests, uptime and the pid are asked of the live server."""
     world.promote("1", hello=" ".join(["word"] * 20), token_delay=0.05)

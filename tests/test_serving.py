@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ import pytest
 from loopback import chat, said, stream_chat, under_way, wait_for
 from released import ENVIRONMENT, a_model, processes_under
 
-from pipeline import hardware, serving, serving_process, serving_progress
+from pipeline import hardware, serving, serving_process, serving_progress, serving_server
 from pipeline.config import ServeConfig
 from pipeline.errors import EnvironmentMissing, ModelError, ServingError
 
@@ -161,7 +162,8 @@ def test_a_kept_server_is_not_started_again_on_other_weights(world):
     (model / "model.safetensors").write_bytes(OTHER_WEIGHTS)
     os.kill(serving.condition(server).pid, signal.SIGKILL)
     wait_for(lambda: not serving.is_alive(server))
-    assert "isn't what was judged" in (server.folder / "state.json").read_text()
+    why = serving.condition(server).why
+    assert f"{model} isn't what was judged (model.safetensors was changed); restore it" in why
 
 
 def test_a_server_that_dies_again_is_started_again(world):
@@ -296,6 +298,86 @@ def test_what_is_not_the_unit_is_refused_before_it_starts(world):
         world.start(model, unit=unit, serve=serve)
     assert [problem.key for problem in caught.value.problems] == ["unit.weights", "unit.flags"]
     assert serving.find(world.folder / "server") is None
+
+
+def when_it_was_started(monkeypatch, change):
+    """Call `change` once a server was started, before it is known to listen."""
+    really, asked = serving_server.is_healthy, []
+
+    def is_healthy(url, **timeout):
+        if not asked:
+            change()
+        asked.append(url)
+        return really(url, **timeout)
+
+    monkeypatch.setattr(serving_server, "is_healthy", is_healthy)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "what"),
+    [
+        ("model.safetensors", "unit.weights", "was changed"),
+        ("chat_template.jinja", "unit.tokenizer", "is gone"),
+        ("preprocessor_config.json", "unit.configuration", "is new"),
+    ],
+)
+def test_what_changes_while_it_is_loaded_is_not_served(world, monkeypatch, name, key, what):
+    """The folder is read after it was verified: the server is never ready, the file is named, nothing is left running."""
+    model = world.model()
+    file = model / name
+
+    def change():
+        file.unlink() if what == "is gone" else file.write_bytes(OTHER_WEIGHTS)
+
+    when_it_was_started(monkeypatch, change)
+    with pytest.raises(ServingError) as caught:
+        world.start(model, keep=True)
+    (problem,) = caught.value.problems
+    assert (problem.file, problem.key) == (str(file), key)
+    assert problem.what == f"{what} while vLLM loaded the model"
+    assert "restore it" in problem.remedy
+    assert not (world.folder / "server" / "ready").exists()
+    assert world.left() == []
+
+
+def test_other_packages_while_it_is_loaded_are_no_server_either(world, monkeypatch):
+    """They are imported after their digest was taken."""
+    before = serving.serving_digests.installed(ENVIRONMENT)
+    found = [before, before, replace(before, digest="0" * 64)]
+    monkeypatch.setattr(serving.serving_digests, "installed", lambda environment: found.pop(0))
+    with pytest.raises(ServingError) as caught:
+        world.start(world.model(), keep=True)
+    assert [problem.key for problem in caught.value.problems] == ["unit.runtime_digest"]
+    assert world.left() == []
+
+
+def test_a_file_written_anew_with_its_own_bytes_is_served(world, monkeypatch):
+    """Bytes count, not times."""
+    model = world.model(answer="as judged")
+    file = model / "model.safetensors"
+    when_it_was_started(monkeypatch, lambda: file.write_bytes(file.read_bytes()))
+    assert said(chat(world.start(model).url)) == "as judged"
+
+
+def test_a_server_taken_over_is_compared_again_too(world, monkeypatch):
+    """A killed command's server may have read what changed since; it doesn't go on."""
+    model = world.model()
+    server = world.start(model, keep=True)
+    when_it_was_started(monkeypatch, lambda: (model / "model.safetensors").write_bytes(OTHER_WEIGHTS))
+    with pytest.raises(ServingError, match=r"model\.safetensors: unit\.weights: was changed"):
+        world.start(model, keep=True)
+    assert not serving.is_alive(server)
+
+
+def test_a_server_that_was_started_again_is_not_healthy_before_it_is_compared(world):
+    """/health says 200, but what it read isn't known yet to be what was judged."""
+    server = world.start(world.model(), keep=True)
+    note = server.folder / "state.json"
+    wait_for(lambda: json.loads(note.read_text())["state"] == "running")
+    note.write_text(json.dumps({**json.loads(note.read_text()), "state": "restarting"}))
+    now = serving.condition(server)
+    assert (now.state, now.healthy) == ("restarting", False)
+    assert not serving.is_running(server)
 
 
 def test_an_unsafe_folder_is_refused_before_vllm_sees_it(world):

@@ -44,6 +44,19 @@ def test_every_file_that_a_server_may_read_is_in_one_digest(tmp_path, name, part
     assert changed(a_model(tmp_path / "m"), name, "changed") == parts
 
 
+def test_each_file_that_is_not_as_it_was_judged_is_named(tmp_path):
+    """With what became of it; documents and files of the same bytes are not."""
+    folder = a_model(tmp_path / "m")
+    judged = serving_digests.model_files(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "config.json").write_text("{}")
+    for name in ("extra.json", "README.md"):
+        (folder / name).write_text("{}")
+    (folder / "generation_config.json").write_bytes((folder / "generation_config.json").read_bytes())
+    found = serving_digests.differences(judged, serving_digests.model_files(folder))
+    assert found == {"config.json": "was changed", "extra.json": "is new", "tokenizer.json": "is gone"}
+
+
 def site(folder, name, version, record):
     """A folder with one installed distribution."""
     info = folder / f"{name}-{version}.dist-info"

@@ -17,11 +17,13 @@ import httpx
 import pytest
 import stages
 from engine import PLAIN, engine, inspect, labelled, pinned
-from loopback import under_way, wait_for
+from loopback import answers, fake_vllm, under_way, wait_for
+from released import a_model
 
 from pipeline import environments, hardware, program, serving, serving_docker
 from pipeline.config import ServeConfig
 from pipeline.errors import ServingError
+from pipeline.serving_server import Server
 
 pytestmark = pytest.mark.timeout(600)
 container = pytest.mark.container
@@ -243,6 +245,32 @@ def test_an_engine_that_hangs_up_is_an_error_that_can_be_shown(tmp_path, monkeyp
         with pytest.raises(ServingError, match="answers no more"), serving_docker.engine() as client:
             client.containers.list()
         engines.join()
+
+
+def test_what_changes_while_a_container_loads_it_is_not_served(tmp_path, monkeypatch):
+    """The model is mounted, so it can change outside: compared again before it is ready, the container is stopped."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
+    model, folder, stopped = a_model(tmp_path / "model"), tmp_path / "server", []
+    serve = ServeConfig.model_validate({"runtime": "docker", "image": "vllm@sha256:" + "0" * 64, "max_model_len": 256})
+    image = serving_docker.Image("sha256:" + "0" * 64, "0.0.0")
+    with fake_vllm(NAME) as url:
+
+        def spawn(unit, model, serve, folder, *, keep):
+            (model / "model.safetensors").write_bytes(b"other")
+            return Server(
+                runtime="docker", unit_digest=unit.digest, url=url, model=NAME, folder=folder, log=folder / "vllm.log"
+            )  # fmt: skip
+
+        monkeypatch.setattr(serving_docker, "image", lambda *which: image)
+        monkeypatch.setattr(serving_docker, "spawn", spawn)
+        monkeypatch.setattr(serving_docker, "stop", lambda server, timeout_s: stopped.append(answers(f"{url}/health")))
+        unit = serving.served_unit(model, serve, NAME, None)
+        with pytest.raises(ServingError) as caught:
+            serving.start(unit, model, serve, NAME, folder, None, keep=True, on_event=lambda event: None)
+    (problem,) = caught.value.problems
+    assert (problem.file, problem.key) == (str(model / "model.safetensors"), "unit.weights")
+    assert stopped[0]
+    assert not (folder / "ready").exists()
 
 
 @pytest.fixture

@@ -9,23 +9,23 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from loopback import wait_for
+from loopback import FAKE, free_port, wait_for
 
 from pipeline import processes
-from pipeline.serving_digests import model_digests
+from pipeline.serving_digests import model_files
 from pipeline.serving_supervisor import Spec, read_spec, read_state
 
 ROOT = Path(__file__).parent.parent
 
 
-def supervise(folder, code, *, ready=True, keep=True, pauses="(0.05, 0.05)", patch=""):
+def supervise(folder, code, *, ready=True, keep=True, pauses="(0.05, 0.05)", patch="", url="http://127.0.0.1:9"):
     """Run the supervisor over `python -c code` to its end, and return what it noted last."""
     model = folder / "model"
     model.mkdir(exist_ok=True)
     me = processes.find(processes.os.getpid())
     spec = Spec(
-        command=(sys.executable, "-c", code), environ={}, log=str(folder / "vllm.log"), url="http://127.0.0.1:9",
-        digests=model_digests(model), shutdown_timeout=1, keep=keep,
+        command=(sys.executable, "-c", code), environ={}, log=str(folder / "vllm.log"), url=url,
+        model="m", files=model_files(model), shutdown_timeout=1, keep=keep,
         owner=(me.pid, me.started),
     )  # fmt: skip
     spec.write(folder)
@@ -118,3 +118,54 @@ if start == 3:
     told = [line for line in capfd.readouterr().err.splitlines() if "state.json" in line]
     assert [("can't be written" in line, "written again" in line) for line in told] == [(True, False), (False, True)]
     assert "Is a directory" in told[0]
+
+
+# Dies at its first start; does something before it listens at its second.
+DIES_ONCE = """
+import json, os, pathlib, runpy, sys, threading, time
+here = pathlib.Path({folder!r})
+print("started", flush=True)
+if (here / "vllm.log").read_text().count("started") == 1:
+    raise SystemExit(3)
+def state(): return json.loads((here / "state.json").read_text())["state"]
+{then}
+sys.argv[1:] = ["--model", "model", "--served-model-name", "m", "--port", {port!r}]
+runpy.run_path({fake!r}, run_name="__main__")
+"""
+
+
+def supervise_a_restart(folder, then, pauses="(0.05,)"):
+    """Run the supervisor over a server that is started twice."""
+    port = free_port()
+    code = DIES_ONCE.format(folder=str(folder), then=then, port=str(port), fake=str(FAKE))
+    return supervise(folder, code, pauses=pauses, url=f"http://127.0.0.1:{port}")
+
+
+def test_what_changed_while_it_was_started_again_is_not_served(tmp_path):
+    """The folder was as judged before the restart, but not any more when the server answered: it is killed, and it is said why."""
+    then = "(here / 'model' / 'config.json').write_text('{}')"
+    for pauses in ("(0.05,)", "(0.05, 0.05)"):  # the last restart, and one that another could follow
+        folder = tmp_path / str(len(pauses))
+        folder.mkdir()
+        state = supervise_a_restart(folder, then, pauses)
+        assert (state.state, state.restarts, starts(folder)) == ("failed", 1, 2)
+        told = f"killed: {folder / 'model'} isn't what was judged (config.json is new); restore it, or build and approve anew"
+        assert state.why.removesuffix("; started again 1 times in a row, now given up") == told
+
+
+def test_a_server_that_was_started_again_runs_once_it_answers(tmp_path):
+    """Until then it counts as restarting; then its folder is still what was judged."""
+    then = """
+(here / "seen").write_text(state())
+def end():
+    while state() != "running": time.sleep(0.01)
+    (here / "seen").write_text((here / "seen").read_text() + " running")
+    (here / "ready").unlink()
+    os._exit(4)
+threading.Thread(target=end, daemon=True).start()
+"""
+    state = supervise_a_restart(tmp_path, then)
+    assert (tmp_path / "seen").read_text() == "restarting running"
+    assert (state.state, state.restarts, state.why) == ("failed", 1, "ended with status 4")
+    log = (tmp_path / "vllm.log").read_text()
+    assert log.count("POST /v1/chat/completions") == 1
