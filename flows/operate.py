@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,8 +19,11 @@ import httpx
 from flows import progress, stages
 from flows import promote as promotion
 from flows.review import one_name, waiting
-from pipeline import deployment, deployment_steps, loopback, registry, serving, store
+from pipeline import deployment, deployment_state, deployment_steps, loopback, registry, serving, store
+from pipeline.artifacts import Release
 from pipeline.errors import Problem, RegistryError, ReviewError, ServingError
+
+MLFLOW_ANSWERS_WITHIN_S = 30.0  # opening its database takes seconds; a rollback waits no longer
 
 
 def promote(options: argparse.Namespace) -> int:
@@ -47,18 +52,75 @@ def promote(options: argparse.Namespace) -> int:
 
 
 def rollback(options: argparse.Namespace) -> int:
-    """Put the release before this one back; raises ReviewError when there is none."""
+    """Put the release before this one back; raises ReviewError when there is none, or when it isn't approved any more."""
     name = one_name(options.name)
     earlier = deployment.previous(name)
     if earlier is None:
         raise ReviewError("there is no release before this one", key=name, remedy=f"tunegate review {name}")
-    release, config = earlier.release, earlier.settings()
+    release, config = _as_decided_now(earlier.release), earlier.settings()
     if options.dry_run:
         print(f"would put back {name} v{release.version}, unit {release.unit.digest[:12]}")
         return 0
     with progress.shown() as on_event:
         promotion.run(release, config, stages.serve_environment(config.model_dump(mode="json")), on_event)
     return _print_status(name)
+
+
+def _as_decided_now(release: Release) -> Release:
+    """A release that was live, with what MLflow says of it now; raises ReviewError when it was rejected since.
+
+    A rollback doesn't wait for MLflow to come back: without it, the decision that it was promoted by counts.
+    """
+    name, number = release.name, release.version
+    try:
+        known = _versions_soon(name)
+    except RegistryError as error:
+        return _as_decided_then(release, error.problems[0].what)
+    found = next((version for version in known if version.version == number), None)
+    if found is None:
+        return _as_decided_then(release, f"MLflow knows no version {number} of {name}")
+    if found.approval is not None and found.approval.decision == "approved":
+        return release.model_copy(update={"approval": found.approval})
+    made = found.approval
+    decision = f"{made.decision} by {made.reviewer}: {made.reason}" if made else "waiting for review"
+    live = deployment_state.read(name).live
+    others = [
+        version.version
+        for version in known
+        if version.approval
+        and version.approval.decision == "approved"
+        and version.version not in (number, live and live.release.version)
+    ]
+    older = [version for version in others if int(version) < int(number)]
+    raise ReviewError(
+        f"version {number}, which was live before, is {decision}; nothing unapproved is put back",
+        key=name,
+        allowed=", ".join(others) or "an approved version",
+        remedy=f"tunegate promote {name} --version {(older or others)[0]}" if others else f"tunegate review {name}",
+    )
+
+
+def _as_decided_then(release: Release, why: str) -> Release:
+    made = release.approval
+    print(f"{why}; v{release.version} was {made.decision} by {made.reviewer} when it was promoted, and that counts")
+    return release
+
+
+def _versions_soon(name: str) -> list[registry.Version]:
+    """What MLflow has of a model; raises RegistryError when it is away, or silent for as long as nobody should wait."""
+    answer: Future[list[registry.Version]] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(registry.versions(name))
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            answer.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return answer.result(MLFLOW_ANSWERS_WITHIN_S)
+    except TimeoutError:
+        raise RegistryError(f"MLflow did not answer within {MLFLOW_ANSWERS_WITHIN_S:.0f} s", key=name) from None
 
 
 def status(options: argparse.Namespace) -> int:

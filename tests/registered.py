@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from released import ENVIRONMENT, a_config, a_model
+from released import ENVIRONMENT, a_config, a_model, write_weights
 from sample_build import POLICY, sample_build
 
 from pipeline import gate, registry, registry_runs, serving, store
@@ -38,7 +38,7 @@ def a_build(
     config = config or a_config(gate=policy.model_dump())
     model = place / "quantize" / "payload"
     a_model(model, **{"answer": f"version {number}", **behaviour})
-    (model / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}" + bytes([number]) * 64)
+    write_weights(model, f"version {number}")
     unit = serving.served_unit(model, config.serve, config.name, ENVIRONMENT)
     about = {"unit_digest": unit.digest}
     candidate = sample.evaluations["candidate"].model_copy(update=about)
