@@ -76,28 +76,32 @@ def _as_decided_now(release: Release) -> Release:
         known = _versions_soon(name)
     except RegistryError as error:
         return _as_decided_then(release, error.problems[0].what)
-    found = next((version for version in known if version.version == number), None)
+    found = next((version for version in known if (version.version, version.unit) == (number, release.unit)), None)
     if found is None:
-        return _as_decided_then(release, f"MLflow knows no version {number} of {name}")
+        return _as_decided_then(release, f"MLflow knows no version {number} of {name} with this unit")
     if found.approval is not None and found.approval.decision == "approved":
         return release.model_copy(update={"approval": found.approval})
-    made = found.approval
+    raise _not_approved(found, known)
+
+
+def _not_approved(found: registry.Version, known: list[registry.Version]) -> ReviewError:
+    """The error for a version that can't be put back; the next older approved one is what to promote instead."""
+    made, live = found.approval, deployment_state.read(found.name).live
     decision = f"{made.decision} by {made.reviewer}: {made.reason}" if made else "waiting for review"
-    live = deployment_state.read(name).live
-    others = [
-        version.version
-        for version in known
-        if version.approval
-        and version.approval.decision == "approved"
-        and version.version not in (number, live and live.release.version)
-    ]
-    older = [version for version in others if int(version) < int(number)]
-    raise ReviewError(
-        f"version {number}, which was live before, is {decision}; nothing unapproved is put back",
-        key=name,
+    passed_by = {found.version, live.release.version if live else None}
+    others = [version.version for version in known if _is_approved(version) and version.version not in passed_by]
+    older = [number for number in others if int(number) < int(found.version)]
+    instead = f"tunegate promote {found.name} --version {(older or others)[0]}" if others else None
+    return ReviewError(
+        f"version {found.version}, which was live before, is {decision}; nothing unapproved is put back",
+        key=found.name,
         allowed=", ".join(others) or "an approved version",
-        remedy=f"tunegate promote {name} --version {(older or others)[0]}" if others else f"tunegate review {name}",
+        remedy=instead or f"tunegate review {found.name}",
     )
+
+
+def _is_approved(version: registry.Version) -> bool:
+    return version.approval is not None and version.approval.decision == "approved"
 
 
 def _as_decided_then(release: Release, why: str) -> Release:
