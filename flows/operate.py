@@ -155,7 +155,7 @@ def _print_status(name: str) -> int:
 def _rejected(name: str, number: str | None) -> Iterator[str]:
     """That what serves was rejected since, as far as MLflow can be asked."""
     with suppress(RegistryError):
-        made = next((version.approval for version in registry.versions(name) if version.version == number), None)
+        made = next((version.approval for version in _versions_soon(name) if version.version == number), None)
         if made and made.decision == "rejected":
             why = f": {made.reason}" if made.reason else ""
             yield f"  rejected  by {made.reviewer}{why}; promote another version, or tunegate down"
