@@ -66,6 +66,7 @@ def spawn(
         url=f"http://{HOST}:{port}",
         model=name,
         files=files,
+        startup_timeout=serve.startup_timeout,
         shutdown_timeout=serve.shutdown_timeout,
         keep=keep,
         owner=(me.pid, me.started),

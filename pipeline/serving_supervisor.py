@@ -57,6 +57,7 @@ class Spec:
     url: str
     model: str
     files: dict[str, str]
+    startup_timeout: float
     shutdown_timeout: float
     keep: bool
     owner: tuple[int, int]
@@ -151,7 +152,9 @@ class Supervisor:
 
     def _watch(self, child: subprocess.Popen[bytes]) -> str:
         """Wait for the server's end, bringing it about when asked, orphaned or deaf; says why it ended."""
-        asked, silent, next_check, next_look = "", 0, time.monotonic() + HEALTH_EVERY_S, 0.0
+        asked, silent, began = "", 0, time.monotonic()
+        next_check, next_look = began + HEALTH_EVERY_S, 0.0
+        is_loading = self.state.restarts > 0  # one that never answered yet is given the time of a start
         while (status := child.poll()) is None:
             if self._unnoted:
                 self._write()
@@ -165,7 +168,9 @@ class Supervisor:
                 asked = self._look_again(child)
                 next_look = time.monotonic() + LOOK_EVERY_S
             if not asked and self._is_ready() and time.monotonic() > next_check:
-                silent = 0 if self._is_up() else silent + 1
+                is_up = self._is_up()
+                is_loading = is_loading and not is_up and time.monotonic() < began + self.spec.startup_timeout
+                silent = 0 if is_up or is_loading else silent + 1
                 next_check = time.monotonic() + HEALTH_EVERY_S
                 if silent >= HEALTH_FAILURES:
                     asked = f"/health was silent {silent} times"

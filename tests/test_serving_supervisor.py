@@ -18,14 +18,27 @@ from pipeline.serving_supervisor import Spec, read_spec, read_state
 ROOT = Path(__file__).parent.parent
 
 
-def supervise(folder, code, *, ready=True, keep=True, pauses="(0.05, 0.05)", patch="", url="http://127.0.0.1:9"):
+DEAF_SOON = "s.HEALTH_EVERY_S = 0.1; s.HEALTH_FAILURES = 3; s.HEALTH_TIMEOUT_S = 0.2"
+
+
+def supervise(
+    folder,
+    code,
+    *,
+    ready=True,
+    keep=True,
+    pauses="(0.05, 0.05)",
+    patch="",
+    url="http://127.0.0.1:9",
+    startup_timeout=0.5,
+):
     """Run the supervisor over `python -c code` to its end, and return what it noted last."""
     model = folder / "model"
     model.mkdir(exist_ok=True)
     me = processes.find(processes.os.getpid())
     spec = Spec(
         command=(sys.executable, "-c", code), environ={}, log=str(folder / "vllm.log"), url=url,
-        model="m", files=model_files(model), shutdown_timeout=1, keep=keep,
+        model="m", files=model_files(model), startup_timeout=startup_timeout, shutdown_timeout=1, keep=keep,
         owner=(me.pid, me.started),
     )  # fmt: skip
     spec.write(folder)
@@ -59,10 +72,9 @@ def test_a_server_that_was_never_ready_is_not_started_again(tmp_path):
 
 def test_a_deaf_server_is_ended_and_started_again(tmp_path):
     """One that runs but whose /health is silent for long enough counts as dead."""
-    patch = "s.HEALTH_EVERY_S = 0.1; s.HEALTH_FAILURES = 3; s.HEALTH_TIMEOUT_S = 0.2"
     code = "import time; print('started', flush=True); time.sleep(60)"
     began = time.monotonic()
-    state = supervise(tmp_path, code, pauses="(0.05,)", patch=patch)
+    state = supervise(tmp_path, code, pauses="(0.05,)", patch=DEAF_SOON)
     assert time.monotonic() - began < 20
     assert (state.state, state.restarts) == ("failed", 1)
     assert "/health was silent" in state.why
@@ -134,11 +146,11 @@ runpy.run_path({fake!r}, run_name="__main__")
 """
 
 
-def supervise_a_restart(folder, then, pauses="(0.05,)"):
+def supervise_a_restart(folder, then, pauses="(0.05,)", **options):
     """Run the supervisor over a server that is started twice."""
     port = free_port()
     code = DIES_ONCE.format(folder=str(folder), then=then, port=str(port), fake=str(FAKE))
-    return supervise(folder, code, pauses=pauses, url=f"http://127.0.0.1:{port}")
+    return supervise(folder, code, pauses=pauses, url=f"http://127.0.0.1:{port}", **options)
 
 
 def test_what_changed_while_it_was_started_again_is_not_served(tmp_path):
@@ -169,3 +181,17 @@ threading.Thread(target=end, daemon=True).start()
     assert (state.state, state.restarts, state.why) == ("failed", 1, "ended with status 4")
     log = (tmp_path / "vllm.log").read_text()
     assert log.count("POST /v1/chat/completions") == 1
+
+
+def test_a_server_that_is_started_again_may_take_as_long_as_a_start(tmp_path):
+    """Loading a large model takes longer than a running server may be silent."""
+    then = """
+time.sleep(2)
+def end():
+    while state() != "running": time.sleep(0.01)
+    (here / "ready").unlink()
+    os._exit(4)
+threading.Thread(target=end, daemon=True).start()
+"""
+    state = supervise_a_restart(tmp_path, then, patch=DEAF_SOON.replace("0.2", "20"), startup_timeout=25)
+    assert (state.state, state.restarts, state.why) == ("failed", 1, "ended with status 4")
