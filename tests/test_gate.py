@@ -267,7 +267,7 @@ def test_reports_that_cannot_be_judged_are_refused_with_every_reason():
 
 
 def test_the_same_reports_give_the_same_verdict():
-    """Judging is pure, bootstraps and all."""
+    """Judging is pure."""
     graded = [0.25 * (number % 5) for number in range(150)]
     policy = GateConfig(metrics=(MetricCheck(metric="token_f1", min=0.4, against="base", margin=0.05),))
     reports = {

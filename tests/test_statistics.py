@@ -257,12 +257,12 @@ def test_a_worse_answer_never_lifts_a_limit(tail):
         assert after.high <= before.high
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_limits_fall_step_by_step_as_graded_scores_do(seed):
     """From all right to all wrong, an item lowered at a time, through graded and 0/1 samples and the edges between them."""
     rng = np.random.default_rng(seed)
     theirs, ours, before = rng.choice([0.0, 0.4, 1.0], size=60), np.ones(60), np.ones(4)
-    for _ in range(200):
+    for _ in range(120):
         item = int(rng.integers(60))
         ours[item] = rng.choice([0.0, ours[item] * 0.5, ours[item] * 0.99])
         mean, gap = statistics.mean_interval(ours, 0.95), statistics.difference_interval(ours, theirs, 0.95)
@@ -331,6 +331,16 @@ def test_the_items_said_to_decide_do_decide():
         short = statistics.wilson(share * needed * 0.75, int(needed * 0.75), 0.95)
         assert not enough.low < threshold <= enough.high
         assert short.low < threshold <= short.high
+
+
+def test_the_items_said_to_decide_do_decide_graded_scores():
+    """As many as are said to be enough for a floor a point below are; a quarter of them isn't."""
+    scores = np.random.default_rng(6).beta(1.248, 0.312, size=100)
+    found = statistics.mean_interval(scores, 0.95)
+    threshold = found.value - 0.01
+    needed = statistics.items_to_decide(found, found, 100, threshold, threshold) or 0
+    assert statistics.mean_interval(np.tile(scores, -(-needed // 100)), 0.95).low >= threshold
+    assert statistics.mean_interval(np.tile(scores, needed // 400), 0.95).low < threshold
 
 
 def test_an_estimate_on_the_threshold_is_never_decided():
