@@ -41,7 +41,7 @@ GROUP, LARGE = 4, 50
 UNEVEN = {
     "one large": [800] + [8] * 29,
     "zipf": [round(300 / rank) for rank in range(1, 31)],
-    "mixed": [5] * 20 + [45] * 20,
+    "mixed": [5] * 30 + [35] * 30,
 }
 STARTS = {name: np.cumsum(sizes) for name, sizes in UNEVEN.items()}
 LOST = 0.02  # share of answers that `rare_losses` loses wholly
@@ -260,8 +260,8 @@ MORE = (
     ("small changes, gap", 240, MARGIN, FINE),
     ("uneven, one large", 1032, 0.0, ON_THE_EDGE),
     ("uneven, zipf", sum(UNEVEN["zipf"]), 0.0, ON_THE_EDGE),
-    ("uneven, mixed", 1000, 0.0, ON_THE_EDGE),
-    ("uneven, mixed", 1000, 0.1, FINE),
+    ("uneven, mixed", 1200, 0.0, ON_THE_EDGE),
+    ("uneven, mixed", 1200, 0.1, FINE),
     ("f1_macro, gap", 100, 0.0, ON_THE_EDGE),
     ("f1_macro, gap", 200, 0.0, ON_THE_EDGE),
     ("f1_macro, gap", 400, 0.02, FINE[:1]),
