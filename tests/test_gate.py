@@ -267,7 +267,7 @@ def test_reports_that_cannot_be_judged_are_refused_with_every_reason():
 
 
 def test_the_same_reports_give_the_same_verdict():
-    """Judging is pure, bootstraps and all."""
+    """Judging is pure."""
     graded = [0.25 * (number % 5) for number in range(150)]
     policy = GateConfig(metrics=(MetricCheck(metric="token_f1", min=0.4, against="base", margin=0.05),))
     reports = {
@@ -411,6 +411,51 @@ def test_few_groups_decide_nothing():
     policy = NOT_WORSE.model_copy(update={"cluster_by": "customer"})
     verdict = judge(versus(hits(200, 200), hits(100, 200), customer=customers), {}, policy, UNIT)
     assert (outcome_of(verdict, "groups"), verdict.outcome) == ("inconclusive", "inconclusive")
+
+
+def test_one_dominating_group_decides_nothing():
+    """Thirty customers of whom one has most items: what that one's items are like says little of another's."""
+    customers = [*["large"] * 800, *(str(number % 29) for number in range(232))]
+    policy = FLOOR.model_copy(update={"cluster_by": "customer"})
+    slices = (SliceCheck(by="language", metric="exact_match"),)
+    scores = [*hits(700, 800), *hits(190, 232)]
+    verdict = judge(versus(scores, scores, customer=customers), {}, policy, UNIT)
+    groups = next(check for check in verdict.checks if check.name == "groups")
+    assert (groups.outcome, verdict.outcome) == ("inconclusive", "inconclusive")
+    assert groups.why == "1032 items come in 30 groups of unequal size, which count as 1.7 effective groups"
+    sliced = versus(scores, scores, customer=customers, language=["de"] * 1032)
+    verdict = judge(sliced, {}, policy.model_copy(update={"slices": slices}), UNIT)
+    assert outcome_of(verdict, "exact_match vs incumbent by language") == "inconclusive"
+
+
+def test_a_worse_graded_answer_never_makes_a_verdict_better():
+    """From a hundred full marks downwards, an answer at a time and each by a little, by half or wholly."""
+    order = ["fail", "inconclusive", "pass"]
+    policy = GateConfig(
+        metrics=(
+            MetricCheck(metric="token_f1", min=0.955),
+            MetricCheck(metric="token_f1", against="incumbent", margin=0.045),
+        )
+    )
+    for kept in (0.99, 0.5, 0.0):
+        scores, outcomes = [1.0] * 100, []
+        for number in range(0, 100, 4):
+            found = {
+                name: evaluation(name, found, metric="token_f1")
+                for name, found in (("candidate", scores), ("incumbent", [1.0] * 100))
+            }
+            outcomes.append(order.index(judge(found, {}, policy, UNIT).outcome))
+            scores[number : number + 4] = [kept, kept, 0.0, kept]
+        assert outcomes == sorted(outcomes, reverse=True)
+        assert (outcomes[0], outcomes[-1]) == (2, 0)
+
+
+def test_one_slightly_worse_answer_turns_nothing_into_a_pass():
+    """A hundred full marks don't reach 0.99; ninety-nine of them and 0.99 don't either."""
+    policy = GateConfig(metrics=(MetricCheck(metric="token_f1", min=0.99),))
+    for last in (1.0, 0.99, 0.5):
+        found = {"candidate": evaluation("candidate", [*hits(99, 99), last], metric="token_f1")}
+        assert judge(found, {}, policy, UNIT).outcome == "inconclusive"
 
 
 def test_an_allowed_regression_is_shown_with_its_reason_and_does_not_count():
