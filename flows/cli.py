@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.errors import TunegateError
 
 OURS = ("127.0.0.1", "localhost")
+READERS = ("flows.check:check", "flows.check:schema", "flows.check:doctor", "flows.deploy:show")
 DESCRIPTION = (
     "From a base model and your data to an approved model that serves: what was judged is byte for byte what serves."
 )
@@ -26,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pass_proxies_by()
     module, function = options.answer.split(":")
     try:
+        if _writes(options):
+            from pipeline import store
+
+            store.raise_for_unwritable_home()
         code = getattr(importlib.import_module(module), function)(options)
     except TunegateError as error:
         sys.exit(_print(error))
@@ -36,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     sys.exit(code or 0)
+
+
+def _writes(options: argparse.Namespace) -> bool:
+    """Whether a command needs a store that can be written; the plan of a build doesn't."""
+    return options.answer not in READERS and not (options.answer == "flows.run:run" and options.dry_run)
 
 
 def pass_proxies_by() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,9 @@ def resolve(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = N
 
     config = load(path, overrides, data_dir, judge).model_dump(mode="json")
     if memory:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memory, config)
+        with suppress(OSError):  # a store that can't be written costs time only
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, config)
     return config
 
 

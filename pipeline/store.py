@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.digests import digest_folder
-from pipeline.errors import Busy
+from pipeline.errors import Busy, ResourceError
 from pipeline.program import write_json
 
 if TYPE_CHECKING:
@@ -30,6 +30,25 @@ KEPT_BESIDE_PAYLOAD = {"payload", "extra", "log.txt", "request.json", "artifact.
 def home() -> Path:
     """The folder that holds MLflow's database, artefacts and work: $TUNEGATE_HOME or ./mlruns, absolute."""
     return Path(os.environ.get("TUNEGATE_HOME", "mlruns")).resolve()
+
+
+def raise_for_unwritable_home() -> None:
+    """Raise ResourceError when nothing can be written into `home()`, or it can't be made; nothing is left there."""
+    import tempfile  # here because `tunegate check` imports this module and never asks
+
+    folder = home()
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        raise ResourceError(
+            f"can't be written: {error.strerror}",
+            file=str(folder),
+            key="TUNEGATE_HOME",
+            allowed="a folder that may be written, or made; unset: ./mlruns",
+            remedy="export TUNEGATE_HOME=FOLDER, on a disk that you may write to",
+        ) from None
 
 
 def folder_of(stage: str, key: str) -> Path:

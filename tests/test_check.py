@@ -79,3 +79,13 @@ def test_a_policy_that_cannot_be_decided_stops_before_anything_starts(config, ca
     assert ended(command[0], file, *command[1:]) == 2
     assert f"{file}:5: gate.metrics[0].metric: accuracy is not measured" in capsys.readouterr().err
     assert not (tmp_path / "mlruns").exists()
+
+
+@pytest.mark.parametrize("command", [("check",), ("run", "--dry-run")])
+def test_the_plan_needs_no_home_that_can_be_written(config, capsys, tmp_path, monkeypatch, command):
+    """What it would remember is worked out again."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "file" / "below"))
+    file = config("gate: {metrics: [{metric: exact_match, min: 0.5}]}\n")
+    assert ended(command[0], file, *command[1:]) == 0
+    assert "to do" in capsys.readouterr().out
