@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline import environments, environments_doctor, hardware, plan, resolve
+from pipeline import environments, environments_doctor, hardware, kubernetes_manifests, plan, plan_memory, resolve
+from pipeline.errors import Problem
 
 
 def check(options: argparse.Namespace) -> int:
@@ -27,9 +28,17 @@ def show(config: Mapping[str, Any], path: Path) -> plan.Plan:
     """Print and return the plan of a resolved config, with warnings where its builds can't pass."""
     planned = plan.make(config, resolve.sources(config), hardware.device().name)
     plan.render(planned, path, print)
-    for warning in resolve.warnings(config, path):
+    for warning in (*resolve.warnings(config, path), *_too_large(config, planned, path)):
         print(f"warning: {warning}")
     return planned
+
+
+def _too_large(config: Mapping[str, Any], planned: plan.Plan, path: Path) -> list[Problem]:
+    """What can't fit into the memory here; nothing where a cluster's pod asks for GPUs of its own."""
+    cluster = config["kubernetes"]
+    if cluster and kubernetes_manifests.devices(cluster["flow"]):
+        return []
+    return list(plan_memory.too_large(config, planned.memory, hardware.device(), path))
 
 
 def schema(_options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config_gate import GateConfig
 from pipeline.config_kubernetes import KubernetesConfig
-from pipeline.config_section import Bytes, Fraction, PositiveInt, Section
+from pipeline.config_section import Bytes, Fraction, PositiveInt, Section, ShareOrRows
 
 
 class RowTemplate(Section):
@@ -56,8 +56,10 @@ class DataConfig(Section):
 
     datasets: tuple[DatasetSource, ...]
     test_datasets: tuple[DatasetSource, ...] = Field((), description="holdout; else holdout_size is split off")
-    val_set_size: Annotated[float, Field(ge=0)] = Field(0.05, description="rows (>1) or share of train")
-    holdout_size: Annotated[float, Field(gt=0)] = Field(0.1, description="rows (>1) or share, without test_datasets")
+    val_set_size: Annotated[ShareOrRows, Field(ge=0)] = Field(0.05, description="share of train below 1, or rows")
+    holdout_size: Annotated[ShareOrRows, Field(gt=0)] = Field(
+        0.1, description="share below 1, or rows, without test_datasets"
+    )
     calibration_set_size: PositiveInt = Field(
         128, description="rows taken out of train and shown to the quantizer; at most a tenth of train"
     )

@@ -70,7 +70,25 @@ def judge(config: Config) -> Iterator[Problem]:
             allowed="auto or original",
             remedy="set merge.merge_base: auto, or finetune.adapter: qlora",
         )
+    yield from _no_room_for_a_prompt(config)
     yield from gate_policy.problems(config.gate, config.evaluate, config.loadtest, config.data.columns)
+
+
+def _no_room_for_a_prompt(config: Config) -> Iterator[Problem]:
+    """Answers as long as all that a server takes: every request would be refused. Told at the key that was written."""
+    most = config.serve.max_model_len
+    for name in ("evaluate", "loadtest"):
+        section = getattr(config, name)
+        if section.max_tokens < most:
+            continue
+        chosen = "max_tokens" in section.model_fields_set
+        yield Problem(
+            f"{name}.max_tokens: {section.max_tokens} leaves a prompt no room in serve.max_model_len: {most},"
+            " which counts prompt and answer",
+            key=f"{name}.max_tokens" if chosen else "serve.max_model_len",
+            allowed=f"less than {most}" if chosen else f"more than {section.max_tokens}",
+            remedy=f"lower {name}.max_tokens, or raise serve.max_model_len to that and the longest prompt",
+        )
 
 
 def cluster_problems(config: Config) -> Iterator[Problem]:

@@ -89,3 +89,14 @@ def test_the_plan_needs_no_home_that_can_be_written(config, capsys, tmp_path, mo
     file = config("gate: {metrics: [{metric: exact_match, min: 0.5}]}\n")
     assert ended(command[0], file, *command[1:]) == 0
     assert "to do" in capsys.readouterr().out
+
+
+def test_what_cannot_fit_here_is_a_warning(config, capsys):
+    """It may be meant for a larger machine; a cluster's pod that asks for GPUs is one."""
+    text = "gate: {metrics: [{metric: exact_match, min: 0.5}]}\nserve: {kv_cache_memory: 90000GiB}\n"
+    file = config(text)
+    assert ended("check", file) == 0
+    assert f"warning: {file}: serve.kv_cache_memory: serve would take about 90000.0 GiB" in capsys.readouterr().out
+    pod = "{resources: {limits: {nvidia.com/gpu: 1}}}"
+    assert ended("check", config(f"{text}kubernetes: {{image: 'x@sha256:{'0' * 64}', flow: {pod}}}\n")) == 0
+    assert "warning" not in capsys.readouterr().out
