@@ -120,6 +120,11 @@ def making(stage: str, key: str) -> Iterator[Path]:
         yield partial
 
 
+def finished(partial: Path) -> Path:
+    """Where what is made in this partial folder will lie; another folder stays as it is."""
+    return partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
+
+
 def finish(
     stage: str, key: str, partial: Path, *, parents: dict[str, str], made_by: dict[str, str], detail: dict[str, Any]
 ) -> Artifact:
