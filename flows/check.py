@@ -50,14 +50,17 @@ def schema(_options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Print what the machine has and lacks; 1 when something needed is missing."""
+    """Print what the machine has and lacks, for every config or for this one too; 1 when something needed is missing."""
     config = resolve.resolve(options.config) if options.config else {}
-    findings = environments_doctor.doctor(
-        environments.settings(config), config.get("serve", {}).get("runtime", "process")
-    )
+    found = environments_doctor.doctor(environments.settings(config), config.get("serve", {}).get("runtime", "process"))
+    if config:
+        from pipeline import environments_needs
+
+        found += environments_needs.needs(config)
+    findings = {finding.name: finding for finding in found}.values()  # what the config needs wins
     for finding in findings:
         mark = "ok" if finding.ok else "missing" if finding.needed else "absent"
         print(f"{mark:<9}{finding.name:<22}{finding.detail}")
         if not finding.ok and finding.remedy:
-            print(f"{'':<9}{'':<22}→ {finding.remedy}{'' if finding.needed else '  (only some configs need it)'}")
+            print(f"{'':<9}{'':<22}→ {finding.remedy}{'' if finding.needed else f'  ({finding.when})'}")
     return int(any(not finding.ok and finding.needed for finding in findings))
