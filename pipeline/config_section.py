@@ -16,7 +16,14 @@ def _a_share_or_rows(size: float) -> float:
 PositiveInt = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 ShareOrRows = Annotated[float, AfterValidator(_a_share_or_rows)]
-Bytes = Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s*(B|KiB|MiB|GiB)$", description="a size such as 1GiB")]
+Bytes = Annotated[
+    str,
+    Field(
+        pattern=r"^\d+(\.\d+)?\s*(B|KiB|MiB|GiB)$",
+        description="a size such as 1GiB",
+        examples=["512MiB", "1.5GiB"],
+    ),
+]
 
 
 class Section(BaseModel):

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config, EvaluateConfig
 
 JUDGES = (
-    "config.py", "config_file.py", "config_gate.py", "config_kubernetes.py", "config_section.py", "environments.py",
+    "config.py", "config_file.py", "config_gate.py", "config_kubernetes.py", "config_section.py", "config_words.py", "environments.py",
     "gate_policy.py", "load_statistics.py", "resolve.py", "scoring.py",
     "scoring_plugins.py", "serving_refusals.py", "slices.py", "statistics.py", "yaml_lines.py",
 )  # fmt: skip
