@@ -20,17 +20,31 @@ def check(options: argparse.Namespace) -> int:
     config = resolve.resolve(options.config, options.set, options.data_dir)
     if options.resolved:
         print(json.dumps(config, indent=2))
-    show(config, options.config)
+    show(config, options.config, look=True)
     return 0
 
 
-def show(config: Mapping[str, Any], path: Path) -> plan.Plan:
-    """Print and return the plan of a resolved config, with warnings where its builds can't pass."""
+def show(config: Mapping[str, Any], path: Path, *, look: bool = False) -> plan.Plan:
+    """Print and return the plan of a resolved config, with warnings where its builds can't pass.
+
+    `look`: data that is still to be prepared is read as far as that is quick; raises DataError with what is wrong with it.
+    """
     planned = plan.make(config, resolve.sources(config), hardware.device().name)
+    looked = _looked_at(config, planned) if look else None
     plan.render(planned, path, print)
+    if looked:
+        print(f"  data    {looked}")
     for warning in (*resolve.warnings(config, path), *_too_large(config, planned, path)):
         print(f"warning: {warning}")
     return planned
+
+
+def _looked_at(config: Mapping[str, Any], planned: plan.Plan) -> str | None:
+    """What a look at the data's files says; None where they were prepared as they are."""
+    from pipeline import data_look
+
+    prepared = any(step.record for step in planned.steps if step.step.stage == "prepare")
+    return None if prepared else data_look.look(config["data"])
 
 
 def _too_large(config: Mapping[str, Any], planned: plan.Plan, path: Path) -> list[Problem]:

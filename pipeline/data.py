@@ -94,7 +94,7 @@ def _read(db: sqlite3.Connection, ledger: Ledger, data: Mapping[str, Any], seed:
         read += rows
         program.progress(read, max(total, read), "rows read")
 
-    intake = Intake(db, ledger, TokenCounter(base), data, seed, done)
+    intake = Intake(ledger, data, db, TokenCounter(base), seed, done)
     return [intake.read(source, name, path, side) for source, name, path, side in found]
 
 
