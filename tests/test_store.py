@@ -162,3 +162,17 @@ def test_nothing_is_collected_or_stopped_under_a_build_elsewhere(
     operate.cancel(argparse.Namespace(name=None))
     assert "cancel it there" in capsys.readouterr().out
     assert there.poll() is None
+
+
+def test_a_build_that_does_not_run_is_answered_with_those_that_do(
+    build_on: Callable[[str], subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is stopped; without a running one that is all there is to say."""
+    operate.cancel(argparse.Namespace(name="nosuch"))
+    assert capsys.readouterr().out == "no build runs\n"
+    here = build_on(socket.gethostname())
+    operate.cancel(argparse.Namespace(name="nosuch"))
+    assert capsys.readouterr().out == (
+        f"no build of nosuch runs\na build of demo runs as process {here.pid}: tunegate cancel demo\n"
+    )
+    assert here.poll() is None
