@@ -35,7 +35,7 @@ def resolve(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = N
     Raises ConfigError with all mistakes of the file.
     """
     memory = _memory(path, overrides, data_dir) if path.is_file() else None
-    if memory and memory.is_file():
+    if memory and store.holds(memory):
         return dict(json.loads(memory.read_text(encoding="utf-8")))
     from pipeline.config_file import load
 

@@ -51,6 +51,14 @@ def raise_for_unwritable_home() -> None:
         ) from None
 
 
+def holds(file: Path) -> bool:
+    """Whether a file of the store is there; one below a folder that may not be entered isn't."""
+    try:
+        return file.is_file()
+    except PermissionError:
+        return False
+
+
 def folder_of(stage: str, key: str) -> Path:
     """Where the finished artefact of this key lies, if it is there."""
     return home() / "work" / stage / key
@@ -59,7 +67,7 @@ def folder_of(stage: str, key: str) -> Path:
 def peek(stage: str, key: str) -> dict[str, Any] | None:
     """The finished artefact of this key as plain JSON, or None."""
     file = folder_of(stage, key) / "artifact.json"
-    if not file.is_file():
+    if not holds(file):
         return None
     return {**json.loads(file.read_text(encoding="utf-8")), "path": str(file.parent)}
 
@@ -80,7 +88,7 @@ def build_folder(key: str) -> Path:
 def peek_build(key: str) -> dict[str, Any] | None:
     """What a finished build left (outcome, version, run), or None."""
     file = build_folder(key) / "finished.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if holds(file) else None
 
 
 def finished_builds(name: str | None = None) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flows import cli
@@ -100,3 +102,17 @@ def test_what_cannot_fit_here_is_a_warning(config, capsys):
     pod = "{resources: {limits: {nvidia.com/gpu: 1}}}"
     assert ended("check", config(f"{text}kubernetes: {{image: 'x@sha256:{'0' * 64}', flow: {pod}}}\n")) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_the_plan_needs_no_home_that_may_be_entered(config, capsys, tmp_path, monkeypatch):
+    """Another user's folder, in which even to look is refused."""
+    looks = Path.is_file
+
+    def refused(path):
+        if path.is_relative_to(tmp_path / "mlruns"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return looks(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert ended("check", config("gate: {metrics: [{metric: exact_match, min: 0.5}]}\n")) == 0
+    assert "to do" in capsys.readouterr().out
