@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.errors import TunegateError
 
 OURS = ("127.0.0.1", "localhost")
+READERS = ("flows.check:check", "flows.check:schema", "flows.check:doctor", "flows.deploy:show")
 DESCRIPTION = (
     "From a base model and your data to an approved model that serves: what was judged is byte for byte what serves."
 )
@@ -26,6 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pass_proxies_by()
     module, function = options.answer.split(":")
     try:
+        if _writes(options):
+            from pipeline import store
+
+            store.raise_for_unwritable_home()
         code = getattr(importlib.import_module(module), function)(options)
     except TunegateError as error:
         sys.exit(_print(error))
@@ -36,6 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
     sys.exit(code or 0)
+
+
+def _writes(options: argparse.Namespace) -> bool:
+    """Whether a command needs a store that can be written; the plan of a build doesn't."""
+    return options.answer not in READERS and not (options.answer == "flows.run:run" and options.dry_run)
 
 
 def pass_proxies_by() -> None:
@@ -153,7 +163,7 @@ def _house_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     _named(cancel, version=False)
     gc = _command(commands, "gc", "flows.operate:gc", "delete what no release, candidate or recent build needs")
     gc.add_argument("--dry-run", action="store_true", help="print what would go and how much it frees")
-    gc.add_argument("--keep-days", type=float, default=7.0, help="keep what is younger; default 7")
+    gc.add_argument("--keep-days", type=_days, default=7.0, help="keep what is younger; default 7")
     doctor = _command(commands, "doctor", "flows.check:doctor", "say what this machine lacks and how to get it")
     doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="also check what this config needs")
     demo = _command(commands, "demo", "flows.demo:demo", "the whole chain on a small model, with a visible approval")
@@ -171,6 +181,14 @@ def _house_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     manifests.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file with a section `kubernetes`")
     manifests.add_argument("--jobs", action="store_true", help="print the jobs of its flow runs and stages instead")
     _command(commands, "down", "flows.services:down", "stop everything that tunegate started here")
+
+
+def _days(text: str) -> float:
+    """A number of days, which isn't negative; argparse says what is wrong with another."""
+    days = float(text) if text.replace(".", "", 1).isdecimal() else -1.0
+    if days < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of days, such as 7 or 0.5")
+    return days
 
 
 def _named(command: argparse.ArgumentParser, *, version: bool = True) -> None:

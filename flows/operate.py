@@ -273,15 +273,20 @@ def _stream(url: str, headers: dict[str, str], body: dict[str, object]) -> str:
 
 def cancel(options: argparse.Namespace) -> int:
     """Stop a running build of this machine politely; what it finished stays, and the next run goes on."""
-    builds = [build for build in store.running_builds() if options.name in (None, build.name)]
+    running = store.running_builds()
+    builds = [build for build in running if options.name in (None, build.name)]
     for build in builds:
         if not build.is_here:
             print(f"the {build}: cancel it there, or its flow run on Prefect's page")
             continue
         os.kill(build.pid, signal.SIGINT)
         print(f"told the build of {build.name} (process {build.pid}) to stop; tunegate run goes on where it was")
-    if not builds:
+    if not running:
         print("no build runs")
+    elif not builds:
+        print(f"no build of {options.name} runs")
+        for build in running:
+            print(f"a {build}: tunegate cancel {build.name}")
     return 0
 
 

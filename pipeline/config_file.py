@@ -6,8 +6,8 @@ pydantic and PyYAML only.
 
 from __future__ import annotations
 
-import difflib
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline import yaml_lines
+from pipeline import config_words, yaml_lines
 from pipeline.config import Config, DataConfig, FinetuneConfig, MergeConfig
 from pipeline.config_gate import GateConfig
 from pipeline.config_section import Section
@@ -24,6 +24,8 @@ from pipeline.errors import ConfigError, Problem
 from pipeline.yaml_lines import KeyPath
 
 FLAT_SECTIONS: dict[str, type[Section]] = {"data": DataConfig, "finetune": FinetuneConfig, "merge": MergeConfig}
+
+FLAT = {name for section in FLAT_SECTIONS.values() for name in section.model_fields}
 
 # Other tools' spellings of the same settings; the name on the right is axolotl's.
 ALIASES = {
@@ -89,6 +91,7 @@ def load(
     data = _normalise(raw, lines, path, problems)
     for override in overrides:
         _override(data, lines, override, path, problems)
+    problems += _truths(data, lines, path)
     data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem))
     try:
         config = Config.model_validate(data)
@@ -96,7 +99,7 @@ def load(
     except ValidationError as error:
         problems += _problems(error, data, lines, path)
     if problems:
-        raise ConfigError(sorted(problems, key=lambda problem: problem.line or 0))
+        raise ConfigError(_with_one_remedy(problems, _again(path, overrides, data_dir)))
     return _resolve(config, (data_dir or path.parent).resolve())
 
 
@@ -111,10 +114,55 @@ def load_policy(path: Path) -> GateConfig:
     placed = lines if whole else {("gate", *at): line for at, line in lines.items()}
     rest = {"name": "policy", "data": {"datasets": [{"path": "any"}]}}
     data = {**rest, "gate": policy}
+    problems = list(_truths(data, placed, path))
     try:
-        return Config.model_validate(data).gate
+        config = Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(list(_problems(error, data, placed, path))) from None
+        problems += _problems(error, data, placed, path)
+    if problems:
+        raise ConfigError(_with_one_remedy(problems, f"tunegate gate --policy {shlex.quote(str(path))}"))
+    return config.gate
+
+
+def _again(path: Path, overrides: Sequence[str], data_dir: Path | None) -> str:
+    """The command that checks the file once more, as it was given."""
+    further = ["--data-dir", str(data_dir)] if data_dir else []
+    return shlex.join(
+        ["tunegate", "check", str(path), *further, *(part for text in overrides for part in ("--set", text))]
+    )
+
+
+def _with_one_remedy(problems: Sequence[Problem], again: str) -> list[Problem]:
+    """Each place once, in file order; what to do with those that name no remedy of their own stands at the end."""
+    places: dict[tuple[Any, ...], Problem] = {}
+    for problem in sorted(problems, key=lambda problem: problem.line or 0):
+        place = (problem.file, problem.line, problem.key)
+        known = places.get(place)
+        places[place] = _either(known, problem) if known and not problem.remedy else problem
+    found = list(places.values())
+    if any(problem.remedy is None for problem in found):
+        last = found[-1]
+        own = f"{last.remedy}; then" if last.remedy else f"correct {'them' if len(found) > 1 else 'it'}, then"
+        found[-1] = replace(last, remedy=f"{own}: {again}")
+    return found
+
+
+def _either(first: Problem, second: Problem) -> Problem:
+    """Two findings at one place, where a value may be of several kinds."""
+    if first.allowed == second.allowed or not (first.allowed and second.allowed):
+        return first
+    value = first.what.rpartition(": ")[0]
+    what = f"{value}: is none of the choices" if value else first.what
+    return replace(first, what=what, allowed=f"{first.allowed}, or {second.allowed}")
+
+
+def _truths(data: Mapping[str, Any], lines: Mapping[KeyPath, int], path: Path) -> Iterable[Problem]:
+    for at in config_words.truths(data):
+        line = _line(at, lines)
+        yield Problem(
+            "is a truth value, as which YAML reads yes, no, on and off", "--set" if line == 0 else str(path), line or None,
+            ".".join(map(str, at)), "a number",
+        )  # fmt: skip
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
@@ -231,17 +279,18 @@ def _problems(
     error: ValidationError, data: Mapping[str, Any], lines: Mapping[KeyPath, int], path: Path
 ) -> Iterable[Problem]:
     for detail in error.errors(include_url=False):
+        if isinstance(detail["input"], bool) and detail["type"].startswith(("greater", "less")):
+            continue  # `_truths` says what it is
         at = tuple(part for part in detail["loc"])
         known = _written(at, data)
         line = _line(known, lines)
         key = ".".join(str(part) for part in known) or "the file"
         yield Problem(
-            what=_what(detail),
+            what=config_words.what(detail),
             file="--set" if line == 0 else str(path),
             line=line or None,
             key=key,
-            allowed=_allowed(detail, known),
-            remedy=f"correct it, then: tunegate check {path}",
+            allowed=config_words.allowed(detail, known, ALIASES, FLAT),
         )
 
 
@@ -273,48 +322,6 @@ def _written(at: KeyPath, data: Any) -> KeyPath:
         kept.append(part)
         data = data[part] if inside else None
     return tuple(kept)
-
-
-def _what(detail: Mapping[str, Any]) -> str:
-    given = detail.get("input")
-    if detail["type"] == "extra_forbidden":
-        return "unknown key"
-    if detail["type"] == "missing":
-        return "is required but missing"
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    return message if isinstance(given, dict | list | Section) else f"{given!r}: {message[0].lower()}{message[1:]}"
-
-
-def _allowed(detail: Mapping[str, Any], at: KeyPath) -> str | None:
-    if detail["type"] == "extra_forbidden":
-        names = _known_keys(at[:-1])
-        close = difflib.get_close_matches(str(at[-1]), [*names, *(ALIASES if len(at) <= 2 else ())], n=1, cutoff=0.6)
-        return f"did you mean {close[0]}?" if close else "one of " + ", ".join(sorted(names))
-    context = detail.get("ctx", {})
-    if "expected" in context:
-        return str(context["expected"])
-    bounds = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "text matching", "min_length": "at least"}
-    return ", ".join(f"{sign} {context[name]}" for name, sign in bounds.items() if name in context) or None
-
-
-def _known_keys(at: KeyPath) -> set[str]:
-    """The keys allowed at a place of the config."""
-    model: Any = Config
-    for part in at:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        model = _section_in(field.annotation) if field is not None else None
-        if model is None:
-            return set()
-    names = set(model.model_fields)
-    return names | {name for flat in FLAT_SECTIONS.values() for name in flat.model_fields} if model is Config else names
-
-
-def _section_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for part in getattr(annotation, "__args__", ()) if (found := _section_in(part))), None)
 
 
 def _resolve(config: Config, root: Path) -> Config:

@@ -64,8 +64,8 @@ class LoadCheck(Section):
         "p50_e2el_ms", "p95_e2el_ms", "p99_e2el_ms", "output_throughput", "request_throughput",
     ]  # fmt: skip
     max_concurrency: PositiveInt
-    max: float | None = None
-    min: float | None = None
+    max: Annotated[float, Field(gt=0)] | None = None
+    min: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _one_bound(self) -> LoadCheck:

@@ -11,12 +11,16 @@ from pipeline.config_section import PositiveInt, Section
 # What Kubernetes takes: names (RFC 1123), labels with their values, environment variables, quantities.
 NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
-DnsLabel = Annotated[str, Field(pattern=f"^{NAME}$")]
-DnsName = Annotated[str, Field(pattern=rf"^{NAME}(\.{NAME})*$", max_length=253)]
+DnsLabel = Annotated[str, Field(pattern=f"^{NAME}$", examples=["tunegate"])]
+DnsName = Annotated[
+    str, Field(pattern=rf"^{NAME}(\.{NAME})*$", max_length=253, examples=["tunegate", "tunegate.example"])
+]
 LabelKey = Annotated[str, Field(pattern=rf"^({NAME}(\.{NAME})*/)?{LABEL}$")]
 LabelValue = Annotated[str, Field(pattern=f"^({LABEL})?$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Quantity = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i|[eE][0-9]+)?$")]
+Quantity = Annotated[
+    str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i|[eE][0-9]+)?$", examples=["500m", "200Gi"])
+]
 
 
 class ResourcesConfig(Section):
@@ -41,6 +45,7 @@ class KubernetesConfig(Section):
 
     image: str = Field(
         pattern=r"@sha256:[0-9a-f]{64}$",
+        examples=["registry.example/tunegate@sha256:DIGEST"],
         description="docker/pipeline.Dockerfile's image with its digest, name@sha256:…",
     )
     namespace: DnsLabel = "tunegate"

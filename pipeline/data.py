@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import program
+from pipeline import program, store
 from pipeline.data_sources import Named, is_hub_id, local_files, sources, sources_digest
 from pipeline.digests import digest_file
 from pipeline.errors import DataError, Problem
@@ -66,9 +66,11 @@ def run(request: program.Request) -> dict[str, Any]:
     data_splits.assign(db, **sizes)
     leaks = data_leaks.check(db, index, data, extra)
     _list_dropped(db, extra / "dropped.jsonl")
-    _require_rows(db, data)
+    _require_rows(db, data, files)
     digests = {split: _write(db, split, request.payload / f"{split}.jsonl") for split in SPLITS}
-    return _report(db, files, benchmarks, ledger, leaks, digests, extra)
+    detail = _report(db, files, benchmarks, ledger, leaks, digests, extra)
+    program.message(_told(detail, store.finished(request.folder) / "extra" / "report.md"))
+    return detail
 
 
 def _read(db: sqlite3.Connection, ledger: Ledger, data: Mapping[str, Any], seed: int, base: Path) -> list[FileSummary]:
@@ -92,7 +94,7 @@ def _read(db: sqlite3.Connection, ledger: Ledger, data: Mapping[str, Any], seed:
         read += rows
         program.progress(read, max(total, read), "rows read")
 
-    intake = Intake(db, ledger, TokenCounter(base), data, seed, done)
+    intake = Intake(ledger, data, db, TokenCounter(base), seed, done)
     return [intake.read(source, name, path, side) for source, name, path, side in found]
 
 
@@ -140,22 +142,40 @@ def _list_dropped(db: sqlite3.Connection, listed: Path) -> None:
             file.write(json.dumps({"file": name, "line": line, "reason": reason}, ensure_ascii=False) + "\n")
 
 
-def _require_rows(db: sqlite3.Connection, data: Mapping[str, Any]) -> None:
+def _require_rows(db: sqlite3.Connection, data: Mapping[str, Any], files: list[FileSummary]) -> None:
+    """Raise DataError for train or holdout without rows: where those that were read went, and what gives it some."""
     from pipeline import data_rows
 
-    dropped = ", ".join(f"{rows} {reason}" for reason, rows in data_rows.dropped(db).items()) or "none"
-    remedies = {
-        "train": "add rows, raise data.sequence_len, or lower data.holdout_size and data.val_set_size",
-        "holdout": "add rows to test_datasets"
-        if data["test_datasets"]
-        else "set data.holdout_size to a number of rows, or name test_datasets",
-    }
-    empty = [split for split in remedies if not data_rows.count(db, "split = ?", split)]
-    if empty:
-        raise DataError(
-            Problem(f"no rows are left for {split}; dropped: {dropped}", key="data", remedy=remedies[split])
-            for split in empty
+    problems = []
+    for split, side in (("train", 0), ("holdout", 1 if data["test_datasets"] else 0)):
+        if data_rows.count(db, "split = ?", split):
+            continue
+        places = data_rows.places(db, side)
+        told = ", ".join(f"{rows} {place}" for place, rows in places.items()) or "no sound row"
+        problems.append(
+            Problem(
+                f"no rows are left for {split}; read were: {told}",
+                file=", ".join(summary.name for summary in files if summary.side == side),
+                key="data.test_datasets" if side else "data.datasets",
+                remedy=_more_rows(split, places, data),
+            )
         )
+    if problems:
+        raise DataError(problems)
+
+
+def _more_rows(split: str, places: Mapping[str, int], data: Mapping[str, Any]) -> str:
+    """What gives a set rows, by what took them."""
+    if split == "holdout" and not data["test_datasets"]:
+        return "set data.holdout_size to a number of rows, or name test_datasets"
+    ways = {
+        "holdout": f"lower data.holdout_size ({data['holdout_size']:g})",
+        "val": f"lower data.val_set_size ({data['val_set_size']:g})",
+        "dropped as in_holdout": "take the holdout's rows out of the file",
+        "dropped as too_long": f"raise data.sequence_len ({data['sequence_len']})",
+    }
+    fitting = [way for place, way in ways.items() if place in places]
+    return ", or ".join(["add rows", *fitting])
 
 
 def _write(db: sqlite3.Connection, split: str, file: Path) -> str:
@@ -185,6 +205,13 @@ def _report(
     summary = data_report.summarise(db, files, benchmarks, ledger, leaks)
     data_report.write(summary, extra)
     return {**data_report.detail(summary), "digests": digests}
+
+
+def _told(detail: Mapping[str, Any], report: Path) -> str:
+    """What became of the rows, in one line."""
+    sets = ", ".join(f"{detail['rows'][split]} {split}" for split in SPLITS)
+    dropped = ", ".join(f"{rows} {reason}" for reason, rows in detail["dropped"].items()) or "nothing"
+    return f"{sets}; dropped {dropped}; report {report}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,29 +30,22 @@ class FileSummary:
 
 
 @dataclass(frozen=True)
-class Intake:
-    """Where rows go and what they are measured by; `done` is told how many more rows were read."""
+class Look:
+    """Files read for their defects alone: nothing is stored, and what needs a tokenizer isn't asked."""
 
-    db: sqlite3.Connection
     ledger: Ledger
-    counter: data_tokens.TokenCounter
     data: Mapping[str, Any]
-    seed: int
-    done: Callable[[int], None]
+
+    @property
+    def special(self) -> re.Pattern[str]:
+        """Finds the tokens that must not stand in a text: none are known here."""
+        return data_checks.special_tokens_pattern(())
 
     def read(self, source: Mapping[str, Any], name: str, path: Path, side: int) -> FileSummary:
         """Read one file of a source; its defects go by `name`."""
         summary = FileSummary(name, side)
-        number = data_rows.add_file(self.db, name)
-        batch: list[Numbered] = []
-        size = 0
-        for line, body, columns in self._bodies(source, path, summary):
-            batch.append((line, body, columns))
-            size += len(body) if isinstance(body, str) else sum(len(message["content"]) for message in body)
-            if len(batch) == data_files.BATCH or size > BATCH_CHARACTERS:
-                self._store(batch, summary, number)
-                batch, size = [], 0
-        self._store(batch, summary, number)
+        for _ in self._bodies(source, path, summary):
+            self.ledger.add_row(name, [])
         return summary
 
     def _bodies(self, source: Mapping[str, Any], path: Path, summary: FileSummary) -> Iterator[Numbered]:
@@ -102,7 +96,37 @@ class Intake:
             return "", {}, [data_formats.not_this_format(values, wanted), *found]
         unfit: list[Defect] = []
         body = wanted.convert(values, unfit)
-        return body, columns, [*(unfit or data_checks.check(body, self.counter.special)), *found]
+        return body, columns, [*(unfit or data_checks.check(body, self.special)), *found]
+
+
+@dataclass(frozen=True)
+class Intake(Look):
+    """Where rows go and what they are measured by; `done` is told how many more rows were read."""
+
+    db: sqlite3.Connection
+    counter: data_tokens.TokenCounter
+    seed: int
+    done: Callable[[int], None]
+
+    @property
+    def special(self) -> re.Pattern[str]:
+        """Finds the tokenizer's special tokens."""
+        return self.counter.special
+
+    def read(self, source: Mapping[str, Any], name: str, path: Path, side: int) -> FileSummary:
+        """Read one file of a source into the store; its defects go by `name`."""
+        summary = FileSummary(name, side)
+        number = data_rows.add_file(self.db, name)
+        batch: list[Numbered] = []
+        size = 0
+        for line, body, columns in self._bodies(source, path, summary):
+            batch.append((line, body, columns))
+            size += len(body) if isinstance(body, str) else sum(len(message["content"]) for message in body)
+            if len(batch) == data_files.BATCH or size > BATCH_CHARACTERS:
+                self._store(batch, summary, number)
+                batch, size = [], 0
+        self._store(batch, summary, number)
+        return summary
 
     def _store(self, batch: list[Numbered], summary: FileSummary, file: int) -> None:
         if not batch:

@@ -158,3 +158,12 @@ def dropped(db: sqlite3.Connection) -> dict[str, int]:
     """How many rows were dropped, by reason."""
     query = "SELECT dropped, count(*) FROM rows WHERE dropped IS NOT NULL GROUP BY dropped ORDER BY dropped"
     return dict(db.execute(query).fetchall())
+
+
+def places(db: sqlite3.Connection, side: int) -> dict[str, int]:
+    """How many rows of a side are in each split, or dropped and why, most first."""
+    query = (
+        "SELECT coalesce(split, 'dropped as ' || dropped) AS place, count(*) FROM rows"
+        " WHERE side = ? GROUP BY place ORDER BY count(*) DESC, place"
+    )
+    return dict(db.execute(query, (side,)).fetchall())

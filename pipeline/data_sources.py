@@ -17,11 +17,13 @@ from pipeline.data_defects import Defect
 from pipeline.digests import digest_of
 from pipeline.errors import ConfigError, DataError, Problem
 from pipeline.file_digests import remembered
+from pipeline.store import home
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 BENCHMARK_SUFFIXES = (*SUFFIXES, ".txt")
 GROUPS = {"datasets": SUFFIXES, "test_datasets": SUFFIXES, "benchmarks": BENCHMARK_SUFFIXES}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
+DEMO = ("tickets-train.jsonl", "tickets-holdout.jsonl")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -42,8 +44,15 @@ class Named:
     suffixes: tuple[str, ...]
 
     def problem(self, defect: Defect) -> Problem:
-        """What is wrong with its path."""
-        return replace(defect.problem(self.source["path"]), key=f"{self.key}.path")
+        """What is wrong with its path; of the demo's data, which is made, how."""
+        found = replace(defect.problem(self.source["path"]), key=f"{self.key}.path")
+        if defect.kind != "missing_file" or Path(self.source["path"]).name not in DEMO:
+            return found
+        made = home() / "demo"
+        return replace(
+            found,
+            remedy=f"write it, as tunegate demo does: python3 -m pipeline.demo_tickets {made}, then --data-dir {made}",
+        )
 
 
 def sources(data: Mapping[str, Any], group: str) -> list[Named]:
@@ -54,8 +63,9 @@ def sources(data: Mapping[str, Any], group: str) -> list[Named]:
 def local_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path] | Defect:
     """The data files of a file or folder, sorted by name, or what is wrong with it."""
     if not path.exists():
-        near = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
-        return Defect("missing_file", "there is no such file or folder", allowed=", ".join(near[:10]) or None)
+        return Defect(
+            "missing_file", "there is no such file or folder", allowed=", ".join(_near(path, suffixes)) or None
+        )
     if not os.access(path, os.R_OK):
         return Defect("unreadable_file", "may not be read")
     if path.is_file():
@@ -66,6 +76,13 @@ def local_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path] 
         return Defect("compressed_file", f"holds packed data: {packed[0].relative_to(path)}")
     found = [entry for entry in inside if entry.suffix in suffixes]
     return found or Defect("no_data_files", "holds no data files", allowed=" ".join(suffixes))
+
+
+def _near(path: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Up to ten data files where `path` was looked for, and folders where it doesn't end like a file."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    fit = (entry for entry in beside if entry.suffix in suffixes or (not path.suffix and entry.is_dir()))
+    return sorted(entry.name for entry in fit if not entry.name.startswith("."))[:10]
 
 
 def sources_digest(data: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ CALIBRATION_SHARE = 10
 def assign(db: sqlite3.Connection, *, holdout_size: float, val_set_size: float, calibration_set_size: int) -> None:
     """Give every row that isn't dropped its split; test rows are the holdout, else holdout_size of train is.
 
-    A size up to 1 is a share, above 1 a number of rows. Texts without an answer never go to the holdout, and
+    A size below 1 is a share, from 1 on a number of rows. Texts without an answer never go to the holdout, and
     to calibration only where there is nothing else.
     """
     if count(db, "side = ?", TEST):
@@ -36,7 +36,7 @@ def assign(db: sqlite3.Connection, *, holdout_size: float, val_set_size: float, 
 
 
 def _take(db: sqlite3.Connection, split: str, draw: str, size: float, where: str) -> None:
-    if size > 1:
+    if size >= 1:
         _take_rows(db, split, draw, int(size), where)
     else:
         _take_below(db, split, draw, min(int(size * WHOLE), WHOLE - 1), where)

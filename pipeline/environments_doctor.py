@@ -14,20 +14,21 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline import environments, install
-from pipeline.errors import EnvironmentMissing
+from pipeline import environments, install, store
+from pipeline.errors import EnvironmentMissing, ResourceError
 from pipeline.uv import ROOT, folder
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that doctor looked at; `needed` is False for what only some configs use."""
+    """One thing that doctor looked at; `needed` is False for what only some configs use, and `when` says which."""
 
     name: str
     ok: bool
     detail: str
     remedy: str | None = None
     needed: bool = True
+    when: str = "only some configs need it"
 
 
 def doctor(
@@ -41,6 +42,7 @@ def doctor(
         _python(),
         _make(),
         *(_environment(name, settings or {}, runtime) for name in environments.NAMES),
+        _home(),
         _disk(_elsewhere(settings or {})),
         _caddy(),
         _container_engine(needed=runtime == "docker"),
@@ -86,6 +88,16 @@ def _environment(name: str, settings: Mapping[str, environments.EnvironmentSetti
             needed=needed,
         )
     return Finding(title, ok=True, detail=f"{device}, {folder() / name}", needed=needed)
+
+
+def _home() -> Finding:
+    """Whether the store can be written."""
+    try:
+        store.raise_for_unwritable_home()
+    except ResourceError as error:
+        problem = error.problems[0]
+        return Finding("TUNEGATE_HOME", ok=False, detail=f"{problem.file} {problem.what}", remedy=problem.remedy)
+    return Finding("TUNEGATE_HOME", ok=True, detail=str(store.home()))
 
 
 def _disk(elsewhere: Collection[str]) -> Finding:

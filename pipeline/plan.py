@@ -6,7 +6,6 @@ decide its result. Works on the resolved config as JSON and on the standard libr
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline import environments, hardware, kubernetes_manifests, scoring_plugins, store
+from pipeline import environments, hardware, kubernetes_manifests, plan_memory, scoring_plugins, store
 from pipeline.digests import digest_file, digest_of
 from pipeline.errors import ConfigError
 from pipeline.sample_size import DIFFERING, items_for_margin
@@ -69,6 +68,7 @@ class Plan:
     steps: tuple[PlannedStep, ...]
     finished: Mapping[str, Any] | None
     memory: Mapping[str, int] = field(default_factory=dict)
+    here: int = 0  # bytes of memory on this machine, or of one of its GPUs
     sizes: tuple[str, ...] = ()
     judges: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -193,6 +193,8 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
 
     `sources` are the digests of what comes from outside, the base model's under "base" and the data files' under "prepare";
     `device` is the class of device, which decides how a model is trained.
+
+    Raises EnvironmentMissing without a stage's environment, ConfigError where the base model can't be served as it says.
     """
     planned: list[PlannedStep] = []
     digests: dict[str, str] = {}
@@ -208,6 +210,7 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
         if record:
             digests[step.stage] = record["digest"]
         planned.append(PlannedStep(step, key, record))
+    plan_memory.raise_for_too_long(config, planned[0].record)
     build = digest_of(
         {
             "config": {name: value for name, value in config.items() if name not in NOT_JUDGED},
@@ -219,12 +222,14 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
         }
     )[:32]
     finished = store.peek_build(build)
+    base, here = planned[0].record, hardware.device()
     return Plan(
         config["name"],
         build,
         tuple(planned),
         finished,
-        memory(config, planned),
+        plan_memory.estimates(config, base, here),
+        here.memory,
         tuple(sizes(config, planned)),
         judges(config),
     )
@@ -293,34 +298,6 @@ def _programs(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def memory(config: Mapping[str, Any], planned: list[PlannedStep]) -> dict[str, int]:
-    """Estimated peak bytes of fine-tuning (a process), quantizing and serving; empty until the base model's shape is known.
-
-    Weights: 0.55 bytes a parameter in NF4 with double quantization, 2 in bf16. Activations: 34 bytes a token, layer and hidden
-    unit without checkpointing (Korthikanti et al. 2022, eq. 2, without the attention scores, which sdpa doesn't keep), 2 with it.
-    """
-    shape = _shape(planned)
-    if not shape:
-        return {}
-    parameters, hidden, layers = shape
-    train = config["finetune"]
-    processes = train["num_processes"]
-    tokens = train["micro_batch_size"] * config["data"]["sequence_len"] // processes
-    per_unit = 2 if train["gradient_checkpointing"] is True else 34
-    weights = int(parameters * (0.55 if train["load_in_4bit"] else 2) / (processes if train["fsdp_version"] else 1))
-    # adapter weights with gradients and two moments in fp32; 7 linear layers of about 3 times the hidden size a side
-    adapter = layers * 7 * 4 * hidden * train["lora_r"] * 16
-    served = served_weights(config, parameters, hardware.device())
-    kv = _bytes(config["serve"]["kv_cache_memory"])
-    return {
-        "finetune": weights + adapter + tokens * layers * hidden * per_unit,
-        "quantize": parameters * 2
-        + config["quantize"]["num_calibration_samples"] * config["quantize"]["max_calibration_tokens"] * hidden * 4,
-        "serve": served + kv,
-        "promote (old and new side by side)": 2 * (served + kv),
-    }
-
-
 def sizes(config: Mapping[str, Any], planned: Sequence[PlannedStep]) -> Iterator[str]:
     """What each comparison with a margin needs to be decided, against what there is, once the holdout is known."""
     gate, prepared = config["gate"], next(step.record for step in planned if step.step.stage == "prepare")
@@ -335,28 +312,6 @@ def sizes(config: Mapping[str, Any], planned: Sequence[PlannedStep]) -> Iterator
             f"{check['metric']} vs {check['against']} within {check['margin']:g}: about {needed}"
             f" if {DIFFERING:.0%} of the answers differ{grouped}{few}"
         )
-
-
-def served_weights(config: Mapping[str, Any], parameters: int, device: hardware.Device) -> int:
-    """Bytes of the served weights: 0.6 a parameter in 4 bits with their scales, unless the device unpacks them."""
-    dtype = config["serve"]["dtype"]
-    plain = parameters * (4 if (device.serving_dtype if dtype == "auto" else dtype) == "float32" else 2)
-    packed = config["quantize"]["method"] != "none" and device.device_class not in hardware.WITHOUT_BF16
-    return int(parameters * 0.6) if packed else plain
-
-
-def _shape(planned: list[PlannedStep]) -> tuple[int, int, int] | None:
-    """Parameters, hidden size and layers of the base model, once its folder is in the store."""
-    record = planned[0].record
-    if record is None:
-        return None
-    config = json.loads((Path(record["path"]) / "payload" / "config.json").read_text(encoding="utf-8"))
-    return int(record["detail"]["parameters"]), int(config["hidden_size"]), int(config["num_hidden_layers"])
-
-
-def _bytes(size: str) -> int:
-    number = size.rstrip("BKMGi ")
-    return int(float(number) * {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[size[len(number) :].strip()])
 
 
 def render(plan: Plan, path: Path, write: Callable[[str], None]) -> None:
@@ -388,8 +343,9 @@ def render(plan: Plan, path: Path, write: Callable[[str], None]) -> None:
     for planned in plan.steps[len(made) :]:
         show(planned)
     write(f"  {'register':<10}{'control':<15}{done}")
+    here = f" of {plan_memory.gib(plan.here)} here" if plan.here else ""
     for what, size in plan.memory.items():
-        write(f"  memory  {what}: about {size / 2**30:.1f} GiB")
+        write(f"  memory  {what}: about {plan_memory.gib(size)}{here}")
     for line in plan.sizes:
         write(f"  items   {line}")
     if not plan.memory:

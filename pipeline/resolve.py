@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from pipeline.config import Config, EvaluateConfig
 
 JUDGES = (
-    "config.py", "config_file.py", "config_gate.py", "config_kubernetes.py", "config_section.py", "environments.py",
+    "config.py", "config_file.py", "config_gate.py", "config_kubernetes.py", "config_section.py", "config_words.py", "environments.py",
     "gate_policy.py", "load_statistics.py", "resolve.py", "scoring.py",
     "scoring_plugins.py", "serving_refusals.py", "slices.py", "statistics.py", "yaml_lines.py",
 )  # fmt: skip
@@ -34,14 +35,15 @@ def resolve(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = N
     Raises ConfigError with all mistakes of the file.
     """
     memory = _memory(path, overrides, data_dir) if path.is_file() else None
-    if memory and memory.is_file():
+    if memory and store.holds(memory):
         return dict(json.loads(memory.read_text(encoding="utf-8")))
     from pipeline.config_file import load
 
     config = load(path, overrides, data_dir, judge).model_dump(mode="json")
     if memory:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memory, config)
+        with suppress(OSError):  # a store that can't be written costs time only
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, config)
     return config
 
 
@@ -68,7 +70,25 @@ def judge(config: Config) -> Iterator[Problem]:
             allowed="auto or original",
             remedy="set merge.merge_base: auto, or finetune.adapter: qlora",
         )
+    yield from _no_room_for_a_prompt(config)
     yield from gate_policy.problems(config.gate, config.evaluate, config.loadtest, config.data.columns)
+
+
+def _no_room_for_a_prompt(config: Config) -> Iterator[Problem]:
+    """Answers as long as all that a server takes: every request would be refused. Told at the key that was written."""
+    most = config.serve.max_model_len
+    for name in ("evaluate", "loadtest"):
+        section = getattr(config, name)
+        if section.max_tokens < most:
+            continue
+        chosen = "max_tokens" in section.model_fields_set
+        yield Problem(
+            f"{name}.max_tokens: {section.max_tokens} leaves a prompt no room in serve.max_model_len: {most},"
+            " which counts prompt and answer",
+            key=f"{name}.max_tokens" if chosen else "serve.max_model_len",
+            allowed=f"less than {most}" if chosen else f"more than {section.max_tokens}",
+            remedy=f"lower {name}.max_tokens, or raise serve.max_model_len to that and the longest prompt",
+        )
 
 
 def cluster_problems(config: Config) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.digests import digest_folder
-from pipeline.errors import Busy
+from pipeline.errors import Busy, ResourceError
 from pipeline.program import write_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,33 @@ def home() -> Path:
     return Path(os.environ.get("TUNEGATE_HOME", "mlruns")).resolve()
 
 
+def raise_for_unwritable_home() -> None:
+    """Raise ResourceError when nothing can be written into `home()`, or it can't be made; nothing is left there."""
+    import tempfile  # here because `tunegate check` imports this module and never asks
+
+    folder = home()
+    try:
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        raise ResourceError(
+            f"can't be written: {error.strerror}",
+            file=str(folder),
+            key="TUNEGATE_HOME",
+            allowed="a folder that may be written, or made; unset: ./mlruns",
+            remedy="export TUNEGATE_HOME=FOLDER, on a disk that you may write to",
+        ) from None
+
+
+def holds(file: Path) -> bool:
+    """Whether a file of the store is there; one below a folder that may not be entered isn't."""
+    try:
+        return file.is_file()
+    except PermissionError:
+        return False
+
+
 def folder_of(stage: str, key: str) -> Path:
     """Where the finished artefact of this key lies, if it is there."""
     return home() / "work" / stage / key
@@ -40,7 +67,7 @@ def folder_of(stage: str, key: str) -> Path:
 def peek(stage: str, key: str) -> dict[str, Any] | None:
     """The finished artefact of this key as plain JSON, or None."""
     file = folder_of(stage, key) / "artifact.json"
-    if not file.is_file():
+    if not holds(file):
         return None
     return {**json.loads(file.read_text(encoding="utf-8")), "path": str(file.parent)}
 
@@ -61,7 +88,7 @@ def build_folder(key: str) -> Path:
 def peek_build(key: str) -> dict[str, Any] | None:
     """What a finished build left (outcome, version, run), or None."""
     file = build_folder(key) / "finished.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if holds(file) else None
 
 
 def finished_builds(name: str | None = None) -> list[dict[str, Any]]:
@@ -99,6 +126,11 @@ def making(stage: str, key: str) -> Iterator[Path]:
         partial = folder_of(stage, f".{key}.partial")
         partial.mkdir(parents=True, exist_ok=True)
         yield partial
+
+
+def finished(partial: Path) -> Path:
+    """Where what is made in this partial folder will lie; another folder stays as it is."""
+    return partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
 
 
 def finish(

@@ -12,6 +12,7 @@ import yaml
 from pipeline.errors import ConfigError, Problem
 
 KeyPath = tuple[str | int, ...]
+TABBED = re.compile(r"[ -]*\t")
 SURROGATES = re.compile(r"\\ud[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}", re.IGNORECASE)
 
 
@@ -20,7 +21,8 @@ def read(path: Path) -> tuple[Any, dict[KeyPath, int]]:
 
     Raises OSError as the file system has it, and ConfigError with what is not UTF-8, not YAML, or given twice.
     """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(_text(path))
+    text = _text(path)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     lines: dict[KeyPath, int] = {}
     problems: list[Problem] = []
     try:
@@ -28,15 +30,31 @@ def read(path: Path) -> tuple[Any, dict[KeyPath, int]]:
         value = None if node is None else _construct(loader, node, (), lines, problems, path)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ConfigError(
-            f"not YAML: {error.problem or error.context}", file=str(path), line=mark.line + 1 if mark else None,
-            allowed="spaces for indentation, `key: value` with a space after the colon", remedy=f"tunegate check {path}",
-        ) from None  # fmt: skip
+        line = mark.line + 1 if mark else None
+        raise ConfigError(_tab(text, line, path) or Problem(
+            f"not YAML: {error.problem or error.context}", str(path), line, None,
+            "spaces for indentation, `key: value` with a space after the colon", f"tunegate check {path}",
+        )) from None  # fmt: skip
     finally:
         loader.dispose()
     if problems:
         raise ConfigError(problems)
     return value, lines
+
+
+def _tab(text: str, at: int | None, path: Path) -> Problem | None:
+    """Tabs in the indentation of the line that YAML stumbled over, or of those just before; elsewhere they may be right."""
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if TABBED.match(line)]
+    first = next((near for near in (at, (at or 0) - 1) if near in lines), None)
+    if first is None:
+        return None
+    while first - 1 in lines:
+        first -= 1
+    more = f", and in that of {len(lines) - 1} more lines" if len(lines) > 1 else ""
+    return Problem(
+        f"not YAML: a tab stands in the indentation{more}", str(path), first, None,
+        "spaces", f"put spaces there, then: tunegate check {path}",
+    )  # fmt: skip
 
 
 def _text(path: Path) -> str:

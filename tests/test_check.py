@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from flows import cli
@@ -79,3 +81,38 @@ def test_a_policy_that_cannot_be_decided_stops_before_anything_starts(config, ca
     assert ended(command[0], file, *command[1:]) == 2
     assert f"{file}:5: gate.metrics[0].metric: accuracy is not measured" in capsys.readouterr().err
     assert not (tmp_path / "mlruns").exists()
+
+
+@pytest.mark.parametrize("command", [("check",), ("run", "--dry-run")])
+def test_the_plan_needs_no_home_that_can_be_written(config, capsys, tmp_path, monkeypatch, command):
+    """What it would remember is worked out again."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "file" / "below"))
+    file = config("gate: {metrics: [{metric: exact_match, min: 0.5}]}\n")
+    assert ended(command[0], file, *command[1:]) == 0
+    assert "to do" in capsys.readouterr().out
+
+
+def test_what_cannot_fit_here_is_a_warning(config, capsys):
+    """It may be meant for a larger machine; a cluster's pod that asks for GPUs is one."""
+    text = "gate: {metrics: [{metric: exact_match, min: 0.5}]}\nserve: {kv_cache_memory: 90000GiB}\n"
+    file = config(text)
+    assert ended("check", file) == 0
+    assert f"warning: {file}: serve.kv_cache_memory: serve would take about 90000.0 GiB" in capsys.readouterr().out
+    pod = "{resources: {limits: {nvidia.com/gpu: 1}}}"
+    assert ended("check", config(f"{text}kubernetes: {{image: 'x@sha256:{'0' * 64}', flow: {pod}}}\n")) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_plan_needs_no_home_that_may_be_entered(config, capsys, tmp_path, monkeypatch):
+    """Another user's folder, in which even to look is refused."""
+    looks = Path.is_file
+
+    def refused(path):
+        if path.is_relative_to(tmp_path / "mlruns"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return looks(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert ended("check", config("gate: {metrics: [{metric: exact_match, min: 0.5}]}\n")) == 0
+    assert "to do" in capsys.readouterr().out

@@ -58,3 +58,26 @@ def test_a_chat_reaches_the_proxy_of_the_release_past_any_other(proxies, capsys)
         body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": True}
         assert operate._stream(url, {}, body) == "as learned"
     assert "as learned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [("run", "use.yaml"), ("demo",), ("status",), ("up",), ("down",), ("gc",)])
+def test_a_home_that_cannot_be_written_stops_what_writes(monkeypatch, capsys, tmp_path, command):
+    """Before anything else, and with no traceback."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "file" / "below"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command)
+    assert ended.value.code == 3
+    assert capsys.readouterr().err.splitlines()[1] == (
+        f"{tmp_path}/file/below: TUNEGATE_HOME: can't be written: Not a directory"
+    )
+
+
+@pytest.mark.parametrize("days", ["-3", "nan", "week", "-0.5"])
+def test_gc_keeps_no_negative_number_of_days(capsys, days):
+    """It would delete what is being made now."""
+    with pytest.raises(SystemExit) as ended:
+        cli.parser().parse_args(["gc", "--keep-days", days])
+    assert ended.value.code == 2
+    assert f"argument --keep-days: {days!r} is no number of days" in capsys.readouterr().err
+    assert cli.parser().parse_args(["gc", "--keep-days", "0.5"]).keep_days == 0.5

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import Config, size_in_bytes
-from pipeline.config_file import json_schema, load
+from pipeline.config_file import json_schema, load, load_policy
 from pipeline.errors import ConfigError, Problem
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
@@ -19,9 +19,52 @@ BROKEN = [
     ("unknown key in a section", "serve:\n  dtpe: float16\n", 4, "serve.dtpe: unknown key", "did you mean dtype?"),
     ("wrong type", "finetune:\n  lora_r: many\n", 4, "finetune.lora_r: 'many'", "tunegate check"),
     ("out of range", "lora_dropout: 1.5\n", 3, "finetune.lora_dropout: 1.5", "< 1"),
+    (
+        "a share of more than all",
+        "val_set_size: 1.5\n",
+        3,
+        "1.5: must be a share below 1, or a whole number of rows",
+        "tunegate",
+    ),
+    (
+        "a negative bound",
+        "gate: {load: [{metric: p50_ttft_ms, max_concurrency: 1, max: -5}]}\n",
+        3,
+        "gate.load.0.max: -5",
+        "> 0",
+    ),
     ("no such choice", "optimizer: sgd\n", 3, "finetune.optimizer: 'sgd'", "adamw_torch"),
     ("given twice", "seed: 1\nseed: 2\n", 4, "given twice, first on line 3", "delete one"),
     ("given under two names", "lora_r: 8\nlora_rank: 16\n", 4, "lora_r is given twice", "delete one"),
+    (
+        "one where a list is wanted",
+        "loadtest:\n  max_concurrency: 8\n",
+        4,
+        "8: is no list",
+        "a list, such as [1, 4, 8]",
+    ),
+    (
+        "no size",
+        "serve:\n  kv_cache_memory: 512 megs\n",
+        4,
+        "'512 megs': doesn't have the form",
+        "such as 512MiB or 1.5GiB",
+    ),
+    (
+        "a truth where a number is wanted",
+        "num_epochs: no\n",
+        3,
+        "is a truth value, as which YAML reads yes, no",
+        "a number",
+    ),
+    ("a truth that would count as 1", "lora_r: yes\n", 3, "finetune.lora_r: is a truth value", "a number"),
+    (
+        "none of several kinds",
+        "gradient_checkpointing: x\n",
+        3,
+        "'x': is none of the choices",
+        "true or false, or 'auto'",
+    ),
     ("not YAML", "serve: {dtype: float16\n", None, "not YAML", "spaces for indentation"),
     (
         "settled elsewhere",
@@ -77,6 +120,45 @@ def test_five_mistakes_are_told_at_once_in_file_order(tmp_path: Path) -> None:
         "serve.port",
         "gate.confidence",
     ]
+
+
+def test_what_to_do_stands_once_at_the_end_as_the_command_was_given(tmp_path: Path) -> None:
+    """With the data's folder and the overrides; a problem with a remedy of its own keeps it."""
+    file = tmp_path / "use.yaml"
+    file.write_text(GOOD + "lora_r: x\nbf16: true\nadapter: full\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load(file, ["gate.confidence=2"], tmp_path / "my data")
+    assert [(problem.key, problem.remedy) for problem in caught.value.problems] == [
+        ("gate.confidence", None),
+        ("finetune.lora_r", None),
+        ("bf16", "delete line 4"),
+        (
+            "finetune.adapter",
+            f"correct them, then: tunegate check {file} --data-dir '{tmp_path}/my data' --set gate.confidence=2",
+        ),
+    ]
+
+
+def test_no_choice_is_told_twice(tmp_path: Path) -> None:
+    """Neither beside what is allowed nor as pydantic says it."""
+    (problem,) = broken(tmp_path, GOOD + "adapter: full\n")
+    assert (problem.what, problem.allowed) == ("'full': is none of the choices", "'qlora' or 'lora'")
+
+
+def test_a_policy_is_checked_again_as_a_policy(tmp_path: Path) -> None:
+    """A file of gate keys alone is no config."""
+    file = tmp_path / "policy.yaml"
+    file.write_text("confidence: yes\nload: 3\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_policy(file)
+    assert [(problem.line, problem.key) for problem in caught.value.problems] == [
+        (1, "gate.confidence"),
+        (2, "gate.load"),
+    ]
+    assert caught.value.problems[-1].remedy == f"correct them, then: tunegate gate --policy {file}"
+    file.write_text("metrics: [{metric: accuracy, min: yes}]\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="is a truth value"):
+        load_policy(file)
 
 
 def test_an_empty_file_a_list_and_latin1_are_refused(tmp_path: Path) -> None:

@@ -193,6 +193,8 @@ def prepared(base: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
         "long kept": settings(long, sequence_len=2048),
         "texts": settings(texts, test=(exam,)),
         "only holdout": settings(write(folder / "one.jsonl", rows[:3]), holdout_size=3),
+        "only val": settings(write(folder / "three.jsonl", rows[100:103]), test=(exam,), val_set_size=24),
+        "only the exam": settings(exam, test=(exam,)),
         "tickets": settings(tickets[0], test=(tickets[1],)),
     }  # fmt: skip
     template = {"user": "{question}", "assistant": "{label}"}
@@ -335,6 +337,31 @@ def test_a_set_without_rows_stops_the_run(prepared: dict) -> None:
     (problem,) = prepared["only holdout"][1].problems
     assert "no rows are left for train" in problem.what
     assert "data.holdout_size" in problem.remedy
+
+
+def test_a_set_without_rows_names_its_file_and_where_they_went(prepared: dict) -> None:
+    """The remedy fits: with a file as the holdout no size of it is to be lowered."""
+    (problem,) = prepared["only val"][1].problems
+    assert Path(problem.file).name == "three.jsonl"
+    assert problem.what == "no rows are left for train; read were: 3 val"
+    assert problem.remedy == "add rows, or lower data.val_set_size (24)"
+    (problem,) = prepared["only the exam"][1].problems
+    assert "dropped as in_holdout" in problem.what
+    assert problem.remedy == "add rows, or take the holdout's rows out of the file"
+
+
+def test_what_was_dropped_is_told_at_the_end_with_the_report(base: dict, tmp_path: Path) -> None:
+    """In one line, with the place that the report has once the stage is done."""
+    rows = [conversation(number) for number in range(60)]
+    exam = write(tmp_path / "exam.jsonl", rows[50:])
+    train = write(tmp_path / "train.jsonl", [*rows, *rows[:50]])
+    _, events = stages.run(
+        "pipeline.data", tmp_path / ".key.partial", settings(train, test=(exam,), val_set_size=5), base
+    )
+    assert [event["text"] for event in events if event["event"] == "message"][-1] == (
+        "41 train, 5 val, 4 calibration, 10 holdout; dropped 50 duplicate, 10 in_holdout;"
+        f" report {tmp_path}/key/extra/report.md"
+    )
 
 
 def test_the_demo_tickets_pass_and_their_report_shows_their_labels(prepared: dict) -> None:

@@ -55,17 +55,39 @@ def test_a_folder_counts_with_all_its_data_files(tmp_path: Path) -> None:
 
 
 def test_every_missing_file_is_named_with_its_neighbours(tmp_path: Path) -> None:
-    """All wrong paths are named at once; one beside other files lists them."""
+    """All wrong paths are named at once; one beside other data files lists them."""
     make(tmp_path / "train.jsonl")
     make(tmp_path / "notes.txt")
     with pytest.raises(DataError) as raised:
         data.sources_digest(config(tmp_path / "trian.jsonl", tmp_path / "notes.txt", "/nowhere/at/all.csv"))
     first, second, third = raised.value.problems
     assert first.file == str(tmp_path / "trian.jsonl")
-    assert first.allowed == "notes.txt, train.jsonl"
+    assert first.allowed == "train.jsonl"
     assert "correct the path" in first.remedy
     assert second.what == ".txt is not supported"
     assert third.allowed is None
+
+
+def test_what_is_allowed_is_data(tmp_path: Path) -> None:
+    """No configs that lie beside it; folders where a folder may have been meant."""
+    make(tmp_path / "use.yaml")
+    make(tmp_path / "questions" / "one.jsonl")
+    for path, allowed in (("answers", "questions"), ("answers.jsonl", None)):
+        with pytest.raises(DataError) as raised:
+            data.sources_digest(config(tmp_path / path))
+        assert raised.value.problems[0].allowed == allowed
+
+
+def test_the_demos_data_is_made_by_the_command_that_the_remedy_names(tmp_path: Path) -> None:
+    """A fresh clone has a config for data that isn't there yet."""
+    for folder in (tmp_path, tmp_path / "home" / "demo"):
+        with pytest.raises(DataError) as raised:
+            data.sources_digest(config(folder / "tickets-train.jsonl", test=(folder / "tickets-holdout.jsonl",)))
+        for problem in raised.value.problems:
+            assert problem.remedy == (
+                f"write it, as tunegate demo does: python3 -m pipeline.demo_tickets {tmp_path}/home/demo,"
+                f" then --data-dir {tmp_path}/home/demo"
+            )
 
 
 def test_a_benchmark_counts_and_a_missing_one_is_named_by_its_key(tmp_path: Path) -> None:
@@ -83,7 +105,7 @@ def test_a_benchmark_counts_and_a_missing_one_is_named_by_its_key(tmp_path: Path
         data.sources_digest(wrong)
     first, second = raised.value.problems
     assert (first.key, second.key) == ("data.datasets.0.path", "data.benchmarks.0.path")
-    assert second.allowed == "benchmark, home, train.jsonl"
+    assert second.allowed == "train.jsonl"
     assert "correct the path" in second.remedy
 
 

@@ -55,6 +55,12 @@ def test_one_prompt_with_two_answers_is_never_in_two_sets(tmp_path: Path) -> Non
             assert found[first] == found[second]
 
 
+def test_one_is_a_row_and_not_all_of_them(tmp_path: Path) -> None:
+    """A share is below 1."""
+    found = split(tmp_path, rows(range(40)), holdout_size=1, val_set_size=1.0)
+    assert [list(found.values()).count(name) for name in ("holdout", "val")] == [1, 1]
+
+
 def test_test_rows_are_the_holdout_and_nothing_else_is(tmp_path: Path) -> None:
     """With test_datasets no training row is held out, whatever holdout_size says."""
     found = split(tmp_path, [*rows(range(100)), *rows(range(100, 120), TEST)], holdout_size=0.5)

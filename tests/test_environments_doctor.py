@@ -107,3 +107,13 @@ def test_doctor_accepts_what_a_host_says_once(venvs, tmp_path, monkeypatch):
     assert found["environment serve"].detail == "/no/python is no program"
     control = 0.0 if importlib.util.find_spec("prefect") else install.ENVIRONMENTS["control"][1]["cpu"]
     assert found["disk"].detail.endswith(f"{control + 5.0:.1f} GB wanted")
+
+
+def test_doctor_looks_whether_the_store_can_be_written(venvs, tmp_path, monkeypatch):
+    """It is no command that writes, so it says so itself."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
+    assert findings()["TUNEGATE_HOME"].ok
+    (tmp_path / "home").touch()
+    found = findings()["TUNEGATE_HOME"]
+    assert (found.ok, found.needed) == (False, True)
+    assert "export TUNEGATE_HOME=" in found.remedy

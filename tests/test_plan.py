@@ -15,7 +15,6 @@ from flows import build
 from pipeline import plan
 from pipeline.environments import Environment
 from pipeline.errors import ConfigError
-from pipeline.hardware import Device
 
 
 def imported(text):
@@ -79,23 +78,6 @@ def test_another_vllm_or_flag_is_another_build(tmp_path, monkeypatch):
     assert found[0]["command"] == found[1]["command"] == plan.served_by({"serve": {"runtime": "docker"}})["command"]
 
 
-@pytest.mark.parametrize(
-    ("method", "dtype", "device_class", "bytes_a_parameter"),
-    [
-        ("none", "auto", "cpu-x86_64-avx512_bf16", 2),
-        ("llmcompressor", "auto", "cpu-x86_64-avx512_bf16", 0.6),
-        ("llmcompressor", "auto", "cpu-x86_64-avx2", 4),
-        ("llmcompressor", "bfloat16", "cpu-x86_64-avx2", 2),
-        ("none", "float32", "cpu-x86_64-amx_bf16", 4),
-    ],
-)
-def test_served_weights_are_estimated_as_they_will_lie_in_memory(method, dtype, device_class, bytes_a_parameter):
-    """Four bits where the device has kernels for them; an old CPU unpacks them, into float32 by default."""
-    device = Device("cpu", "a CPU", device_class, 2**34, 2, 0, bf16="bf16" in device_class)
-    config = {"serve": {"dtype": dtype}, "quantize": {"method": method}}
-    assert plan.served_weights(config, 1000, device) == 1000 * bytes_a_parameter
-
-
 @pytest.mark.parametrize(("gpus", "wanted", "refused"), [(1, 2, True), (2, 2, False), (0, 2, False)])
 def test_a_build_on_more_gpus_than_there_are_is_a_mistake_of_the_config(monkeypatch, tmp_path, gpus, wanted, refused):
     """Told before anything runs, with the key; a CPU's parts are vLLM's to count."""
@@ -133,6 +115,15 @@ def test_a_comparison_says_how_many_items_it_needs():
     record = {"detail": {"rows": {"holdout": 500}}}
     assert said(record) == [unknown]
     assert said(record, max_items=300) == [f"{unknown}; there are 300"]
+
+
+def test_the_plan_says_what_memory_there_is_beside_what_is_wanted():
+    """Nothing of it where the machine doesn't tell."""
+    for here, wanted in ((24 * 2**30, "about 900.0 GiB of 24.0 GiB here"), (0, "about 900.0 GiB")):
+        lines = []
+        planned = plan.Plan("t", "0" * 32, (), None, memory={"serve": 900 * 2**30}, here=here)
+        plan.render(planned, Path("use.yaml"), lines.append)
+        assert lines[-1] == f"  memory  serve: {wanted}"
 
 
 def config(method="llmcompressor", items=100):

@@ -47,6 +47,8 @@ def problems(folder: Path, text: str, *overrides: str) -> list[Problem]:
         (PASSABLE + "  load:\n    - {metric: p99_ttft_ms, max_concurrency: 8, max: 100}\n",
          7, "can't be bounded by 96 requests"),
         (PASSABLE + "  load:\n    - {metric: p50_ttft_ms, max_concurrency: 3, max: 100}\n", 7, "3 is not measured"),
+        ("serve:\n  max_model_len: 256\n" + PASSABLE, 4, "evaluate.max_tokens: 256 leaves a prompt no room"),
+        ("loadtest:\n  max_tokens: 2048\n" + PASSABLE, 4, "loadtest.max_tokens: 2048 leaves a prompt no room"),
         ("serve:\n  extra_args:\n    host: 0.0.0.0\n" + PASSABLE, 5, "serve.extra_args.host: "),
         ("serve:\n  env:\n    HF_TOKEN: x\n" + PASSABLE, 5, "serve.env.HF_TOKEN: "),
         ("evaluate:\n  scorers:\n    - {metric: json_valid, json_schema: {type: 3}}\n",

@@ -38,7 +38,7 @@ def test_a_finished_build_takes_over_where_it_is_promoted_to(tmp_path, version, 
         monkeypatch.setattr(module, "resolve", lambda *_: config)
         monkeypatch.setattr(module, "sources", lambda _: {})
     monkeypatch.setattr(build.plan, "make", lambda *_: planned)
-    monkeypatch.setattr(run.check, "show", lambda *_: planned)
+    monkeypatch.setattr(run.check, "show", lambda *_, **__: planned)
     monkeypatch.setattr(run, "report", lambda _: None)
     monkeypatch.setattr(retrain, "get_run_logger", lambda: logging.getLogger(__name__))
     if command == "run":

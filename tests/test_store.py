@@ -14,7 +14,7 @@ import pytest
 
 from flows import operate
 from pipeline import file_digests, store
-from pipeline.errors import Busy, ReviewError
+from pipeline.errors import Busy, ResourceError, ReviewError
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,20 @@ def test_a_finished_artefact_is_found_without_its_scratch() -> None:
     assert (found.parents, found.made_by, found.detail) == ({"base": "a"}, {"torch": "2"}, {"n": 1})
     assert sorted(path.name for path in found.path.iterdir()) == ["artifact.json", "extra", "payload"]
     assert store.peek("merge", "k") == found.model_dump(mode="json")
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in its place or above it, or a disk that takes nothing; one that can be made is left unmade."""
+    store.raise_for_unwritable_home()
+    assert not store.home().exists()
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nowhere")):
+        monkeypatch.setenv("TUNEGATE_HOME", str(wrong))
+        with pytest.raises(ResourceError, match="can't be written") as caught:
+            store.raise_for_unwritable_home()
+        (problem,) = caught.value.problems
+        assert (problem.file, problem.key) == (str(wrong), "TUNEGATE_HOME")
+        assert "export TUNEGATE_HOME=" in str(problem.remedy)
 
 
 def test_the_digest_is_of_names_and_bytes() -> None:
@@ -148,3 +162,17 @@ def test_nothing_is_collected_or_stopped_under_a_build_elsewhere(
     operate.cancel(argparse.Namespace(name=None))
     assert "cancel it there" in capsys.readouterr().out
     assert there.poll() is None
+
+
+def test_a_build_that_does_not_run_is_answered_with_those_that_do(
+    build_on: Callable[[str], subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is stopped; without a running one that is all there is to say."""
+    operate.cancel(argparse.Namespace(name="nosuch"))
+    assert capsys.readouterr().out == "no build runs\n"
+    here = build_on(socket.gethostname())
+    operate.cancel(argparse.Namespace(name="nosuch"))
+    assert capsys.readouterr().out == (
+        f"no build of nosuch runs\na build of demo runs as process {here.pid}: tunegate cancel demo\n"
+    )
+    assert here.poll() is None
