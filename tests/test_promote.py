@@ -14,7 +14,7 @@ from prefect.testing.utilities import prefect_test_harness
 from released import ENVIRONMENT, Aliases, a_config, a_model, a_release, servers_under
 
 from flows import operate, promote
-from pipeline import deployment, deployment_steps, registry, routing
+from pipeline import deployment, deployment_steps, environments, registry, routing
 from pipeline.errors import RegistryError, ReviewError, ServingError
 
 NAME = "tickets"
@@ -152,7 +152,7 @@ def test_a_dry_run_says_whether_requests_would_be_lost(world, monkeypatch, capsy
     release = world.release("1")
     monkeypatch.setattr(registry, "release", lambda name, version: release)
     monkeypatch.setattr(registry, "config_of", lambda run_id: world.config)
-    monkeypatch.setattr(operate.stages, "serve_environment", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(environments, "serving", lambda config: ENVIRONMENT)
     dry = argparse.Namespace(name=NAME, version=None, dry_run=True)
     world.run(release)
     before = deployment.status(NAME).url
@@ -175,7 +175,7 @@ def test_the_flow_promotes_by_name(world, prefect, monkeypatch):
     monkeypatch.setattr(registry, "release", find)
     monkeypatch.setattr(registry, "config_of", lambda run_id: world.config)
     monkeypatch.setattr(registry, "set_champion", world.aliases.set_champion)
-    monkeypatch.setattr(promote.stages, "serve_environment", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(environments, "serving", lambda config: ENVIRONMENT)
     now = promote.promote(NAME)
     assert asked == [(NAME, None)]
     assert (now["state"], now["version"]) == ("live", "7")
