@@ -13,8 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import store
-
 TESTS = Path(__file__).parent
 # `tunegate run`, whose only stage is a task that does what ACTION says.
 PROGRAM = """
@@ -50,6 +48,7 @@ class Run:
     def __init__(self, folder: Path, action: str) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         environ |= {"TUNEGATE_HOME": str(folder / "home"), "HOME": str(folder), "PYTHONPATH": str(TESTS.parent)}
+        (folder / "home").mkdir()  # as a config's resolution leaves it
         self._log = folder / "said"
         with self._log.open("wb") as sink:
             command = [sys.executable, "-c", PROGRAM, action]
@@ -140,35 +139,3 @@ def test_an_unexpected_exception_has_one_traceback(begun) -> None:
     assert run.code() == 1
     assert run.said().count("Traceback (most recent call last)") == 1
     assert run.said().count("nobody expected this") == 1
-
-
-def test_a_build_that_waits_for_another_says_so_at_once(tmp_path, monkeypatch) -> None:
-    """With who holds it and what ends or shows that; one that waits for nobody says nothing."""
-    from types import SimpleNamespace
-
-    from flows import build
-
-    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path))
-    holder = (
-        "import time\nfrom pipeline import store\n"
-        "with store.lock('build/k1'), store.running('tickets'):\n    print('held', flush=True)\n    input()"
-    )
-    said = []
-    with subprocess.Popen(
-        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=TESTS.parent
-    ) as other:
-        assert other.stdout.readline() == "held\n"
-
-        def on_event(event):
-            said.append(event["text"])
-            other.stdin.write("\n")
-            other.stdin.flush()
-
-        with build._turn(SimpleNamespace(name="tickets", key="k1"), on_event):
-            assert other.wait(PATIENCE_S) == 0
-            with pytest.raises(build.Busy), store.lock("build/k1", wait=False):
-                pass
-    ends = "(tunegate cancel tickets ends it, tunegate logs --stage STAGE shows it)"
-    assert said == [f"waiting for the build of tickets by process {other.pid} {ends}"]
-    with build._turn(SimpleNamespace(name="tickets", key="k1"), said.append):
-        assert len(said) == 1
