@@ -7,8 +7,8 @@ measured and decided lies in mlruns/work/build/KEY/ and in the build's MLflow ru
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from flows.ledger import ledger_of
 from flows.measure import measure
 from flows.stages import OnEvent
 from pipeline import (
+    environments,
     gate,
     hardware,
     notify,
@@ -37,7 +38,7 @@ from pipeline import (
 )
 from pipeline.artifacts import Artifact, Build, Reports, ServedUnit, Stage, Verdict
 from pipeline.config import Config
-from pipeline.errors import RegistryError
+from pipeline.errors import Busy, RegistryError
 
 
 @flow(name="build", persist_result=False)
@@ -60,7 +61,7 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
         registry_runs.take_over(planned.finished, config)
         return dict(planned.finished)
     plan.raise_for_too_few_gpus(config)
-    with store.lock(f"build/{planned.key}"), store.running(planned.name):
+    with _turn(planned, on_event), store.running(planned.name):
         if registry_client.is_new():
             on_event({"event": "message", "text": "MLflow makes its database, once; some seconds"})
         run_id = registry_runs.open_run(planned.name, planned.key, config, planned.digests)
@@ -85,6 +86,29 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
     return finished
 
 
+@contextmanager
+def _turn(planned: plan.Plan, on_event: OnEvent) -> Iterator[None]:
+    """Hold the build's lock; one that another process holds is waited for, and told at once."""
+    name = f"build/{planned.key}"
+    with ExitStack() as held:
+        try:
+            held.enter_context(store.lock(name, wait=False))
+        except Busy:
+            on_event({"event": "message", "text": _waits_for(planned.name)})
+            held.enter_context(store.lock(name))
+        yield
+
+
+def _waits_for(name: str) -> str:
+    """Whom a build of `name` waits for, and how to end or watch that."""
+    builds = [build for build in store.running_builds() if build.name == name]
+    waits = f"waiting for the build of {name}"
+    if not builds:
+        return f"{waits} that began a moment ago"
+    by = " or ".join(f"process {build.pid}" + ("" if build.is_here else f" on {build.host}") for build in builds)
+    return f"{waits} by {by} (tunegate cancel {name} ends it, tunegate logs --stage STAGE shows it)"
+
+
 def _make(
     config: Mapping[str, Any], sources: Mapping[str, str], run_id: str, show: OnEvent
 ) -> tuple[dict[Stage, Artifact], ServedUnit]:
@@ -97,7 +121,7 @@ def _make(
         registry_runs.log_artifact(run_id, artifact)
     served = artifacts[cast("Stage", plan.served_stage(config))]
     settings = Config.model_validate(config)
-    unit = serving.served_unit(served.payload, settings.serve, settings.name, stages.serve_environment(config))
+    unit = serving.served_unit(served.payload, settings.serve, settings.name, environments.serving(config))
     return artifacts, unit
 
 

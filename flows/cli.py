@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flows import surroundings
 from pipeline.errors import TunegateError
 
 OURS = ("127.0.0.1", "localhost")
@@ -25,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a TunegateError is printed with its remedy and sets the exit code."""
     options = parser().parse_args(arguments)
     pass_proxies_by()
+    surroundings.set_environment()
     module, function = options.answer.split(":")
     try:
         if _writes(options):

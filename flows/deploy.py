@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flows.surroundings import QUIET
 from pipeline import environments, kubernetes_manifests, plan, resolve, store
 from pipeline.environments import Environment
 from pipeline.errors import ConfigError, ServingError
@@ -112,8 +113,6 @@ def jobs(config: Mapping[str, Any]) -> list[kubernetes_manifests.Manifest]:
 
 
 def _flow_job(config: Mapping[str, Any]) -> kubernetes_manifests.Manifest:
-    from flows.services import QUIET
-
     environ = {
         **QUIET,
         "PREFECT_HOME": "/tmp/prefect",  # noqa: S108 - an emptyDir of the pod's own

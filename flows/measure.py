@@ -21,7 +21,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import judges, prompts, stages
 from flows.stages import OnEvent
-from pipeline import plan, program, registry, scoring_plugins, serving, store
+from pipeline import environments, plan, program, registry, scoring_plugins, serving, store
 from pipeline.artifacts import (
     Artifact,
     Evaluation,
@@ -92,7 +92,7 @@ def systems(
 ) -> list[System]:
     """The systems to measure, in order; merged is left out where it is itself the candidate."""
     settings = Config.model_validate(config)
-    environment = stages.serve_environment(config)
+    environment = environments.serving(config)
     found = []
     for role in settings.evaluate.compare:
         model = artifacts["base" if role == "base" else "merge"].payload
@@ -112,7 +112,7 @@ def _incumbent(champion: Release, settings: Config, config: Mapping[str, Any], s
     judged_with = registry.config_of(champion.run_id)
     for serve, whole in ((judged_with.serve, judged_with.model_dump(mode="json")), (settings.serve, config)):
         try:
-            environment = stages.serve_environment(whole)
+            environment = environments.serving(whole)
             unit = serving.served_unit(champion.model_path, serve, settings.name, environment)
         except (EnvironmentMissing, ServingError) as error:
             why = str(error.problems[0].what)
@@ -185,7 +185,7 @@ class _Lazy:
             self._server = self._stack.enter_context(
                 serving.running(
                     system.unit, system.model, settings.serve, settings.name, store.build_folder(build_key) / f"serve-{system.role}",
-                    stages.serve_environment(system.config), show,
+                    environments.serving(system.config), show,
                 )
             )  # fmt: skip
         return self._server

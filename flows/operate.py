@@ -16,11 +16,12 @@ from pathlib import Path
 
 import httpx
 
-from flows import progress, stages
-from flows import promote as promotion
+from flows import progress
 from flows.review import one_name, waiting
-from pipeline import deployment, deployment_state, deployment_steps, loopback, registry, serving, store
+from pipeline import deployment, deployment_state, deployment_steps, environments, loopback, registry, serving, store
 from pipeline.artifacts import Release
+from pipeline.config import Config
+from pipeline.environments import Environment
 from pipeline.errors import Problem, RegistryError, ReviewError, ServingError
 
 MLFLOW_ANSWERS_WITHIN_S = 30.0  # opening its database takes seconds; a rollback waits no longer
@@ -34,7 +35,7 @@ def promote(options: argparse.Namespace) -> int:
     name = one_name(options.name)
     release = registry.release(name, options.version)
     config = registry.config_of(release.run_id)
-    environment = stages.serve_environment(config.model_dump(mode="json"))
+    environment = environments.serving(config.model_dump(mode="json"))
     if options.dry_run:
         deployment_steps.verify(release, config, environment)
         print(
@@ -46,8 +47,7 @@ def promote(options: argparse.Namespace) -> int:
         loss = deployment.loss(name, config)
         print(f"not lossless: {loss}" if loss else "no request is dropped: the proxy stays as it is")
         return 0
-    with progress.shown() as on_event:
-        promotion.run(release, config, environment, on_event)
+    _bring(release, config, environment)
     return _print_status(name)
 
 
@@ -61,8 +61,7 @@ def rollback(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would put back {name} v{release.version}, unit {release.unit.digest[:12]}")
         return 0
-    with progress.shown() as on_event:
-        promotion.run(release, config, stages.serve_environment(config.model_dump(mode="json")), on_event)
+    _bring(release, config, environments.serving(config.model_dump(mode="json")))
     return _print_status(name)
 
 
@@ -125,6 +124,14 @@ def _versions_soon(name: str) -> list[registry.Version]:
         return answer.result(MLFLOW_ANSWERS_WITHIN_S)
     except TimeoutError:
         raise RegistryError(f"MLflow did not answer within {MLFLOW_ANSWERS_WITHIN_S:.0f} s", key=name) from None
+
+
+def _bring(release: Release, config: Config, environment: Environment | None) -> None:
+    """Promote a release; of all commands here only this needs Prefect, which is slow to import."""
+    from flows import promote as promotion
+
+    with progress.shown() as on_event:
+        promotion.run(release, config, environment, on_event)
 
 
 def status(options: argparse.Namespace) -> int:
@@ -225,7 +232,7 @@ def _chat_server(name: str, *, candidate: bool) -> Iterator[tuple[str, dict[str,
     if found is None:
         raise ReviewError("no version waits for review", key=name, remedy=f"tunegate chat {name}")
     config = registry.config_of(found.run_id)
-    environment = stages.serve_environment(config.model_dump(mode="json"))
+    environment = environments.serving(config.model_dump(mode="json"))
     folder = store.home() / "work" / "chat" / name
     with (
         progress.shown() as on_event,

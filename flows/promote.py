@@ -19,8 +19,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
 from prefect.tasks import Task
 
-from flows import progress, stages
-from pipeline import deployment, registry, store
+from flows import progress
+from pipeline import deployment, environments, registry, store
 from pipeline.artifacts import Release
 from pipeline.config import Config
 from pipeline.deployment_state import Deployment
@@ -44,7 +44,7 @@ def promote(name: str, version: str | None = None) -> dict[str, Any]:
     """
     release = registry.release(name, version)
     config = registry.config_of(release.run_id)
-    environment = stages.serve_environment(config.model_dump(mode="json"))
+    environment = environments.serving(config.model_dump(mode="json"))
     logged = progress.logged(get_run_logger())
     _take_steps(Promotion(release, config, environment, registry.set_champion, logged))
     return deployment.status(name).model_dump(mode="json")

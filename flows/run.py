@@ -42,9 +42,9 @@ def _take_over(finished: Mapping[str, Any], config: Mapping[str, Any]) -> None:
 
 def build_here(config: Mapping[str, Any], *, again: bool = False) -> Mapping[str, Any]:
     """Run the build flow in this process, its progress on this terminal."""
-    from flows.services import prefect_environment
+    from flows.services import prefect_for_a_run
 
-    prefect_environment()
+    prefect_for_a_run()
     from prefect import flow
 
     from flows import build, progress

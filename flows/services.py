@@ -8,10 +8,13 @@ ends those and no others; it also stops what serves models here, and their proxi
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
+import logging
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +23,7 @@ from pathlib import Path
 
 import httpx
 
+from flows import surroundings
 from pipeline import environments, processes, program, store
 from pipeline.errors import Problem, ServingError, TunegateError
 from pipeline.processes import Process
@@ -27,20 +31,12 @@ from pipeline.processes import Process
 POOL = "tunegate"
 PATIENCE_S = 240.0
 STOP_S = 20.0
+TEMPORARY = "prefect-temporary"
 NAMES = ("prefect-worker", "mlflow-server", "prefect-server")
 NOTES = ("prefect-api-url", "mlflow-url")
 TITLES = {
     "PREFECT": ("Prefect", "runs, schedules, artifacts"),
     "MLFLOW": ("MLflow", "models, metrics, reviews"),
-}
-# Nothing leaves the machine, and the pages show no advertisements.
-QUIET = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    "GIT_PYTHON_REFRESH": "quiet",
 }
 
 
@@ -113,23 +109,53 @@ def down(_options: argparse.Namespace) -> int:
 
 
 def prefect_environment() -> None:
-    """Prefect's settings for a run of ours: files in our folder, no telemetry, quiet; the user's own win.
-
-    When `tunegate up` runs a server here, runs from a terminal show there too.
-    """
-    settings = {
-        **QUIET,
-        "PREFECT_HOME": str(store.home() / "prefect"),
-        "PREFECT_LOGGING_LEVEL": "WARNING",
-        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
-    }
+    """What `surroundings` sets, and the server that `tunegate up` runs here: runs from a terminal show there too."""
+    surroundings.set_environment()
+    store.home().mkdir(parents=True, exist_ok=True)  # Prefect makes no folders above its own
     url = page_of("prefect")
     if url and "PREFECT_API_URL" not in os.environ and _answers(f"{url}/api/health"):
-        settings["PREFECT_API_URL"] = f"{url}/api"
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
+        os.environ["PREFECT_API_URL"] = f"{url}/api"
+
+
+def prefect_for_a_run() -> None:
+    """Prefect's settings for a run from a terminal, with a server: the user's, `up`'s, or one for this process alone.
+
+    The failures that the run raises are told by who called it; Prefect's words on them go to its server alone.
+    Raises ServingError when the server does not come up.
+    """
+    prefect_environment()
+    from prefect.settings import get_current_settings
+
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).propagate = False
+    settings = get_current_settings()
+    if settings.api.url is None:
+        settings.api.url = _temporary_server()
+
+
+def _temporary_server() -> str:
+    """Start a server that ends with this process, in whatever way that ends; returns its API's address."""
+    control = environments.find("control")
+    _log(TEMPORARY).parent.mkdir(parents=True, exist_ok=True)
+    with socket.create_server(("127.0.0.1", 0)) as listening, _log(TEMPORARY).open("ab") as sink:
+        child = subprocess.Popen(
+            environments.command(control, "flows.temporary_server", str(listening.fileno())),
+            env=environments.child_environ(control, tuple(os.environ)),
+            stdin=subprocess.PIPE, stdout=sink, stderr=sink,
+            start_new_session=True, pass_fds=(listening.fileno(),),
+        )  # fmt: skip
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+    atexit.register(_end_temporary, child)
+    _wait(TEMPORARY, lambda: _answers(f"{address}/health"), child)
+    return address
+
+
+def _end_temporary(child: subprocess.Popen[bytes]) -> None:
+    """Let go of the server's standard input, which ends it, and wait a while for that."""
+    if child.stdin:
+        child.stdin.close()
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(STOP_S)
 
 
 def page_of(service: str) -> str | None:
@@ -194,7 +220,7 @@ def _ensure(name: str, command: Sequence[str], port: int | None = None, *, every
         _refuse_taken(name, port)
     control = environments.find("control")
     environ = environments.child_environ(control, tuple(os.environ) if everything else ())
-    environ.update(QUIET, PREFECT_HOME=str(store.home() / "prefect"), TUNEGATE_HOME=str(store.home()))
+    environ.update(surroundings.QUIET, PREFECT_HOME=str(store.home() / "prefect"), TUNEGATE_HOME=str(store.home()))
     environ["PREFECT_LOGGING_LEVEL"] = "INFO"  # the worker's runs show their progress in Prefect's page
     address = f"http://127.0.0.1:{port}" if port else ""
     if name == "prefect-server":
@@ -237,18 +263,19 @@ def _refuse_taken(name: str, port: int) -> None:
             )
 
 
-def _wait(name: str, ready: Callable[[], bool]) -> None:
-    """Wait until a service answers; raises ServingError with its log's end when it died or takes too long."""
+def _wait(name: str, ready: Callable[[], bool], child: subprocess.Popen[bytes] | None = None) -> None:
+    """Wait until a service, or a child, answers; raises ServingError with its log's end when it died or takes too long."""
     deadline = time.monotonic() + PATIENCE_S
     while not ready():
-        ours = _file(name).is_file()
-        if time.monotonic() > deadline or (ours and _running(name) is None):
+        ours = child is not None or _file(name).is_file()
+        died = ours and (child.poll() is not None if child else _running(name) is None)
+        if time.monotonic() > deadline or died:
             tail = _log(name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:] if ours else []
             raise ServingError(
                 Problem(
                     f"{name} did not come up: {' | '.join(tail) or 'no answer'}",
                     file=str(_log(name)) if ours else None,
-                    remedy="read the log, then tunegate up"
+                    remedy="read the log, then the same command again"
                     if ours
                     else "check PREFECT_API_URL and MLFLOW_TRACKING_URI",
                 )

@@ -165,10 +165,3 @@ def inputs_json(artifacts: Mapping[Any, Artifact], names: tuple[str, ...]) -> di
             ]
         )
     return {name: artifacts[name].model_dump(mode="json") for name in names if name in artifacts}
-
-
-def serve_environment(config: Mapping[str, Any]) -> environments.Environment | None:
-    """Where vLLM is installed; None when a container image holds it."""
-    if config["serve"]["runtime"] == "docker":
-        return None
-    return environments.find("serve", environments.settings(config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -53,6 +54,15 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("CI") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Skips(), "skips")
+
+
+@pytest.fixture(autouse=True)
+def _prefects_folder_stays() -> Iterator[None]:
+    """A command run in this process names Prefect's folder for the whole process, and the next test has another home."""
+    before = os.environ.get("PREFECT_HOME")
+    yield
+    if before is None:
+        os.environ.pop("PREFECT_HOME", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

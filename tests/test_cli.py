@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,6 +13,7 @@ from loopback import fake_vllm
 
 from flows import cli, operate
 
+ROOT = Path(__file__).parents[1]
 DEAD_PROXY = "http://127.0.0.1:9"
 
 
@@ -81,3 +85,39 @@ def test_gc_keeps_no_negative_number_of_days(capsys, days):
     assert ended.value.code == 2
     assert f"argument --keep-days: {days!r} is no number of days" in capsys.readouterr().err
     assert cli.parser().parse_args(["gc", "--keep-days", "0.5"]).keep_days == 0.5
+
+
+WATCHED = """
+import builtins, os, sys
+real, SETTINGS = builtins.__import__, ("DO_NOT_TRACK", "PREFECT_SERVER_ANALYTICS_ENABLED", "PREFECT_HOME", "MLFLOW_DISABLE_TELEMETRY")
+def watched(name, *rest, **named):
+    if name.partition(".")[0] in ("prefect", "mlflow"):
+        unset = [setting for setting in SETTINGS if setting not in os.environ]
+        assert not unset, (name, unset)
+    return real(name, *rest, **named)
+builtins.__import__ = watched
+from flows import cli
+try:
+    cli.main(sys.argv[1:])
+finally:
+    print("prefect is imported" if "prefect" in sys.modules else "prefect is not imported")
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["status", "logs tickets", "chat tickets -m hello", "gc --dry-run", "cancel",
+     "rollback tickets", "promote tickets --dry-run", "review tickets"],
+)  # fmt: skip
+def test_no_command_imports_prefect_or_mlflow_before_they_are_told_to_keep_quiet(tmp_path, arguments):
+    """Those that need no flow don't import Prefect at all. The first one to ask MLflow says nothing of the database that it makes."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
+    environ.pop("DO_NOT_TRACK", None)
+    environ |= {"TUNEGATE_HOME": str(tmp_path / "home"), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-c", WATCHED, *arguments.split()], env=environ, capture_output=True, text=True, check=False
+    )
+    assert ended.stdout.endswith("prefect is not imported\n"), ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "INFO" not in ended.stderr
+    assert not (tmp_path / ".prefect").exists()

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from released import ENVIRONMENT, FAKE_SITE, a_config, a_model, a_release
 
-from flows import measure, stages
-from pipeline import registry, serving, store
+from flows import measure
+from pipeline import environments, registry, serving, store
 from pipeline.artifacts import Evaluation
 from pipeline.environments import Environment
 from pipeline.errors import EnvironmentMissing
@@ -27,7 +27,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
     monkeypatch.setattr(registry, "champion", lambda _name: champion)
     monkeypatch.setattr(registry, "config_of", lambda _run: config)
-    monkeypatch.setattr(stages, "serve_environment", lambda _config: made.serve)
+    monkeypatch.setattr(environments, "serving", lambda _config: made.serve)
     return made
 
 
@@ -75,7 +75,7 @@ def test_settings_that_can_not_be_had_any_more_are_todays(
             raise EnvironmentMissing("the serve environment isn't there")
         return ENVIRONMENT
 
-    monkeypatch.setattr(stages, "serve_environment", environment)
+    monkeypatch.setattr(environments, "serving", environment)
     _, incumbent = systems(world, max_num_seqs=3)
     assert incumbent.config["serve"]["max_num_seqs"] == 3
 

@@ -10,8 +10,8 @@ from loopback import chat, free_port, said
 from registered import EASY, a_build, new_home, registered
 from released import ENVIRONMENT, a_config, servers_under
 
-from flows import operate, stages
-from pipeline import deployment, deployment_steps, registry, routing
+from flows import operate
+from pipeline import deployment, deployment_steps, environments, registry, routing
 from pipeline.deployment_steps import Promotion
 from pipeline.errors import RegistryError, ReviewError
 
@@ -46,7 +46,7 @@ def world(tmp_path, monkeypatch):
     new_home(tmp_path, monkeypatch)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr(deployment_steps, "SETTLE_S", 0.1)
-    monkeypatch.setattr(stages, "serve_environment", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(environments, "serving", lambda config: ENVIRONMENT)
     made = World(tmp_path)
     for number in (1, 2):
         made.release(number)

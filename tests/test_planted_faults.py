@@ -18,7 +18,7 @@ from loopback import fake_vllm
 from released import ENVIRONMENT, a_config, a_model, a_release, write_weights
 
 from flows import measure, stages
-from pipeline import evaluate, registry, serving, store
+from pipeline import environments, evaluate, registry, serving, store
 from pipeline.errors import ModelError, RegistryError, ServingError, StageFailed
 from pipeline.program import Request
 
@@ -99,7 +99,7 @@ def test_an_incumbent_of_other_weights_than_approved_is_caught_before_it_is_meas
     candidate = a_model(tmp_path / "new")
     monkeypatch.setattr(registry, "champion", lambda _name: champion)
     monkeypatch.setattr(registry, "config_of", lambda _run: config)
-    monkeypatch.setattr(stages, "serve_environment", lambda _config: ENVIRONMENT)
+    monkeypatch.setattr(environments, "serving", lambda _config: ENVIRONMENT)
     if stale:
         write_weights(champion.model_path, "of the version before")
     unit = serving.served_unit(candidate, config.serve, config.name, ENVIRONMENT)

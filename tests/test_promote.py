@@ -16,7 +16,7 @@ from prefect.testing.utilities import prefect_test_harness
 from released import ENVIRONMENT, Aliases, a_config, a_model, a_release, servers_under
 
 from flows import operate, promote
-from pipeline import deployment, deployment_steps, registry, routing
+from pipeline import deployment, deployment_steps, environments, registry, routing
 from pipeline.errors import RegistryError, ReviewError, RoutingError, ServingError
 
 NAME = "tickets"
@@ -183,7 +183,7 @@ def test_a_dry_run_tells_of_a_port_that_is_taken(world, monkeypatch):
     monkeypatch.setattr(registry, "release", lambda _name, _version: release)
     monkeypatch.setattr(registry, "config_of", lambda _run: world.config)
     monkeypatch.setattr(operate, "one_name", lambda name: name)
-    monkeypatch.setattr(operate.stages, "serve_environment", lambda _config: ENVIRONMENT)
+    monkeypatch.setattr(environments, "serving", lambda _config: ENVIRONMENT)
     with (
         socket.create_server(("127.0.0.1", world.config.promote.port)),
         pytest.raises(RoutingError, match="something else"),
@@ -196,7 +196,7 @@ def test_a_dry_run_says_whether_requests_would_be_lost(world, monkeypatch, capsy
     release = world.release("1")
     monkeypatch.setattr(registry, "release", lambda name, version: release)
     monkeypatch.setattr(registry, "config_of", lambda run_id: world.config)
-    monkeypatch.setattr(operate.stages, "serve_environment", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(environments, "serving", lambda config: ENVIRONMENT)
     dry = argparse.Namespace(name=NAME, version=None, dry_run=True)
     world.run(release)
     before = deployment.status(NAME).url
@@ -219,7 +219,7 @@ def test_the_flow_promotes_by_name(world, prefect, monkeypatch):
     monkeypatch.setattr(registry, "release", find)
     monkeypatch.setattr(registry, "config_of", lambda run_id: world.config)
     monkeypatch.setattr(registry, "set_champion", world.aliases.set_champion)
-    monkeypatch.setattr(promote.stages, "serve_environment", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(environments, "serving", lambda config: ENVIRONMENT)
     now = promote.promote(NAME)
     assert asked == [(NAME, None)]
     assert (now["state"], now["version"]) == ("live", "7")

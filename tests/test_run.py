@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ from flows import build, retrain, run
 from pipeline import deployment_state, registry, store
 from pipeline.artifacts import Release
 from pipeline.deployment_state import Placement
+from pipeline.errors import Busy
 
 NAME = "tickets"
 
@@ -88,3 +92,35 @@ def test_a_rejected_version_says_by_whom_and_why(version):
     said = run.standing(NAME, version, "PAGE")
     assert "was rejected by mara: it swears" in said
     assert "promote" not in said
+
+
+def test_a_build_that_waits_for_another_says_so_at_once(tmp_path, monkeypatch) -> None:
+    """With who holds it and what ends or shows that; one that waits for nobody says nothing."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path))
+    holder = (
+        "import time\nfrom pipeline import store\n"
+        "with store.lock('build/k1'), store.running('tickets'):\n    print('held', flush=True)\n    input()"
+    )
+    said = []
+    with subprocess.Popen(
+        [sys.executable, "-c", holder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+
+        def on_event(event):
+            said.append(event["text"])
+            other.stdin.write("\n")
+            other.stdin.flush()
+
+        with build._turn(SimpleNamespace(name="tickets", key="k1"), on_event):
+            assert other.wait(240) == 0
+            with pytest.raises(Busy), store.lock("build/k1", wait=False):
+                pass
+    ends = "(tunegate cancel tickets ends it, tunegate logs --stage STAGE shows it)"
+    assert said == [f"waiting for the build of tickets by process {other.pid} {ends}"]
+    with build._turn(SimpleNamespace(name="tickets", key="k1"), said.append):
+        assert len(said) == 1
