@@ -86,7 +86,9 @@ def test_a_build_on_more_gpus_than_there_are_is_a_mistake_of_the_config(monkeypa
         monkeypatch.setenv("TUNEGATE_DEVICE", "cpu")
     monkeypatch.setattr(build.resolve, "sources", lambda _: {})
     monkeypatch.setattr(build.plan, "make", lambda *_: SimpleNamespace(finished=None, key="k"))
-    monkeypatch.setattr(build.store, "lock", lambda _: (_ for _ in ()).throw(LookupError))  # the rest isn't asked here
+    monkeypatch.setattr(
+        build.store, "lock", lambda *_, **__: (_ for _ in ()).throw(LookupError)
+    )  # the rest isn't asked here
     with pytest.raises(ConfigError if refused else LookupError) as caught:
         build.run({"serve": {"tensor_parallel_size": wanted}}, print)
     if refused:

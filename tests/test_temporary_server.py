@@ -36,7 +36,7 @@ def build(config, on_event, *, again):
 
 sys.modules["flows.build"] = types.SimpleNamespace(run=build)
 run.resolve.resolve = lambda *_: {"name": "tickets", "action": sys.argv[1]}
-run.check.show = lambda *_: types.SimpleNamespace(finished=None)
+run.check.show = lambda *_, **__: types.SimpleNamespace(finished=None)
 cli.main(["run", "tickets.yaml"])
 """
 PATIENCE_S = 240.0
