@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from killed import Deadly, killed_after
 from loopback import HTTP, chat, free_port, running, said, stream_chat, under_way, wait_for
 from released import (
     ENVIRONMENT,
@@ -278,28 +279,13 @@ EFFECTS = [(state, "write"), (routing, "ensure"), (routing, "switch"), (serving,
 
 def promote_and_die(promotion: Promotion, effect: int) -> bool:
     """Promote in a forked process, killed after the nth thing it changes; False if it got to its end."""
-    child = os.fork()
-    if child == 0:
-        count = [0]
 
-        def deadly(function):
-            def call(*args, **kwargs):
-                result = function(*args, **kwargs)
-                count[0] += 1
-                if count[0] == effect:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
+    def promote(deadly: Deadly) -> None:
+        for module, name in EFFECTS:
+            setattr(module, name, deadly(getattr(module, name)))
+        deployment.promote(replace(promotion, set_champion=deadly(promotion.set_champion)))
 
-            return call
-
-        try:
-            for module, name in EFFECTS:
-                setattr(module, name, deadly(getattr(module, name)))
-            deployment.promote(replace(promotion, set_champion=deadly(promotion.set_champion)))
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+    return killed_after(effect, promote)
 
 
 @pytest.mark.timeout(120)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from killed import Deadly, killed_after
 from loopback import HTTP, chat, fake_vllm, free_port, running, said, stream_chat, under_way, wait_for
 
 from pipeline import routing, routing_config
@@ -265,28 +266,13 @@ def test_a_taken_port_is_refused_with_a_remedy(promote, folder, proxy, tmp_path)
 
 def move_and_die(moved: PromoteConfig, folder: Path, effect: int) -> bool:
     """Move the proxy in a forked process, killed after the nth thing it changes; False if it got to its end."""
-    child = os.fork()
-    if child == 0:
-        count = [0]
 
-        def deadly(function):
-            def call(*args, **kwargs):
-                result = function(*args, **kwargs)
-                count[0] += 1
-                if count[0] == effect:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return result
+    def move(deadly: Deadly) -> None:
+        routing.write_json = deadly(routing.write_json)
+        httpx.Client.post = deadly(httpx.Client.post)
+        routing.ensure(moved, folder)
 
-            return call
-
-        try:
-            routing.write_json = deadly(routing.write_json)
-            httpx.Client.post = deadly(httpx.Client.post)
-            routing.ensure(moved, folder)
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status)
+    return killed_after(effect, move)
 
 
 def test_a_killed_move_to_another_port_is_finished_or_taken_back(promote, folder, proxy):
