@@ -22,7 +22,7 @@ from pipeline.file_digests import remembered
 from pipeline.program import write_json
 
 MOST = 8 * 2**20  # bytes that are read, all files together: about half a second
-GROUPS = ("datasets", "test_datasets")
+SETS = ("datasets", "test_datasets")  # by side, as the data stage numbers them; benchmarks are its affair
 
 Found = tuple[Named, int, Path]
 
@@ -34,7 +34,7 @@ def look(data: Mapping[str, Any]) -> str:
     """
     found: list[Found] = []
     unread = []
-    for side, group in enumerate(GROUPS):
+    for side, group in enumerate(SETS):
         for named in sources(data, group):
             reason = _why_not(named, side, found)
             unread += [f"{named.source['path']} {reason}"] if reason else []

@@ -14,7 +14,6 @@ from pipeline.environments_doctor import Finding
 from pipeline.errors import TunegateError
 from pipeline.install import GB
 
-ON_GPU_ALONE = ("adamw_bnb_8bit", "paged_adamw_8bit")
 GATED = ("meta-llama/", "google/gemma")  # known to be; of others only the hub knows
 BYTES_A_PARAMETER = 7.0  # the base and the merged model in 16 bits, the quantized one, checkpoints and reports
 DOWNLOADED = 2.0  # and the hub's own cache
@@ -36,7 +35,7 @@ def _gpus(config: Mapping[str, Any]) -> Iterator[Finding]:
         return
     there, optimizer = hardware.device(), train["optimizer"]
     if there.kind == "cpu":
-        if optimizer in ON_GPU_ALONE:
+        if optimizer in hardware.GPU_OPTIMIZERS:
             yield Finding(
                 "gpu", ok=False, detail=f"none seen, and finetune.optimizer: {optimizer} needs one",
                 remedy="set finetune.optimizer: adamw_torch, or build on a machine with a GPU",

@@ -26,6 +26,7 @@ from pipeline import (
 )
 from pipeline.config import FinetuneConfig
 from pipeline.errors import ConfigError, ModelError
+from pipeline.hardware import GPU_OPTIMIZERS
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ def load(
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and settings.optimizer in ("adamw_bnb_8bit", "paged_adamw_8bit"):
+    if device == "cpu" and settings.optimizer in GPU_OPTIMIZERS:
         raise ConfigError(
             f"{settings.optimizer} needs a GPU and there is none",
             key="finetune.optimizer",

@@ -27,6 +27,7 @@ ISA = {
 }
 BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
 BF16_COMPUTE_CAPABILITY = 8.0
+GPU_OPTIMIZERS = ("adamw_bnb_8bit", "paged_adamw_8bit")  # bitsandbytes has them for GPUs alone
 WITHOUT_BF16 = ("cpu-x86_64-avx2", "cpu-x86_64-generic")  # they emulate it
 
 

@@ -20,9 +20,8 @@ KEYS = {  # what sets each figure most
     "serve": "serve.kv_cache_memory",
     PROMOTE: "serve.kv_cache_memory",
 }
-TOKENS_A_PASS = (
-    1024  # as finetune_memory has it: a batch goes through the model in parts, of a row or so many tokens at least
-)
+# As finetune_memory has it: a batch goes through the model in parts, of a row or so many tokens at least.
+TOKENS_A_PASS = 1024
 KEPT, KEPT_CHECKPOINTED = 34, 2
 
 
