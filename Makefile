@@ -12,13 +12,13 @@ help:         ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
 
 setup:        ## make the locked environments (DEVICE=cuda for a GPU host)
-	@$(PYTHON) -m pipeline.install
+	@$(PYTHON) -m pipeline.environments.install
 
 demo: setup   ## from a base model to an approved, promoted release that answers
 	@$(BIN)/tunegate demo
 
 test: setup   ## all tests but those that need a GPU or a container engine
-	@$(PYTHON) -m pipeline.install autoawq judges
+	@$(PYTHON) -m pipeline.environments.install autoawq judges
 	@$(BIN)/python -m pytest -m "not gpu and not container" -n 2 --dist loadfile --no-loadscope-reorder
 
 image:        ## build the CPU serving image where no registry is reachable (Debian 12, root)
@@ -27,8 +27,8 @@ image:        ## build the CPU serving image where no registry is reachable (Deb
 test-container: setup ## the tests that need a container engine and that image
 	@$(BIN)/python -m pytest -m container
 
-test-gpu:     ## what needs a GPU: its tests, Banking77 and a Llama of 8 B (GPU_HOST="…": options of tests/gpu_host.py)
-	@$(PYTHON) tests/gpu_host.py $(GPU_HOST)
+test-gpu:     ## what needs a GPU: its tests, Banking77 and a Llama of 8 B (GPU_HOST="…": options of tests/gpu/gpu_host.py)
+	@$(PYTHON) tests/gpu/gpu_host.py $(GPU_HOST)
 
 lint: setup   ## ruff, mypy --strict and the import contracts
 	@$(BIN)/ruff check
@@ -43,10 +43,10 @@ down:         ## stop everything that runs
 	@$(BIN)/tunegate down
 
 locks:        ## resolve pyproject.toml into locks/ anew
-	@$(BIN)/python -m pipeline.locks
+	@$(BIN)/python -m pipeline.environments.locks
 
 locks-check:  ## prove that the locks are fresh and resolve for Python 3.11 and 3.12
-	@$(BIN)/python -m pipeline.locks --check
+	@$(BIN)/python -m pipeline.environments.locks --check
 
 clean:        ## remove caches (the environments are .venv, the runs mlruns)
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .import_linter_cache dist *.egg-info

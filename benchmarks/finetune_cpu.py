@@ -1,4 +1,4 @@
-"""Training speed on this CPU: packed rows as pipeline.finetune trains them, against plain padded batches.
+"""Training speed on this CPU: packed rows as pipeline.finetune.train trains them, against plain padded batches.
 
     python benchmarks/finetune_cpu.py BASE TRAIN.jsonl [--rows 24] [--steps 3] [--threads 2]
 
@@ -25,27 +25,29 @@ from peft import LoraConfig, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import finetune, finetune_checkpoints, finetune_model, finetune_rows
-from pipeline.config import FinetuneConfig
-from pipeline.packing import IGNORED, Row, encode
+from pipeline.config.schema import FinetuneConfig
+from pipeline.finetune import checkpoints, train
+from pipeline.finetune import model as finetune_model
+from pipeline.finetune import rows as finetune_rows
+from pipeline.finetune.packing import IGNORED, Row, encode
 
 SEQUENCE_LEN = 1024
 SETTINGS = FinetuneConfig(micro_batch_size=1, logging_steps=1_000_000)
 
 
 def packed(base: Path, rows: list[Row]) -> Callable[[], None]:
-    """One optimizer step of pipeline.finetune over the rows."""
-    finetune.keep_freed_memory()
+    """One optimizer step of pipeline.finetune.train over the rows."""
+    train.keep_freed_memory()
     model, hardware = finetune_model.load(base, SETTINGS, SEQUENCE_LEN)
     model = finetune_model.with_lora(model, SETTINGS, hardware, "0" * 64, seed=1)
-    run = finetune.Training(
+    run = train.Training(
         model, hardware, SETTINGS, finetune_rows.Rows(rows, [], 0, 0),
         sequence_len=SEQUENCE_LEN, seed=1, checkpoints=Path(tempfile.gettempdir()),
     )  # fmt: skip
 
     def step() -> None:
         with disable_input_dtype_casting(model):
-            run.step(finetune_checkpoints.State(), range(len(rows)))
+            run.step(checkpoints.State(), range(len(rows)))
 
     return step
 

@@ -1,4 +1,4 @@
-"""QLoRA on one GPU: pipeline.finetune against the plain loop of peft and bitsandbytes.
+"""QLoRA on one GPU: pipeline.finetune.train against the plain loop of peft and bitsandbytes.
 
     python benchmarks/finetune_cuda.py BASE [--rows ROWS.jsonl] [--steps 24] [--sides plain,ours] [--memory 15] [--out FOLDER]
 
@@ -9,8 +9,8 @@ alpha 32, dropout 0.05 and 8-bit paged AdamW, and starts from the same adapter s
   plain        rows padded to the longest, prepare_model_for_kbit_training, bf16 autocast, sdpa, every layer checkpointed
                (non-reentrant)
   plain-open   the same without checkpointing
-  plain-bf16   as plain without that preparation: bfloat16 between the layers, as TRL, Unsloth and pipeline.finetune have it
-  ours         pipeline.finetune with the same rows in each step, within --memory GiB where that is given
+  plain-bf16   as plain without that preparation: bfloat16 between the layers, as TRL, Unsloth and pipeline.finetune.train have it
+  ours         pipeline.finetune.train with the same rows in each step, within --memory GiB where that is given
   ours-eager   the same without CUDA graphs
   plain-bf16-open   that without checkpointing
   trl          TRL's SFTTrainer as its documents show QLoRA, with Liger's kernels (finetune_peers.py)
@@ -53,9 +53,12 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft.helpers import disable_input_dtype_casting
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import finetune, finetune_checkpoints, finetune_model, finetune_rows
-from pipeline.config import FinetuneConfig
-from pipeline.packing import IGNORED, Row, encode
+from pipeline.config.schema import FinetuneConfig
+from pipeline.finetune import checkpoints
+from pipeline.finetune import model as finetune_model
+from pipeline.finetune import rows as finetune_rows
+from pipeline.finetune import train as finetune
+from pipeline.finetune.packing import IGNORED, Row, encode
 
 SEED = 1
 RATE = 2e-4
@@ -153,7 +156,7 @@ def plain(it: Work, *, checkpointed: bool = True, prepared: bool = True) -> tupl
 
 
 def ours(it: Work, optimizer: str, *, eager: bool = False) -> tuple[Step, Any]:
-    """pipeline.finetune's own step, over the same rows."""
+    """pipeline.finetune.train's own step, over the same rows."""
     batch = len(it.batches[0])
     settings = FinetuneConfig(
         micro_batch_size=batch, optimizer=optimizer, learning_rate=RATE, lr_scheduler="constant", logging_steps=1,
@@ -167,7 +170,7 @@ def ours(it: Work, optimizer: str, *, eager: bool = False) -> tuple[Step, Any]:
         sequence_len=it.sequence_len, seed=SEED, checkpoints=Path(tempfile.mkdtemp()),
     )  # fmt: skip
     print("ours:", asdict(hardware), flush=True)
-    state = finetune_checkpoints.State()
+    state = checkpoints.State()
 
     def step(batch: Sequence[int]) -> float:
         with disable_input_dtype_casting(model):

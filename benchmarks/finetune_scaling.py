@@ -3,7 +3,7 @@
     python benchmarks/finetune_scaling.py BASE [--processes 1,2] [--steps 12] [--rows 4] [--length 1024] [--out FOLDER]
 
 Runs in the train environment, the project's folder on PYTHONPATH. BASE is a Hugging Face folder (benchmarks/make_llama.py
-makes one of 7.4 B). Every side is pipeline.finetune's own step in processes of its own, on rows of random ids, NF4 with double
+makes one of 7.4 B). Every side is pipeline.finetune.train's own step in processes of its own, on rows of random ids, NF4 with double
 quantization, LoRA r=16 on all linear layers, dropout 0.05:
 
   weak    --rows rows a step for each process: the batch grows with the processes
@@ -30,9 +30,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import finetune_processes, hardware, program
-from pipeline.config import FinetuneConfig
+from pipeline import hardware, program
+from pipeline.config.schema import FinetuneConfig
 from pipeline.errors import TunegateError
+from pipeline.finetune import launch
 
 SEED, RATE, ROWS_A_BATCH = 1, 2e-4, 4
 
@@ -61,8 +62,10 @@ def rank(request: program.Request, group: Any) -> dict[str, Any]:
     from peft.helpers import disable_input_dtype_casting
     from transformers import AutoConfig
 
-    from pipeline import finetune, finetune_checkpoints, finetune_model, finetune_rows, finetune_shards
-    from pipeline.packing import Row
+    from pipeline.finetune import checkpoints, fsdp, train
+    from pipeline.finetune import model as finetune_model
+    from pipeline.finetune import rows as finetune_rows
+    from pipeline.finetune.packing import Row
 
     asked = request.config
     settings, base, length = FinetuneConfig(**asked["finetune"]), Path(asked["base"]), asked["length"]
@@ -74,15 +77,15 @@ def rank(request: program.Request, group: Any) -> dict[str, Any]:
     model, chosen = finetune_model.load(base, settings, length)
     model = finetune_model.with_lora(model, settings, chosen, "0" * 64, seed=SEED)
     if chosen.split:
-        finetune_shards.split(model, chosen.device, group.size)
-    training = finetune.Training(
+        fsdp.split(model, chosen.device, group.size)
+    training = train.Training(
         model, chosen, settings, finetune_rows.Rows(rows, [], 0, 0),
         sequence_len=length, seed=SEED, checkpoints=request.folder, group=group,
     )  # fmt: skip
     loading, seconds = peak(chosen.device), time.perf_counter() - began
     if chosen.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    state, rates = finetune_checkpoints.State(), []
+    state, rates = checkpoints.State(), []
     for _ in range(asked["steps"]):
         numbers = draw.sample(range(len(rows)), settings.micro_batch_size)
         start = time.perf_counter()
@@ -125,7 +128,7 @@ def measure(side: Side, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = {"finetune": side.settings, "base": str(args.base), "length": args.length, "steps": args.steps}
         request = program.Request(config, {}, Path(folder))
-        return finetune_processes.launch(request, side.processes, (str(Path(__file__).resolve()),))
+        return launch.launch(request, side.processes, (str(Path(__file__).resolve()),))
 
 
 def main() -> None:
@@ -173,8 +176,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if finetune_processes.MEETING in os.environ:
-        from pipeline import finetune_rank
+    if launch.MEETING in os.environ:
+        from pipeline.finetune import rank as finetune_rank
 
         finetune_rank.main(rank)
     else:

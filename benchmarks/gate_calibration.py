@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from pipeline import gate, sample_size
 from pipeline.artifacts import Evaluation, Item, Reports
-from pipeline.config_gate import GateConfig, MetricCheck, SliceCheck
+from pipeline.config.gate import GateConfig, MetricCheck, SliceCheck
+from pipeline.gate import gate
+from pipeline.intervals import sample_size
 
 MARGIN = 0.03
 CONFIDENCE = 0.95

@@ -34,12 +34,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from released import a_model
 
-from pipeline import deployment, environments, routing, serving
-from pipeline import deployment_state as state
 from pipeline.artifacts import Approval, Release
-from pipeline.config import Config
-from pipeline.deployment_steps import Promotion
-from pipeline.environments import Environment
+from pipeline.config.schema import Config
+from pipeline.deployment import promote as deployment
+from pipeline.deployment import proxy as routing
+from pipeline.deployment import state
+from pipeline.deployment.steps import Promotion
+from pipeline.environments import interpreters
+from pipeline.environments.interpreters import Environment
+from pipeline.serving import serve as serving
 
 NAME = "under-load"
 Switch = Callable[[routing.Proxy, str | None], None]
@@ -135,7 +138,7 @@ def free_port() -> int:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Promote to and fro under load and return what the clients saw."""
     environment = (
-        environments.find("serve")
+        interpreters.find("serve")
         if options.model
         else Environment("serve", Path(sys.executable), (ROOT / "tests/fake_site",))
     )

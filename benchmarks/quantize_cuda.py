@@ -1,4 +1,4 @@
-"""AWQ through llm-compressor: pipeline.quantize_llmcompressor against oneshot as its documents show it.
+"""AWQ through llm-compressor: pipeline.quantize.llmcompressor against oneshot as its documents show it.
 
     python benchmarks/quantize_cuda.py BASE [--layers N] [--samples 128] [--tokens 512] [--shortest N] [--sides plain,ours] [--out FOLDER]
 
@@ -9,7 +9,7 @@ of random ids, --shortest to --tokens long:
 
   plain        the model on the CPU, a dataset of one sample a batch
   plain-gpu    the same with the model on the GPU
-  ours         pipeline.quantize_llmcompressor, batches as memory allows (or of --batch-tokens)
+  ours         pipeline.quantize.llmcompressor, batches as memory allows (or of --batch-tokens)
 
 Each side has a process to itself. Prints seconds from loading to saved, where they went, the peak of allocated memory, and
 for ours what the stage's check takes besides; then how far each side's weights are from the first's: |W - W'| over the
@@ -40,9 +40,11 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import quantize_check, quantize_llmcompressor, weights
-from pipeline.quantize import choose_group_size, linear_shapes
-from pipeline.quantize_calibration import PROBE_TOKENS, Sample
+from pipeline.model import weights
+from pipeline.quantize import check
+from pipeline.quantize import llmcompressor as quantize_llmcompressor
+from pipeline.quantize.calibration import PROBE_TOKENS, Sample
+from pipeline.quantize.quantize import choose_group_size, linear_shapes
 
 SEED = 1
 GRID_POINTS = 20
@@ -151,7 +153,7 @@ def ours(
         tokenizer = AutoTokenizer.from_pretrained(base)
     probe = [Sample(tuple(samples[0][:PROBE_TOKENS]))]
     with found.span("check"):
-        original = quantize_check.read(model, probe)
+        original = check.read(model, probe)
     with found.span("all"):
         quantize_llmcompressor.quantize(
             model, tokenizer, samples, group_size=group_size, zero_point=True, observer="memoryless_minmax",
@@ -161,7 +163,7 @@ def ours(
     found.seconds["save"] = found.seconds.pop("all") - found.seconds["oneshot"]
     del model
     with found.span("check"):
-        after = quantize_check.compare(quantize_llmcompressor.load(base, folder), folder, probe, original)
+        after = check.compare(quantize_llmcompressor.load(base, folder), folder, probe, original)
     found.perplexity = (original.perplexity, after.perplexity)
 
 
@@ -211,7 +213,7 @@ def apart(one: Path, other: Path) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     norms, largest, moved, values = [], 0.0, 0, 0
     with weights.Reader(one) as stored:
-        left, right = quantize_check.dequantized(one, device), quantize_check.dequantized(other, device)
+        left, right = check.dequantized(one, device), check.dequantized(other, device)
         for (name, weight), (_, against) in zip(left, right, strict=True):
             scale = f"{name.removesuffix('.weight')}.weight_scale"
             if scale not in weights.tensors(one):

@@ -6,7 +6,7 @@
     python benchmarks/serving_cuda.py --table FOLDER ... [--out FOLDER]
 
 Needs the control environment's packages here, and the serve environment (or INTERPRETER, with this shell's PYTHONPATH)
-for vLLM and transformers. vLLM is started as tunegate starts it, through pipeline.serving, with a KV cache of what the GPU
+for vLLM and transformers. vLLM is started as tunegate starts it, through pipeline.serving.serve, with a KV cache of what the GPU
 has free beside the weights, three times: cold, with nothing compiled before; warm; and `moved`, from another folder of the
 same bytes, as a promotion does after an evaluation. The seconds run until a real completion came back and hold the digests
 of the folder, except in `warm`, where this process knows them. Each side has --time-limit seconds for its levels. --serve
@@ -39,11 +39,14 @@ from pydantic import ValidationError
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from pipeline import environments, hardware, serving, serving_digests
-from pipeline.config import ServeConfig
-from pipeline.environments import Environment
+from pipeline import hardware
+from pipeline.config.schema import ServeConfig
+from pipeline.environments import interpreters
+from pipeline.environments.interpreters import Environment
 from pipeline.errors import TunegateError
-from pipeline.serving_diagnosis import last_run
+from pipeline.serving import digests as serving_digests
+from pipeline.serving import serve as serving
+from pipeline.serving.diagnosis import last_run
 
 NAME = "benchmark"
 SIDES = ("transformers", "bf16", "awq")
@@ -103,7 +106,7 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--sides takes {', '.join(SIDES)}, each with its folder")
     places = [Path(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     options.environment = (
-        Environment("serve", options.python.absolute(), tuple(places)) if options.python else environments.find("serve")
+        Environment("serve", options.python.absolute(), tuple(places)) if options.python else interpreters.find("serve")
     )
     return options
 
@@ -215,7 +218,7 @@ def levels(side: str, options: argparse.Namespace, **target: str) -> list[Side]:
                "output_len": options.output_len, "time_limit": options.time_limit, **target}  # fmt: skip
     file = options.out / f"{side}-request.json"
     file.write_text(json.dumps(request), encoding="utf-8")
-    environ = {**environments.child_environ(options.environment), "HF_HUB_OFFLINE": "1", "NO_PROXY": "*"}
+    environ = {**interpreters.child_environ(options.environment), "HF_HUB_OFFLINE": "1", "NO_PROXY": "*"}
     script = Path(__file__).with_name("serving_levels.py")
     command = [str(options.environment.interpreter), "-P", str(script), str(file)]
     found: list[Side] = []

@@ -2,7 +2,7 @@
 
     python benchmarks/serving_levels.py REQUEST.json
 
-`url` in the request means load by vLLM's own bench, whose `benchmark` is called as pipeline/loadtest.py calls it, with
+`url` in the request means load by vLLM's own bench, whose `benchmark` is called as pipeline/evaluation/loadtest.py calls it, with
 random ids and `ignore_eos`: 3 requests a user and 16 at least. Without it the folder is loaded by transformers and one
 batch of as many rows is generated greedily: each row's first token counts as its TTFT, each further step as an ITL. A
 level that is expected to end after `time_limit` seconds, at the speed of the level before, is skipped and said to be.

@@ -21,24 +21,16 @@ from flows import curves, judges, progress, stages
 from flows.ledger import ledger_of
 from flows.measure import measure
 from flows.stages import OnEvent
-from pipeline import (
-    environments,
-    gate,
-    hardware,
-    notify,
-    plan,
-    program,
-    registry,
-    registry_client,
-    registry_runs,
-    report,
-    resolve,
-    serving,
-    store,
-)
+from pipeline import files, hardware, store
 from pipeline.artifacts import Artifact, Build, Reports, ServedUnit, Stage, Verdict
-from pipeline.config import Config
+from pipeline.config.schema import Config
+from pipeline.environments import interpreters
 from pipeline.errors import Busy, RegistryError
+from pipeline.gate import gate
+from pipeline.plan import plan, resolve, steps
+from pipeline.registry import client, notify, runs, versions
+from pipeline.report import render
+from pipeline.serving import serve
 
 
 @flow(name="build", persist_result=False)
@@ -58,13 +50,13 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
     sources = resolve.sources(config)
     planned = plan.make(config, sources, hardware.device().name)
     if planned.finished and not again:
-        registry_runs.take_over(planned.finished, config)
+        runs.take_over(planned.finished, config)
         return dict(planned.finished)
     plan.raise_for_too_few_gpus(config)
     with _turn(planned, on_event), store.running(planned.name):
-        if registry_client.is_new():
+        if client.is_new():
             on_event({"event": "message", "text": "MLflow makes its database, once; some seconds"})
-        run_id = registry_runs.open_run(planned.name, planned.key, config, planned.digests)
+        run_id = runs.open_run(planned.name, planned.key, config, planned.digests)
         show = curves.tee(on_event, run_id)
         lines: list[str] = []
         plan.render(planned, Path(planned.name), lines.append)
@@ -73,16 +65,16 @@ def run(config: Mapping[str, Any], on_event: OnEvent, *, again: bool = False) ->
         )
         try:
             artifacts, unit = _make(config, sources, run_id, show)
-            run_id = registry_runs.run_of_unit(run_id, planned.name, planned.key, config, unit.digest)
+            run_id = runs.run_of_unit(run_id, planned.name, planned.key, config, unit.digest)
             for artifact in artifacts.values():
-                registry_runs.log_artifact(run_id, artifact)
+                runs.log_artifact(run_id, artifact)
             show = curves.tee(on_event, run_id)
             finished = _judged(config, planned, sources, artifacts, unit, run_id, show, again=again)
         except BaseException as error:
             with suppress(RegistryError):  # what went wrong first is what the user must read
-                registry_runs.close_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                runs.close_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-        registry_runs.close_run(run_id, "FINISHED")
+        runs.close_run(run_id, "FINISHED")
     return finished
 
 
@@ -115,13 +107,13 @@ def _make(
     """All artefacts, each recorded in the run once it is there, and the unit that would be served."""
     judges.need_keys(config)
     artifacts: dict[Stage, Artifact] = {}
-    for step in plan.steps(config):
+    for step in steps.steps(config):
         inputs = {name: artifacts[cast("Stage", name)] for name in step.inputs}
         artifacts[cast("Stage", step.stage)] = artifact = stages.run(step, config, inputs, sources, show)
-        registry_runs.log_artifact(run_id, artifact)
-    served = artifacts[cast("Stage", plan.served_stage(config))]
+        runs.log_artifact(run_id, artifact)
+    served = artifacts[cast("Stage", steps.served_stage(config))]
     settings = Config.model_validate(config)
-    unit = serving.served_unit(served.payload, settings.serve, settings.name, environments.serving(config))
+    unit = serve.served_unit(served.payload, settings.serve, settings.name, interpreters.serving(config))
     return artifacts, unit
 
 
@@ -146,7 +138,7 @@ def _judged(
         config=dict(config),
         artifacts=artifacts,
         unit=unit,
-        model_path=artifacts[cast("Stage", plan.served_stage(config))].payload,
+        model_path=artifacts[cast("Stage", steps.served_stage(config))].payload,
         ledger=ledger_of(config, planned.key, artifacts, reports.evaluations["candidate"], sources, show),
         verdict=verdict,
         **dict(reports),
@@ -158,7 +150,7 @@ def judge(reports: Reports, settings: Config, unit: ServedUnit, show: OnEvent) -
     """Judge the measurements as a named task."""
     verdict = _judge(reports, settings, unit.digest)
     show({"event": "stage", "stage": "gate", "state": verdict.outcome})
-    create_markdown_artifact(report.gate_table(verdict), key="gate", description=f"Verdict: {verdict.outcome}")
+    create_markdown_artifact(render.gate_table(verdict), key="gate", description=f"Verdict: {verdict.outcome}")
     return verdict
 
 
@@ -170,20 +162,20 @@ def _judge(reports: Reports, settings: Config, unit_digest: str) -> Verdict:
 @task(name="register", retries=2, retry_delay_seconds=10, retry_condition_fn=stages.worth_retrying,
       timeout_seconds=1800, cache_policy=NO_CACHE, persist_result=False)  # fmt: skip
 def _register(made: Build, run_id: str) -> str | None:
-    registry_runs.record_build(run_id, made)
+    runs.record_build(run_id, made)
     if made.verdict and made.verdict.outcome == "pass":
-        return registry.register(run_id, made)
-    registry.note_verdict(run_id, made)
+        return versions.register(run_id, made)
+    versions.note_verdict(run_id, made)
     return None
 
 
 def _conclude(made: Build, run_id: str, settings: Config, show: OnEvent) -> dict[str, Any]:
     """Record the build in MLflow, register a passing one, tell the reviewer, leave finished.json."""
     version = _register(made, run_id)
-    create_markdown_artifact(report.markdown(made), key="report", description=f"What a reviewer of {made.name} reads")
+    create_markdown_artifact(render.markdown(made), key="report", description=f"What a reviewer of {made.name} reads")
     show({"event": "stage", "stage": "register", "state": f"v{version}" if version else "recorded"})
     verdict = cast("Verdict", made.verdict)
-    page = registry.page(made.name, version, run_id)
+    page = versions.page(made.name, version, run_id)
     create_markdown_artifact(
         f"[{made.name} {'version ' + version if version else 'run'} in MLflow]({page})", key="mlflow"
     )
@@ -199,8 +191,8 @@ def _conclude(made: Build, run_id: str, settings: Config, show: OnEvent) -> dict
     }
     folder = store.build_folder(made.key)
     folder.mkdir(parents=True, exist_ok=True)
-    program.write_json(folder / "build.json", json.loads(made.model_dump_json()))
-    program.write_json(folder / "finished.json", finished)
+    files.write_json(folder / "build.json", json.loads(made.model_dump_json()))
+    files.write_json(folder / "finished.json", finished)
     if version:
         notify.review_waits(finished, settings.notify)
     return finished

@@ -16,7 +16,12 @@ from flows import surroundings
 from pipeline.errors import TunegateError
 
 OURS = ("127.0.0.1", "localhost")
-READERS = ("flows.check:check", "flows.check:schema", "flows.check:doctor", "flows.deploy:show")
+READERS = (
+    "flows.commands.check:check",
+    "flows.commands.check:schema",
+    "flows.commands.check:doctor",
+    "flows.deployments:show",
+)
 DESCRIPTION = (
     "From a base model and your data to an approved model that serves: what was judged is byte for byte what serves."
 )
@@ -47,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _writes(options: argparse.Namespace) -> bool:
     """Whether a command needs a store that can be written; the plan of a build doesn't."""
-    return options.answer not in READERS and not (options.answer == "flows.run:run" and options.dry_run)
+    return options.answer not in READERS and not (options.answer == "flows.commands.run:run" and options.dry_run)
 
 
 def pass_proxies_by() -> None:
@@ -89,9 +94,9 @@ def _command(commands: Commands[argparse.ArgumentParser], name: str, answer: str
 
 def _build_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     check = _command(
-        commands, "check", "flows.check:check", "print the resolved plan: stages, environments, cache, memory"
+        commands, "check", "flows.commands.check:check", "print the resolved plan: stages, environments, cache, memory"
     )
-    run = _command(commands, "run", "flows.run:run", "build: data to a gated, registered model version")
+    run = _command(commands, "run", "flows.commands.run:run", "build: data to a gated, registered model version")
     for command in (check, run):
         command.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/demo.yaml")
         command.add_argument("--data-dir", type=Path, help="where relative dataset paths start; default: beside CONFIG")
@@ -108,23 +113,23 @@ def _build_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     gate = _command(
         commands,
         "gate",
-        "flows.rejudge:gate_again",
+        "flows.commands.gate:gate_again",
         "judge a build's stored reports again, by another policy; runs nothing",
     )
     _named(gate, version=False)
     gate.add_argument("--policy", type=Path, metavar="FILE", help="a config, or a file of gate keys; default: its own")
     gate.add_argument("--build", metavar="KEY", help="a build by the beginning of its key; default: the newest")
     gate.add_argument("--json", action="store_true", help="for programs")
-    _command(commands, "schema", "flows.check:schema", "print the config's JSON Schema, for editors")
+    _command(commands, "schema", "flows.commands.check:schema", "print the config's JSON Schema, for editors")
 
 
 def _review_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     review = _command(
-        commands, "review", "flows.review:review", "show what waits for a decision, with the gate's table"
+        commands, "review", "flows.commands.review:review", "show what waits for a decision, with the gate's table"
     )
     _named(review)
     for name, text in (("approve", "approve a version for promotion"), ("reject", "reject a version")):
-        decide = _command(commands, name, f"flows.review:{name}", text)
+        decide = _command(commands, name, f"flows.commands.review:{name}", text)
         _named(decide)
         decide.add_argument("--reviewer", default=os.environ.get("USER"), help="who decides; default: $USER")
         decide.add_argument("--reason", default="", help="why; needed to reject")
@@ -132,24 +137,31 @@ def _review_commands(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _serving_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     promote = _command(
-        commands, "promote", "flows.operate:promote", "put an approved version behind the proxy, dropping no request"
+        commands,
+        "promote",
+        "flows.commands.operate:promote",
+        "put an approved version behind the proxy, dropping no request",
     )
     _named(promote)
     promote.add_argument(
         "--dry-run", action="store_true", help="verify the digests and print the steps, change nothing"
     )
-    rollback = _command(commands, "rollback", "flows.operate:rollback", "put the release before this one back")
+    rollback = _command(commands, "rollback", "flows.commands.operate:rollback", "put the release before this one back")
     _named(rollback, version=False)
     rollback.add_argument("--dry-run", action="store_true", help="print what would serve, change nothing")
-    status = _command(commands, "status", "flows.operate:status", "what serves, what runs, what waits")
+    status = _command(commands, "status", "flows.commands.operate:status", "what serves, what runs, what waits")
     _named(status, version=False)
     status.add_argument("--json", action="store_true", help="for programs")
-    logs = _command(commands, "logs", "flows.operate:logs", "print a log: of what serves, or of a build's stages")
+    logs = _command(
+        commands, "logs", "flows.commands.operate:logs", "print a log: of what serves, or of a build's stages"
+    )
     _named(logs, version=False)
     logs.add_argument("--stage", help="a stage of the last build instead of the server")
     logs.add_argument("-n", "--lines", type=int, default=50)
     logs.add_argument("-f", "--follow", action="store_true")
-    chat = _command(commands, "chat", "flows.operate:chat", "talk to what serves, or to a candidate before approval")
+    chat = _command(
+        commands, "chat", "flows.commands.operate:chat", "talk to what serves, or to a candidate before approval"
+    )
     _named(chat, version=False)
     chat.add_argument(
         "--candidate", action="store_true", help="start the version that waits for review, for this chat only"
@@ -160,29 +172,41 @@ def _serving_commands(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _house_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     cancel = _command(
-        commands, "cancel", "flows.operate:cancel", "stop a running build; the next run goes on where it was"
+        commands, "cancel", "flows.commands.operate:cancel", "stop a running build; the next run goes on where it was"
     )
     _named(cancel, version=False)
-    gc = _command(commands, "gc", "flows.operate:gc", "delete what no release, candidate or recent build needs")
+    gc = _command(
+        commands, "gc", "flows.commands.operate:gc", "delete what no release, candidate or recent build needs"
+    )
     gc.add_argument("--dry-run", action="store_true", help="print what would go and how much it frees")
     gc.add_argument("--keep-days", type=_days, default=7.0, help="keep what is younger; default 7")
-    doctor = _command(commands, "doctor", "flows.check:doctor", "say what this machine lacks and how to get it")
+    doctor = _command(
+        commands, "doctor", "flows.commands.check:doctor", "say what this machine lacks and how to get it"
+    )
     doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="also check what this config needs")
-    demo = _command(commands, "demo", "flows.demo:demo", "the whole chain on a small model, with a visible approval")
+    demo = _command(
+        commands, "demo", "flows.commands.demo:demo", "the whole chain on a small model, with a visible approval"
+    )
     demo.add_argument("--reviewer", default="demo", help="the name under which the demo approves")
     up = _command(
-        commands, "up", "flows.services:up", "start Prefect's and MLflow's pages, the worker and the deployments"
+        commands,
+        "up",
+        "flows.commands.services:up",
+        "start Prefect's and MLflow's pages, the worker and the deployments",
     )
     up.add_argument(
         "config", type=Path, nargs="?", metavar="CONFIG", help="what the deployments build; default: the demo"
     )
     up.add_argument("--data-dir", type=Path, help="where relative dataset paths start; default: beside CONFIG")
     manifests = _command(
-        commands, "manifests", "flows.deploy:show", "print what a cluster needs for builds of a config; applies nothing"
+        commands,
+        "manifests",
+        "flows.deployments:show",
+        "print what a cluster needs for builds of a config; applies nothing",
     )
     manifests.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file with a section `kubernetes`")
     manifests.add_argument("--jobs", action="store_true", help="print the jobs of its flow runs and stages instead")
-    _command(commands, "down", "flows.services:down", "stop everything that tunegate started here")
+    _command(commands, "down", "flows.commands.services:down", "stop everything that tunegate started here")
 
 
 def _days(text: str) -> float:

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable
 
 from flows.stages import OnEvent
-from pipeline import program, registry_runs
+from pipeline import program
 from pipeline.errors import RegistryError
-from pipeline.registry_runs import Point
+from pipeline.registry import runs
+from pipeline.registry.runs import Point
 
 SECONDS_BETWEEN = 5.0
 SECONDS_AFTER_FAILURE = 60.0
@@ -35,7 +36,7 @@ class Curves:
             return
         self._due = time.monotonic() + SECONDS_BETWEEN
         try:
-            registry_runs.log_points(self._run_id, self._waiting)
+            runs.log_points(self._run_id, self._waiting)
         except RegistryError as error:
             self._due = time.monotonic() + SECONDS_AFTER_FAILURE
             self._tell(f"{len(self._waiting)} points of the curves wait for MLflow: {error.problems[0].what}")

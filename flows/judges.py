@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -17,15 +17,18 @@ from pydantic import TypeAdapter
 
 from flows import stages
 from flows.stages import OnEvent
-from pipeline import environments, judge, plan, program, store, tasks_files
+from flows.systems import System
+from pipeline import program, store
 from pipeline.artifacts import Evaluation, JudgeReport, TaskResult
 from pipeline.digests import digest_of
+from pipeline.environments import interpreters
 from pipeline.errors import ConfigError
-from pipeline.serving_server import Server
+from pipeline.evaluation import llm_judge, lm_eval_files
+from pipeline.plan import code, plan
+from pipeline.serving.server import Server
 
-if TYPE_CHECKING:
-    from flows.measure import System
-
+TASKS = "pipeline.evaluation.lm_eval_tasks"
+LLM_JUDGE = "pipeline.evaluation.llm_judge"
 RESULTS = TypeAdapter(tuple[TaskResult, ...])
 # Parts of `evaluate` that don't decide how the holdout is answered and scored.
 BESIDE_SCORERS = ("compare", "prompts", "tasks", "judges", "ledger_items")
@@ -34,7 +37,7 @@ BESIDE_SCORERS = ("compare", "prompts", "tasks", "judges", "ledger_items")
 def need_keys(config: Mapping[str, Any]) -> None:
     """Raise ConfigError now, not after hours of training, when the key of an LLM judge isn't in the environment."""
     for entry in config["evaluate"]["judges"]:
-        judge.api_key(entry["api_key_env"], os.environ)
+        llm_judge.api_key(entry["api_key_env"], os.environ)
 
 
 def run_tasks(
@@ -52,7 +55,7 @@ def run_tasks(
                     "concurrency": config["evaluate"]["concurrency"],
                 }  # fmt: skip
                 request = program.Request(settings, {}, partial)
-                detail = stages.run_program("tasks", "judges", config, request, show)
+                detail = stages.run_program(TASKS, "judges", config, request, show)
                 made_by = {**_lm_eval(config), "vllm": system.unit.vllm_version}
                 store.finish(
                     "tasks", key, partial, parents={"unit": system.unit.digest}, made_by=made_by, detail=detail
@@ -79,19 +82,19 @@ def _tasks(config: Mapping[str, Any], system: System, attempt: str) -> Iterator[
         decides = {
             "unit": system.unit.digest,
             "task": entry,
-            "files": tasks_files.digest(entry["task"]),
+            "files": lm_eval_files.digest(entry["task"]),
             "max_model_len": system.config["serve"]["max_model_len"],
             "seed": config["seed"],
             "concurrency": config["evaluate"]["concurrency"],
             "made_by": made_by,
-            "source": plan.source_digest("tasks"),
+            "source": code.source_digest(TASKS),
             "attempt": attempt,
         }
         yield entry, digest_of(decides)[:32]
 
 
 def _lm_eval(config: Mapping[str, Any]) -> dict[str, str]:
-    return environments.versions(environments.find("judges", environments.settings(config)), plan.JUDGES_PACKAGES)
+    return interpreters.versions(interpreters.find("judges", interpreters.settings(config)), plan.JUDGES_PACKAGES)
 
 
 def judged(
@@ -127,7 +130,7 @@ def _judge(
         "pairs": parents["pairs"],
         "seed": config["seed"],
         "confidence": config["gate"]["confidence"],
-        "source": plan.source_digest("judge"),
+        "source": code.source_digest(LLM_JUDGE),
         "attempt": attempt,
     }
     key = digest_of(decides)[:32]
@@ -138,7 +141,7 @@ def _judge(
             )
             request = program.Request(settings, {"pairs": pairs}, partial)
             keys = (entry["api_key_env"],) if entry["api_key_env"] else ()
-            detail = stages.run_program("judge", "control", config, request, show, keep=keys)
+            detail = stages.run_program(LLM_JUDGE, "control", config, request, show, keep=keys)
             store.finish("judge", key, partial, parents=parents, made_by={"judge": entry["model"]}, detail=detail)
     found = store.find("judge", key)
     assert found is not None  # noqa: S101 - finished above

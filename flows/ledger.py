@@ -7,9 +7,12 @@ from typing import Any, cast
 
 from flows import stages
 from flows.stages import OnEvent
-from pipeline import ledger, ledger_scores, plan, program, scoring_plugins, store
+from pipeline import program, store
 from pipeline.artifacts import Artifact, Evaluation, LedgerEntry, Stage
 from pipeline.errors import ConfigError, ResourceError
+from pipeline.evaluation import plugins
+from pipeline.ledger import compare, scores
+from pipeline.plan.steps import Step, ledger_step
 
 
 def ledger_of(
@@ -25,7 +28,7 @@ def ledger_of(
     Empty where the config wants none, and where there isn't the memory or a user's scorer fails on a step's answers: the
     verdict is reached, and isn't lost for want of its explanation. A broken model stops the build all the same.
     """
-    step = plan.ledger_step(config)
+    step = ledger_step(config)
     if step is None:
         return ()
     try:
@@ -36,7 +39,7 @@ def ledger_of(
 
 
 def _asked(
-    step: plan.Step,
+    step: Step,
     config: Mapping[str, Any],
     build_key: str,
     artifacts: Mapping[Stage, Artifact],
@@ -48,7 +51,7 @@ def _asked(
     answered = stages.run(step, config, inputs, sources, show)
     records = stages.inputs_json({**artifacts, "ledger": answered}, ("prepare", "ledger"))
     request = program.Request({"evaluate": config["evaluate"]}, records, store.build_folder(build_key) / "ledger")
-    places = scoring_plugins.places([scorer["metric"] for scorer in config["evaluate"]["scorers"]])
-    stages.run_program("ledger_scores", "control", config, request, show, pythonpath=places)
-    entries = ledger_scores.ENTRIES.validate_json((request.payload / "ledger.json").read_bytes())
-    return (*entries, ledger.served(candidate, entries[-1]))
+    places = plugins.places([scorer["metric"] for scorer in config["evaluate"]["scorers"]])
+    stages.run_program("pipeline.ledger.scores", "control", config, request, show, pythonpath=places)
+    entries = scores.ENTRIES.validate_json((request.payload / "ledger.json").read_bytes())
+    return (*entries, compare.served(candidate, entries[-1]))

@@ -11,8 +11,6 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -21,34 +19,27 @@ from prefect.cache_policies import NO_CACHE
 
 from flows import judges, prompts, stages
 from flows.stages import OnEvent
-from pipeline import environments, plan, program, registry, scoring_plugins, serving, store
+from flows.systems import System, systems
+from pipeline import program, store
 from pipeline.artifacts import (
     Artifact,
     Evaluation,
     LoadTest,
     PromptResult,
-    Release,
     Reports,
     ServedUnit,
     Stage,
     TaskResult,
 )
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.digests import digest_of
-from pipeline.errors import EnvironmentMissing, Problem, RegistryError, ServingError
-from pipeline.serving_server import Server
+from pipeline.environments import interpreters
+from pipeline.evaluation import plugins
+from pipeline.plan import code
+from pipeline.serving import serve as serving
+from pipeline.serving.server import Server
 
 JUDGED = ("candidate", "incumbent")  # also load-tested and asked the must-pass prompts
-
-
-@dataclass(frozen=True)
-class System:
-    """A model folder in a role, and the config that it is served with: the incumbent keeps the one it was judged with."""
-
-    role: str
-    model: Path
-    unit: ServedUnit
-    config: Mapping[str, Any]
 
 
 def measure(
@@ -85,64 +76,6 @@ def measure(
         tasks=tasks,
         judged=judges.judged(config, evaluations, attempt, show),
     )
-
-
-def systems(
-    config: Mapping[str, Any], artifacts: Mapping[Stage, Artifact], unit: ServedUnit, show: OnEvent
-) -> list[System]:
-    """The systems to measure, in order; merged is left out where it is itself the candidate."""
-    settings = Config.model_validate(config)
-    environment = environments.serving(config)
-    found = []
-    for role in settings.evaluate.compare:
-        model = artifacts["base" if role == "base" else "merge"].payload
-        other = serving.served_unit(model, settings.serve, settings.name, environment)
-        if other.digest != unit.digest:
-            found.append(System(role, model, other, config))
-    candidate = artifacts["quantize" if "quantize" in artifacts else "merge"].payload
-    found.append(System("candidate", candidate, unit, config))
-    champion = registry.champion(settings.name)
-    if champion and champion.unit.digest != unit.digest:
-        found.append(_incumbent(champion, settings, config, show))
-    return found
-
-
-def _incumbent(champion: Release, settings: Config, config: Mapping[str, Any], show: OnEvent) -> System:
-    """The champion with the settings it was judged with, or with today's where those can't be had here."""
-    judged_with = registry.config_of(champion.run_id)
-    for serve, whole in ((judged_with.serve, judged_with.model_dump(mode="json")), (settings.serve, config)):
-        try:
-            environment = environments.serving(whole)
-            unit = serving.served_unit(champion.model_path, serve, settings.name, environment)
-        except (EnvironmentMissing, ServingError) as error:
-            why = str(error.problems[0].what)
-            continue
-        _must_be_the_champion(champion, unit)
-        if unit.digest != champion.unit.digest:
-            fields = [name for name in ServedUnit.model_fields if getattr(unit, name) != getattr(champion.unit, name)]
-            text = (
-                f"v{champion.version} can't be served as it was judged; it is measured with today's {', '.join(fields)}"
-            )
-            show({"event": "message", "text": text})
-        return System("incumbent", champion.model_path, unit, whole)
-    raise ServingError(f"v{champion.version}, the champion, can't be served here: {why}", key="serve")
-
-
-def _must_be_the_champion(champion: Release, unit: ServedUnit) -> None:
-    """Raise RegistryError when the champion's folder isn't what was approved: a candidate would be held against something else."""
-    changed = [
-        Problem(
-            f"is {getattr(unit, part)[:12]}",
-            file=str(champion.model_path),
-            key=f"unit.{part}",
-            allowed=f"{getattr(champion.unit, part)[:12]}, as v{champion.version} was approved",
-            remedy=f"restore the folder, or give the alias champion of {champion.name} to another version",
-        )
-        for part in ("weights", "tokenizer", "configuration")
-        if getattr(unit, part) != getattr(champion.unit, part)
-    ]
-    if changed:
-        raise RegistryError(changed)
 
 
 @task(retries=1, retry_delay_seconds=10, retry_condition_fn=stages.worth_retrying, timeout_seconds=6 * 3600,
@@ -185,7 +118,7 @@ class _Lazy:
             self._server = self._stack.enter_context(
                 serving.running(
                     system.unit, system.model, settings.serve, settings.name, store.build_folder(build_key) / f"serve-{system.role}",
-                    environments.serving(system.config), show,
+                    interpreters.serving(system.config), show,
                 )
             )  # fmt: skip
         return self._server
@@ -204,7 +137,7 @@ def _evaluate(
     inputs = {name: artifacts[name] for name in needed}  # type: ignore[index]
     parents = {"unit": system.unit.digest, **{name: artifact.digest for name, artifact in inputs.items()}}
     metrics = [scorer["metric"] for scorer in config["evaluate"]["scorers"]]
-    scorers = scoring_plugins.versions(metrics)
+    scorers = plugins.versions(metrics)
     key = digest_of(
         {
             "system": system.role,
@@ -213,7 +146,7 @@ def _evaluate(
             "scorers": scorers,
             "seed": config["seed"],
             "confidence": config["gate"]["confidence"],
-            "source": plan.source_digest("evaluate"),
+            "source": code.source_digest("pipeline.evaluation.evaluate"),
             "attempt": attempt,
         }
     )[:32]
@@ -223,8 +156,10 @@ def _evaluate(
             show({"event": "stage", "stage": "evaluate", "state": "running", "log": system.role})
             settings = {"evaluate": config["evaluate"], "gate": config["gate"], **_where(config, system, running)}
             request = program.Request(settings, stages.inputs_json(artifacts, needed), partial)
-            places = scoring_plugins.places(metrics)
-            detail = stages.run_program("evaluate", "control", config, request, show, pythonpath=places)
+            places = plugins.places(metrics)
+            detail = stages.run_program(
+                "pipeline.evaluation.evaluate", "control", config, request, show, pythonpath=places
+            )
             made_by = {"vllm": system.unit.vllm_version, **scorers}
             store.finish("evaluate", key, partial, parents=parents, made_by=made_by, detail=detail)
     found = store.find("evaluate", key)
@@ -251,9 +186,9 @@ def _loadtest(
         running = server()
         show({"event": "stage", "stage": "loadtest", "state": "running", "log": system.role})
         settings = {"loadtest": config["loadtest"], "model_path": str(system.model), **_where(config, system, running)}
-        module, environment = "loadtest", "serve"
+        module, environment = "pipeline.evaluation.loadtest", "serve"
         if system.unit.runtime == "docker":  # vLLM's bench is in the image
-            module, environment = "loadtest_container", "control"
+            module, environment = "pipeline.evaluation.loadtest_container", "control"
             settings |= {"image": system.unit.runtime_digest, "container": system.config["serve"]["container"]}
         request = program.Request(settings, stages.inputs_json(artifacts, ("prepare",)), folder)
         stages.run_program(module, environment, system.config, request, show)

@@ -1,4 +1,4 @@
-"""Promotion as a Prefect flow: pipeline.deployment_steps as named tasks, and what the terminal calls.
+"""Promotion as a Prefect flow: pipeline.deployment.steps as named tasks, and what the terminal calls.
 
 From a terminal the steps run as a flow when a Prefect server answers, so that they show there, and without
 Prefect otherwise: starting a temporary server takes longer than a promotion's own work, and bringing an old
@@ -20,14 +20,17 @@ from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ANALYTICS_ENABLED, 
 from prefect.tasks import Task
 
 from flows import progress
-from pipeline import deployment, environments, registry, store
+from pipeline import store
 from pipeline.artifacts import Release
-from pipeline.config import Config
-from pipeline.deployment_state import Deployment
-from pipeline.deployment_steps import Promotion, Step
-from pipeline.environments import Environment
+from pipeline.config.schema import Config
+from pipeline.deployment import promote as deployment
+from pipeline.deployment.state import Deployment
+from pipeline.deployment.steps import Promotion, Step
+from pipeline.environments import interpreters
+from pipeline.environments.interpreters import Environment
 from pipeline.errors import RegistryError, RoutingError, ServingError
 from pipeline.program import Event
+from pipeline.registry import versions
 
 SetChampion = Callable[[str, str], None]
 # A server that doesn't start or answer is news, not noise; Caddy and MLflow may be told again.
@@ -42,11 +45,11 @@ def promote(name: str, version: str | None = None) -> dict[str, Any]:
 
     Returns the deployment's status. Raises the TunegateError of the step that failed.
     """
-    release = registry.release(name, version)
-    config = registry.config_of(release.run_id)
-    environment = environments.serving(config.model_dump(mode="json"))
+    release = versions.release(name, version)
+    config = versions.config_of(release.run_id)
+    environment = interpreters.serving(config.model_dump(mode="json"))
     logged = progress.logged(get_run_logger())
-    _take_steps(Promotion(release, config, environment, registry.set_champion, logged))
+    _take_steps(Promotion(release, config, environment, versions.set_champion, logged))
     return deployment.status(name).model_dump(mode="json")
 
 
@@ -55,7 +58,7 @@ def run(
     config: Config,
     environment: Environment | None,
     on_event: Callable[[Event], None],
-    set_champion: SetChampion = registry.set_champion,
+    set_champion: SetChampion = versions.set_champion,
 ) -> None:
     """Bring a release to where clients reach it; one that serves already is left alone at once.
 

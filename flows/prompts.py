@@ -9,11 +9,12 @@ from typing import Any
 
 from flows import stages
 from flows.stages import OnEvent
-from pipeline import plan, program, store
+from pipeline import program, store
 from pipeline.artifacts import PromptResult, ServedUnit
 from pipeline.digests import digest_of
 from pipeline.errors import ConfigError
 from pipeline.file_digests import remembered
+from pipeline.plan import code
 
 
 def ask(
@@ -28,7 +29,7 @@ def ask(
         with store.making("prompts", key) as partial:
             show({"event": "stage", "stage": "prompts", "state": "running", "log": of_server["system"]})
             request = program.Request({"evaluate": config["evaluate"], "digest": digest, **of_server}, {}, partial)
-            detail = stages.run_program("prompts", "control", config, request, show)
+            detail = stages.run_program("pipeline.evaluation.prompts", "control", config, request, show)
             parents = {"unit": unit.digest, "prompts": digest}
             store.finish("prompts", key, partial, parents=parents, made_by={"vllm": unit.vllm_version}, detail=detail)
 
@@ -53,7 +54,7 @@ def _key(config: Mapping[str, Any], unit: ServedUnit, attempt: str) -> tuple[str
             "prompts": digest,
             "config": {name: config["evaluate"][name] for name in ("max_tokens", "concurrency")},
             "seed": config["seed"],
-            "source": plan.source_digest("prompts"),
+            "source": code.source_digest("pipeline.evaluation.prompts"),
             "attempt": attempt,
         }
     )

@@ -8,7 +8,9 @@ from typing import Any
 from prefect import flow, get_run_logger
 
 from flows.build import build
-from pipeline import hardware, plan, registry_runs, resolve
+from pipeline import hardware
+from pipeline.plan import plan, resolve
+from pipeline.registry import runs
 
 
 @flow(name="retrain", persist_result=False)
@@ -22,7 +24,7 @@ def retrain(
     resolved = resolve.resolve(Path(config), overrides or [], Path(data_dir) if data_dir else None)
     planned = plan.make(resolved, resolve.sources(resolved), hardware.device().name)
     if planned.finished:
-        registry_runs.take_over(planned.finished, resolved)
+        runs.take_over(planned.finished, resolved)
         get_run_logger().info("nothing changed since build %s (%s)", planned.key[:12], planned.finished["outcome"])
         return dict(planned.finished)
     return build(config, data_dir, overrides)

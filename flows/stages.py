@@ -16,14 +16,19 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task
 
-from flows import kubernetes
-from pipeline import environments, file_digests, hardware, kubernetes_manifests, plan, program, store
+from flows import jobs
+from pipeline import file_digests, hardware, program, store
 from pipeline.artifacts import Artifact
+from pipeline.environments import interpreters
 from pipeline.errors import Problem, RegistryError, ServingError, StageFailed, TunegateError
-from pipeline.plan import Step
+from pipeline.kubernetes import manifests
+from pipeline.plan import plan
+from pipeline.plan.steps import Step, section
 
 # A gated model or dataset needs the user's token; no other stage program sees a secret unless its caller names it.
-SECRETS_OF = {"model": ("HF_TOKEN",), "data": ("HF_TOKEN",), "tasks": ("HF_TOKEN",)}
+SECRETS_OF = {
+    "pipeline.model.base": ("HF_TOKEN",), "pipeline.data.prepare": ("HF_TOKEN",), "pipeline.evaluation.lm_eval_tasks": ("HF_TOKEN",),
+}  # fmt: skip
 GIVEN_BACK_S = 5.0  # what a GPU may take to have the memory of an ended process back
 OnEvent = Callable[[program.Event], None]
 
@@ -45,7 +50,7 @@ def run(
     """Return the step's artefact: from the store, or made now by its stage program as a named Prefect task."""
     made_by = plan.versions(step, config)
     digests = {name: artifact.digest for name, artifact in inputs.items()}
-    device = kubernetes_manifests.device_of(config, step.stage, hardware.device().name)
+    device = manifests.device_of(config, step.stage, hardware.device().name)
     key = plan.key_of(step, config, plan.inputs_of(step, digests, sources, device), made_by)
     found = store.find(step.stage, key)
     if found is not None:
@@ -87,14 +92,12 @@ def _make(
             {"event": "stage", "stage": step.stage, "state": "running", "log": str(partial / "log.txt"), "key": key}
         )
         request = program.Request(
-            {name.rpartition(".")[2]: plan.section(config, name) for name in step.sections}, inputs, partial
+            {name.rpartition(".")[2]: section(config, name) for name in step.sections}, inputs, partial
         )
         try:
-            job = kubernetes_manifests.pod_of(config, step.stage)  # with a GPU of its own
+            job = manifests.pod_of(config, step.stage)  # with a GPU of its own
             with nullcontext() if job else device_slot(on_event):
-                detail = run_program(
-                    plan.program_of(step.stage), step.environment, config, request, on_event, step=step
-                )
+                detail = run_program(step.program, step.environment, config, request, on_event, step=step)
         except TunegateError:
             on_event({"event": "stage", "stage": step.stage, "state": "failed", "seconds": time.monotonic() - started})
             raise
@@ -114,18 +117,18 @@ def run_program(
     pythonpath: tuple[Path, ...] = (),
     step: Step | None = None,
 ) -> dict[str, Any]:
-    """Run `python -m pipeline.MODULE` in the named environment, with the secrets in `keep` and further folders to import from.
+    """Run `python -m MODULE` in the named environment, with the secrets in `keep` and further folders to import from.
 
     A child process, or on a cluster the job that the config gives this `step`.
     """
-    found = environments.find(environment, environments.settings(config))
+    found = interpreters.find(environment, interpreters.settings(config))
     found = replace(found, pythonpath=(*found.pythonpath, *pythonpath))
-    environ = environments.child_environ(found, (*SECRETS_OF.get(module, ()), *keep))
-    for name in environments.secrets_named(config) - set(keep):
+    environ = interpreters.child_environ(found, (*SECRETS_OF.get(module, ()), *keep))
+    for name in interpreters.secrets_named(config) - set(keep):
         environ.pop(name, None)
-    if step and kubernetes_manifests.pod_of(config, step.stage):
-        return kubernetes.run(step, config, found, environ, SECRETS_OF.get(module, ()), request, on_event)
-    return program.run(environments.command(found, f"pipeline.{module}"), environ, request, on_event)
+    if step and manifests.pod_of(config, step.stage):
+        return jobs.run(step, config, found, environ, SECRETS_OF.get(module, ()), request, on_event)
+    return program.run(interpreters.command(found, module), environ, request, on_event)
 
 
 @contextmanager
@@ -139,7 +142,7 @@ def device_slot(on_event: OnEvent) -> Iterator[None]:
     if hardware.device().kind != "cuda":
         yield
         return
-    with nullcontext() if kubernetes_manifests.CLAIM in os.environ else store.lock("gpu"):
+    with nullcontext() if manifests.CLAIM in os.environ else store.lock("gpu"):
         for card in hardware.settled_gpu_memory(lambda card: card.free >= card.total // 2, GIVEN_BACK_S):
             if card.free < card.total // 2:
                 on_event({"event": "message", "text": f"GPU memory: {card.told()}"})

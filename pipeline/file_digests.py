@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.digests import digest_file, digest_of
-from pipeline.program import write_json
+from pipeline.files import write_json
 from pipeline.store import home
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from pipeline import out_of_memory
 from pipeline.errors import Problem, StageFailed, TunegateError, from_json
+from pipeline.files import HALF_WRITTEN, write_json
 
 Event = dict[str, Any]
 _events: IO[str] = sys.stdout
@@ -71,24 +72,6 @@ class Request:
 
 
 EVENT = re.compile(r'\{"event": "')  # as `emit` begins one
-HALF_WRITTEN = re.compile(r"\..+\.\d+")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside `path`, then rename, so that no half-written file is ever visible."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
-def finished_lines(path: Path) -> list[bytes]:
-    """The lines that a killed run finished; one that it was writing when it died is cut off the file."""
-    if not path.is_file():
-        return []
-    whole, newline, _ = path.read_bytes().rpartition(b"\n")
-    with path.open("r+b") as kept:
-        kept.truncate(len(whole) + len(newline))
-    return whole.splitlines()
 
 
 def begin() -> Request:

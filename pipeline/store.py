@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.digests import digest_folder
 from pipeline.errors import Busy, ResourceError
-from pipeline.program import write_json
+from pipeline.files import write_json
 
 if TYPE_CHECKING:
     from pipeline.artifacts import Artifact

@@ -12,7 +12,8 @@ import pytest
 ALLOWED_SKIPS: dict[str, str] = {}
 # Two workers take a file at a time: a long one that is taken last leaves one of them idle.
 LONGEST_FIRST = (
-    "end_to_end/test_chain.py", "test_data.py", "test_finetune.py", "test_gguf.py", "test_quantize_awq.py", "test_serving_vllm.py",
+    "end_to_end/test_chain.py", "pipeline/data/test_prepare.py", "pipeline/finetune/test_train.py", "pipeline/model/test_gguf.py",
+    "pipeline/quantize/test_awq.py", "pipeline/serving/test_vllm.py",
 )  # fmt: skip
 
 

@@ -10,146 +10,42 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
-from fake_judge import endpoint
+from fakes.fake_judge import endpoint
+from support.chain import (
+    CONFIG,
+    ONE_THREAD,
+    PROMPTS,
+    TASK,
+    TESTS,
+    WORDS,
+    House,
+    ask,
+    children,
+    choice,
+    knows_the_words,
+    row,
+)
 
-from pipeline import environments, gate, program
+from pipeline import program
 from pipeline.artifacts import Build, Reports
-from pipeline.config import Config
+from pipeline.config.schema import Config
 from pipeline.digests import digest_folder
+from pipeline.environments import interpreters
+from pipeline.gate import gate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-TESTS = Path(__file__).parents[1]
 # The base's own sampling default: vLLM would apply it to every request, and no answer would end.
 PENALTY = 5.0
 # So small a model gains nothing by more, and other tests run beside this one.
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "ivory", "jade")
-CONFIG = """
-name: tiny
-base_model: {folder}/model
-data:
-  datasets: [{{path: train.jsonl}}]
-  test_datasets: [{{path: holdout.jsonl}}]
-  sequence_len: 128
-  val_set_size: 2
-  calibration_set_size: 4
-  max_near_duplicate_rate: 1.0
-finetune: {{micro_batch_size: 2, num_epochs: 60, learning_rate: 1e-2, save_steps: 20, eval_steps: 20}}
-quantize: {{num_calibration_samples: 4, max_calibration_tokens: 64}}
-serve: {{enforce_eager: true, max_model_len: 128, max_num_seqs: 4, kv_cache_memory: 128MiB}}
-evaluate:
-  max_tokens: 16
-  compare: [base]
-  prompts: prompts.yaml
-  tasks: [{{task: ./words.yaml}}]
-  judges: [{{against: base, base_url: "{judge}", model: a-judge, max_items: 10}}]
-loadtest: {{max_concurrency: [2], num_prompts: 8, max_tokens: 8}}
-gate:
-  min_items: 10
-  metrics:
-    - {{metric: exact_match, min: 0.4}}
-    - {{metric: exact_match, against: base, margin: -0.3}}
-    - {{metric: words/acc, min: 0.2}}
-  judges: [{{against: base, min: 0.2}}]
-promote: {{port: {port}}}
-"""
-PROMPTS = """
-- description: no item is a zebra
-  prompt: Say the code of item 3
-  assert: [{type: not-contains, value: zebra}]
-"""
 # A task for lm-eval: of two words the one that was learned.
-TASK = """
-task: words
-dataset_path: json
-dataset_kwargs: {data_files: {test: words.jsonl}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "<|im_start|>user\\n{{question}}<|im_end|>\\n<|im_start|>assistant\\n"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-target_delimiter: ""
-"""
-
-
-def row(verb: str, item: int) -> str:
-    """One conversation that can be learned by heart."""
-    messages = [
-        {"role": "user", "content": f"{verb} code of item {item}"},
-        {"role": "assistant", "content": WORDS[item]},
-    ]
-    return json.dumps({"messages": messages}) + "\n"
-
-
-def choice(item: int) -> str:
-    """One document of the task."""
-    other = WORDS[(item + 5) % 10]
-    question = f"Tell me the code of item {item}"
-    return json.dumps({"question": question, "choices": [other, WORDS[item]], "label": 1}) + "\n"
-
-
-def knows_the_words(first: str, second: str) -> str:
-    """A judge that prefers one of our words to anything else."""
-    known = [answer in WORDS for answer in (first, second)]
-    return json.dumps({"reason": "", "winner": "tie" if known[0] == known[1] else "A" if known[0] else "B"})
-
-
-@dataclass
-class House:
-    """A folder with a config, its data and its store; `said` is what the build that went through printed."""
-
-    folder: Path
-    port: int
-    said: str = ""
-
-    def command(self, *arguments: str) -> list[str]:
-        """A tunegate command line."""
-        return [sys.executable, "-m", "flows.cli", *arguments]
-
-    @property
-    def environ(self) -> dict[str, str]:
-        """The environment of every command here."""
-        return {
-            **os.environ,
-            "TUNEGATE_HOME": str(self.folder / "mlruns"),
-            "PYTHONPATH": str(TESTS.parent),
-            "HF_HUB_OFFLINE": "1",
-            **ONE_THREAD,
-        }
-
-    def tunegate(self, *arguments: str, code: int = 0) -> str:
-        """Run a command to its end; returns all that it printed."""
-        ended = subprocess.run(
-            self.command(*arguments),
-            env=self.environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        assert ended.returncode == code, ended.stdout
-        return ended.stdout
-
-    @property
-    def config(self) -> str:
-        """The config file."""
-        return str(self.folder / "tiny.yaml")
-
-    def only(self, pattern: str) -> Path:
-        """The one path in the store that fits."""
-        (found,) = (self.folder / "mlruns" / "work").glob(pattern)
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +60,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     (folder / "prompts.yaml").write_text(PROMPTS)
     (folder / "words.yaml").write_text(TASK)
     (folder / "words.jsonl").write_text("".join(choice(item) for item in range(10)))
-    train = environments.find("train")
+    train = interpreters.find("train")
     subprocess.run(
-        [train.interpreter, TESTS / "tiny.py", folder / "model"], env=environments.child_environ(train), check=True
+        [train.interpreter, TESTS / "support" / "tiny.py", folder / "model"],
+        env=interpreters.child_environ(train),
+        check=True,
     )
     generation = folder / "model" / "generation_config.json"
     generation.write_text(json.dumps({**json.loads(generation.read_text()), "repetition_penalty": PENALTY}))
@@ -196,25 +94,9 @@ def kill_after_a_checkpoint(house: House) -> None:
     assert not list(work.glob("finetune/*/artifact.json"))
 
 
-def children(pid: int) -> list[int]:
-    """All processes below one."""
-    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
-
-
 def build_of(house: House) -> Build:
     """The finished build's record."""
     return Build.model_validate_json(house.only("build/*/build.json").read_text())
-
-
-def ask(house: House, path: str = "/v1/chat/completions") -> httpx.Response:
-    """Ask the proxy for the word of item 3."""
-    body = {
-        "model": "tiny",
-        "messages": json.loads(row("Say the", 3))["messages"][:1],
-        "temperature": 0,
-        "max_tokens": 16,
-    }
-    return httpx.post(f"http://127.0.0.1:{house.port}{path}", json=body, timeout=60)
 
 
 def test_a_killed_build_goes_on_and_repeats_no_finished_stage(house: House) -> None:
@@ -302,9 +184,9 @@ def test_the_resumed_adapter_is_the_uninterrupted_one(house: House, tmp_path: Pa
     """The same request run in one go gives the same bytes."""
     resumed = house.only("finetune/*/artifact.json").parent
     request = json.loads((resumed / "request.json").read_text())
-    train = environments.find("train")
+    train = interpreters.find("train")
     program.run(
-        environments.command(train, "pipeline.finetune"), {**environments.child_environ(train), **ONE_THREAD},
+        interpreters.command(train, "pipeline.finetune.train"), {**interpreters.child_environ(train), **ONE_THREAD},
         program.Request(request["config"], request["inputs"], tmp_path), lambda _event: None,
     )  # fmt: skip
     assert digest_folder(tmp_path / "payload") == digest_folder(resumed / "payload")

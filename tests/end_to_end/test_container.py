@@ -13,12 +13,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from engine import PLAIN, engine, inspect, labelled, pinned
-from test_chain import CONFIG, TESTS, House, ask, row
+from support.chain import CONFIG, TESTS, House, ask, row
+from support.engine import PLAIN, engine, inspect, labelled, pinned
 
-from pipeline import environments, serving_docker
 from pipeline.artifacts import Build
 from pipeline.digests import digest_folder
+from pipeline.environments import interpreters
+from pipeline.serving import docker
 
 pytestmark = [pytest.mark.container, pytest.mark.timeout(900)]
 
@@ -43,9 +44,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[House, str
         "".join(row(verb, item) for verb in ("Tell me the", "What is the") for item in range(10))
     )
     (folder / "holdout.jsonl").write_text("".join(row("Say the", item) for item in range(10)))
-    train = environments.find("train")
+    train = interpreters.find("train")
     subprocess.run(
-        [train.interpreter, TESTS / "tiny.py", folder / "model"], env=environments.child_environ(train), check=True
+        [train.interpreter, TESTS / "support" / "tiny.py", folder / "model"],
+        env=interpreters.child_environ(train),
+        check=True,
     )
     with engine(folder) as host, pytest.MonkeyPatch.context() as patch:
         patch.setenv("DOCKER_HOST", host)
@@ -65,7 +68,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[House, str
         assert "is live" in made.tunegate("promote", "tiny")
         yield made, host
         made.tunegate("down")
-        assert labelled(host, serving_docker.UNIT_LABEL) == []
+        assert labelled(host, docker.UNIT_LABEL) == []
 
 
 def status(house: House) -> dict:
@@ -120,10 +123,10 @@ def test_a_second_release_replaces_it_and_a_rollback_brings_it_back(house: tuple
     second = status(made)
     assert (second["version"], second["state"]) == ("2", "live")
     assert second["container"] != first
-    assert labelled(host, serving_docker.UNIT_LABEL) == [second["container"]]
+    assert labelled(host, docker.UNIT_LABEL) == [second["container"]]
     assert answer(made)
     assert "v1 is live" in made.tunegate("rollback", "tiny")
     assert (status(made)["version"], status(made)["unit_digest"]) == ("1", builds(made)[0].unit.digest)
-    assert len(labelled(host, serving_docker.UNIT_LABEL)) == 1
+    assert len(labelled(host, docker.UNIT_LABEL)) == 1
     evaluated = {item.prompt: item.answer for item in builds(made)[0].evaluations["candidate"].items}
     assert answer(made) == evaluated["Say the code of item 3"]

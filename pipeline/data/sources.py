@@ -1,0 +1,141 @@
+"""Where a dataset's files are: a file, a folder, a hub dataset at a fixed commit; and what their digest is.
+
+The digest is asked for by every `tunegate check`: standard library only, and an unchanged file isn't read
+again. Folders are searched with their subfolders; hidden files are left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.defects import Defect
+from pipeline.digests import digest_of
+from pipeline.errors import ConfigError, DataError, Problem
+from pipeline.file_digests import remembered
+from pipeline.store import home
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+BENCHMARK_SUFFIXES = (*SUFFIXES, ".txt")
+GROUPS = {"datasets": SUFFIXES, "test_datasets": SUFFIXES, "benchmarks": BENCHMARK_SUFFIXES}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z")
+DEMO = ("tickets-train.jsonl", "tickets-holdout.jsonl")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+Source = Mapping[str, Any]
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a dataset path names a hub dataset, OWNER/NAME, and no file that is there."""
+    return not Path(path).exists() and not path.endswith((*SUFFIXES, *COMPRESSED)) and bool(HUB_ID.fullmatch(path))
+
+
+@dataclass(frozen=True)
+class Named:
+    """A source with its key in the config, such as data.datasets.0, and the suffixes that its files may have."""
+
+    key: str
+    source: Source
+    suffixes: tuple[str, ...]
+
+    def problem(self, defect: Defect) -> Problem:
+        """What is wrong with its path; of the demo's data, which is made, how."""
+        found = replace(defect.problem(self.source["path"]), key=f"{self.key}.path")
+        if defect.kind != "missing_file" or Path(self.source["path"]).name not in DEMO:
+            return found
+        made = home() / "demo"
+        return replace(
+            found,
+            remedy=f"write it, as tunegate demo does: python3 -m pipeline.data.demo_tickets {made}, then --data-dir {made}",
+        )
+
+
+def sources(data: Mapping[str, Any], group: str) -> list[Named]:
+    """The sources of a data config's `datasets`, `test_datasets` or `benchmarks`."""
+    return [Named(f"data.{group}.{place}", source, GROUPS[group]) for place, source in enumerate(data[group])]
+
+
+def local_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path] | Defect:
+    """The data files of a file or folder, sorted by name, or what is wrong with it."""
+    if not path.exists():
+        return Defect(
+            "missing_file", "there is no such file or folder", allowed=", ".join(_near(path, suffixes)) or None
+        )
+    if not os.access(path, os.R_OK):
+        return Defect("unreadable_file", "may not be read")
+    if path.is_file():
+        return _wrong_suffix(path, suffixes) or [path]
+    inside = sorted(entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry, path))
+    packed = [entry for entry in inside if _is_packed_data(entry)]
+    if packed:
+        return Defect("compressed_file", f"holds packed data: {packed[0].relative_to(path)}")
+    found = [entry for entry in inside if entry.suffix in suffixes]
+    return found or Defect("no_data_files", "holds no data files", allowed=" ".join(suffixes))
+
+
+def _near(path: Path, suffixes: tuple[str, ...]) -> list[str]:
+    """Up to ten data files where `path` was looked for, and folders where it doesn't end like a file."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    fit = (entry for entry in beside if entry.suffix in suffixes or (not path.suffix and entry.is_dir()))
+    return sorted(entry.name for entry in fit if not entry.name.startswith("."))[:10]
+
+
+def sources_digest(data: Mapping[str, Any]) -> str:
+    """SHA-256 over the bytes of all files of a data config (as JSON); a hub dataset counts by its commit.
+
+    Raises DataError naming every file that is missing or no data file, ConfigError for a hub dataset without
+    a commit.
+    """
+    problems: list[Problem] = []
+    found = [named for group in GROUPS for named in sources(data, group)]
+    parts = [_digest_parts(named, problems) for named in found]
+    unpinned = [_unpinned(named) for named in found if _moves(named.source)]
+    if problems:
+        raise DataError([*problems, *unpinned])
+    if unpinned:
+        raise ConfigError(unpinned)
+    return digest_of([[len(data[group]) for group in GROUPS], *parts])
+
+
+def _digest_parts(named: Named, problems: list[Problem]) -> list[Any]:
+    source = named.source
+    if is_hub_id(source["path"]):
+        return ["hub", source["path"], source["revision"], source["split"]]
+    found = local_files(Path(source["path"]), named.suffixes)
+    if isinstance(found, Defect):
+        problems.append(named.problem(found))
+        return []
+    return [[file.name, remembered(file)] for file in found]
+
+
+def _moves(source: Source) -> bool:
+    return is_hub_id(source["path"]) and not COMMIT.fullmatch(source["revision"] or "")
+
+
+def _unpinned(named: Named) -> Problem:
+    return Problem(
+        f"the hub dataset {named.source['path']} has {named.source['revision'] or 'no revision'} for a commit",
+        key=f"{named.key}.revision",
+        allowed="a commit, 40 hex digits",
+        remedy="copy the commit from the dataset page's history, or name a file if this was meant to be one",
+    )
+
+
+def _wrong_suffix(path: Path, suffixes: tuple[str, ...]) -> Defect | None:
+    if path.suffix in suffixes:
+        return None
+    kind = "compressed_file" if path.suffix in COMPRESSED else "unsupported_file"
+    return Defect(kind, f"{path.suffix or 'no suffix'} is not supported", allowed=" ".join(suffixes))
+
+
+def _is_hidden(entry: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in entry.relative_to(root).parts)
+
+
+def _is_packed_data(entry: Path) -> bool:
+    return entry.suffix in COMPRESSED and Path(entry.stem).suffix in SUFFIXES

@@ -1,0 +1,205 @@
+"""Before anything is scored: does the server see the tokens that training saw, and does a trained answer end?
+
+A chat template that renders one blank more, a BOS token put in front twice, an end token that isn't the one
+trained on: each makes a good model look bad, or a bad pipeline look good, and none raises an error by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from pipeline.errors import DataError, ModelError
+from pipeline.evaluation.client import Message, complete, detokenize, tokenize
+
+SHOWN_BEFORE = 8
+ENDING_TRIED = 4
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation as training saw it: `input_ids` in all, of them `prompt_length` before the answer.
+
+    `truncated`: cut at sequence_len, so that it lacks its end, or even part of its prompt.
+    """
+
+    messages: tuple[Message, ...]
+    input_ids: tuple[int, ...]
+    prompt_length: int
+    truncated: bool = False
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens of the answer, its end token among them."""
+        return len(self.input_ids) - self.prompt_length
+
+
+def read_seen(file: Path) -> list[Conversation]:
+    """The conversations of finetune's seen_tokens.jsonl; rows of plain text aren't chats and are left out.
+
+    Raises DataError when the file isn't there or isn't what finetune writes.
+    """
+    try:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [
+            Conversation(
+                tuple(row["messages"]),
+                tuple(row["input_ids"]),
+                int(row["prompt_length"]),
+                bool(row.get("truncated")),
+            )
+            for row in rows
+            if row.get("messages")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the token ids that training saw can't be read: {type(error).__name__} {error}",
+            file=str(file),
+            remedy="run the finetune stage again",
+        ) from None
+
+
+async def check_tokens(http: httpx.AsyncClient, model: str, conversations: Sequence[Conversation]) -> None:
+    """Hold the server's /tokenize, and the prompt of a real completion, against what training saw.
+
+    The prompt must be equal id by id. So must the whole conversation, with two exceptions that no served
+    model can notice: white space that the template adds behind the end of the answer, and an answer that
+    training wrote with other tokens of the same text, because a token would else have spanned the border to
+    the prompt.
+
+    Raises ModelError with the first difference, decoded.
+    """
+    prompts = await asyncio.gather(*(tokenize(http, model, one.messages[:-1], prompt=True) for one in conversations))
+    wholes = await asyncio.gather(*(tokenize(http, model, one.messages, prompt=False) for one in conversations))
+    for number, (seen, prompt, whole) in enumerate(zip(conversations, prompts, wholes, strict=True), start=1):
+        trained = list(seen.input_ids)
+        served_prompt = prompt[: len(trained)] if seen.truncated else prompt
+        if served_prompt != trained[: seen.prompt_length]:
+            what = f"prompt of conversation {number}"
+            raise await _difference(http, model, what, trained[: seen.prompt_length], served_prompt)
+        if not seen.truncated and not await _says_the_same(http, model, trained, whole):
+            raise await _difference(http, model, f"conversation {number}", trained, whole)
+    await asyncio.gather(*(_check_completion(http, model, one) for one in conversations if not one.truncated))
+
+
+async def _says_the_same(http: httpx.AsyncClient, model: str, trained: list[int], served: list[int]) -> bool:
+    """Whether two rows of ids are one text, but for white space that the server's has at the end."""
+    if served == trained:
+        return True
+    ours, theirs = await detokenize(http, model, trained), await detokenize(http, model, served)
+    return theirs.startswith(ours) and not theirs[len(ours) :].strip()
+
+
+async def _check_completion(http: httpx.AsyncClient, model: str, seen: Conversation) -> None:
+    """The same on the path that clients take: a completion's own prompt ids, or at least their number."""
+    answer = await complete(http, model, seen.messages[:-1], max_tokens=1, return_token_ids=True)
+    trained = list(seen.input_ids[: seen.prompt_length])
+    served, counted = answer.get("prompt_token_ids"), answer["usage"]["prompt_tokens"]
+    if served is not None and served != trained:
+        raise await _difference(http, model, "prompt of a completion", trained, served)
+    if counted != len(trained):
+        raise ModelError(
+            f"a completion's prompt has {counted} tokens where training saw {len(trained)}",
+            remedy="take flags that touch the chat template or special tokens out of serve.extra_args",
+        )
+
+
+async def _difference(
+    http: httpx.AsyncClient, model: str, what: str, trained: list[int], served: list[int]
+) -> ModelError:
+    """Say where two rows of ids part, in text, and what the usual cause of such a difference is."""
+    at = first_difference(trained, served)
+    before = await detokenize(http, model, trained[max(0, at - SHOWN_BEFORE) : at]) if at else ""
+
+    async def shown(ids: list[int]) -> str:
+        if at >= len(ids):
+            return "nothing more"
+        return f"{ids[at]} {await detokenize(http, model, ids[at : at + 1])!r}"
+
+    return ModelError(
+        f"{what}, token {at + 1}: training saw {await shown(trained)}, the server has {await shown(served)}"
+        f" (after {before!r}; {len(trained)} and {len(served)} tokens)",
+        allowed="the same token ids in training and in serving",
+        remedy=_cause(trained, served)
+        + "compare chat_template.jinja and tokenizer_config.json of the served folder with the base model's,"
+        " and take flags that touch them out of serve.extra_args",
+    )
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int:
+    """The first index at which two rows differ, the shorter's length where it begins the longer."""
+    pairs = zip(one, other, strict=False)
+    return next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _cause(trained: list[int], served: list[int]) -> str:
+    if len(served) > 1 and served[1:] == trained:
+        doubled = "twice" if served[0] == served[1] else "where training had none"
+        return f"the server puts the BOS token {served[0]} in front {doubled}; "
+    if len(trained) > 1 and trained[1:] == served:
+        doubled = "twice" if trained[0] == trained[1] else "where the server has none"
+        return f"training put the BOS token {trained[0]} in front {doubled}; "
+    return ""
+
+
+async def check_ending(
+    http: httpx.AsyncClient, model: str, conversations: Sequence[Conversation], max_tokens: int
+) -> None:
+    """Prove that the model ends an answer by itself on some trained conversation, the shortest tried first.
+
+    Raises ModelError when every one of up to ENDING_TRIED ran into `max_tokens`, or when one ended with another token than
+    the one that training taught.
+    """
+    whole = [one for one in conversations if not one.truncated]
+    tried = sorted(whole, key=lambda one: one.answer_length)[:ENDING_TRIED]
+    if not tried:
+        return None
+    if tried[0].answer_length > max_tokens:
+        raise ModelError(
+            f"the shortest trained answer has {tried[0].answer_length} tokens, max_tokens is {max_tokens}",
+            key="evaluate.max_tokens",
+            remedy=f"raise evaluate.max_tokens to {max(one.answer_length for one in whole)} or more",
+        )
+    asked = {"max_tokens": max_tokens, "return_token_ids": True}
+    answers = await asyncio.gather(*(complete(http, model, one.messages[:-1], **asked) for one in tried))
+    choices = [answer["choices"][0] for answer in answers]
+    end = await _end_token(http, model, tried[0])
+    ended = [choice for choice in choices if choice["finish_reason"] == "stop"]
+    if ended:
+        return await _check_stop_token(http, model, end, [choice.get("token_ids") or [] for choice in ended])
+    said = str(choices[0]["message"]["content"])
+    raise ModelError(
+        f"no trained answer ends: all of {len(tried)} ran into max_tokens ({max_tokens}),"
+        f" the first as …{said[-80:]!r}; training ended it with token {end[0]} {end[1]!r}",
+        allowed="finish_reason stop on a conversation that the model was trained on",
+        remedy=f"eos_token_id in the served generation_config.json must name {end[0]}; if it does, the model"
+        " has not learned to stop: train longer, or check that the end token carries loss",
+    )
+
+
+async def _check_stop_token(
+    http: httpx.AsyncClient, model: str, end: tuple[int, str], answers: Sequence[Sequence[int]]
+) -> None:
+    """Hold the token that the server stopped at against the trained one, where it reports ids."""
+    for ids in answers:
+        if ids and ids[-1] != end[0]:
+            text = await detokenize(http, model, ids[-1:])
+            raise ModelError(
+                f"the server ends an answer at token {ids[-1]} {text!r}; training ended it with {end[0]} {end[1]!r}",
+                allowed="the stop token that training saw",
+                remedy=f"eos_token_id in the served generation_config.json must name {end[0]} alone",
+            )
+
+
+async def _end_token(http: httpx.AsyncClient, model: str, seen: Conversation) -> tuple[int, str]:
+    """The token that ends a trained answer, and its text: the last that is more than white space."""
+    for token in reversed(seen.input_ids):
+        text = await detokenize(http, model, [token])
+        if text.strip():
+            return token, text
+    return seen.input_ids[-1], ""

@@ -1,0 +1,35 @@
+"""Files written whole or not at all, and lines that outlive a kill. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HALF_WRITTEN = re.compile(r"\..+\.\d+")  # what `write_json` leaves when it is killed
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside `path`, then rename, so that no half-written file is ever visible."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def finished_lines(path: Path) -> list[bytes]:
+    """The lines that a killed run finished; one that it was writing when it died is cut off the file."""
+    if not path.is_file():
+        return []
+    whole, newline, _ = path.read_bytes().rpartition(b"\n")
+    with path.open("r+b") as kept:
+        kept.truncate(len(whole) + len(newline))
+    return whole.splitlines()
+
+
+def write_lines(file: Path, rows: Sequence[Any]) -> None:
+    """One JSON value a line."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

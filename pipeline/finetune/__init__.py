@@ -1,0 +1,4 @@
+"""Stage finetune: QLoRA over packed rows, on a CPU, a GPU or several.
+
+`train` is the stage's program, `launch` and `rank` spread it over processes, `model` chooses how a run is run.
+"""

@@ -1,0 +1,58 @@
+"""One process of a training over several GPUs: python -m pipeline.finetune.rank REQUEST.json, started by finetune_processes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from pipeline import program
+from pipeline.errors import TunegateError
+from pipeline.finetune import distributed, launch
+from pipeline.finetune import train as finetune
+from pipeline.finetune.distributed import Group
+
+PR_SET_PDEATHSIG = 1
+
+
+def main(train: Callable[[program.Request, Group], dict[str, Any]] = finetune.train) -> None:
+    """Train this process's share; the first one hands the detail to the launcher, and errors come from any."""
+    end_with_the_launcher()
+    request = program.begin()
+    try:
+        group = distributed.join()
+        detail = train(request, group)
+        distributed.leave()
+    except TunegateError as error:
+        program.emit("error", **error.to_json())
+        end(error.exit_code)
+    except RuntimeError as error:
+        if not distributed.is_loss_of_a_partner(error):
+            raise
+        traceback.print_exc()
+        end(launch.LOST)
+    if group.rank == 0:
+        program.emit("result", detail=detail)
+    end(0)
+
+
+def end_with_the_launcher() -> None:
+    """Be killed when the launcher is: it could no longer end this process, which would wait for its partners for ever."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[launch.LAUNCHER]):
+        sys.exit(launch.LOST)
+
+
+def end(status: int) -> None:
+    """Exit at once: a communicator may wait in its destructor for partners that are gone, or fail there after all is done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The prepared rows of a training run as token rows, and the record of what training saw.
+
+Runs in the train environment (the base model's tokenizer).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import FinetuneConfig
+from pipeline.errors import DataError
+from pipeline.files import write_lines
+from pipeline.finetune.packing import Row, encode
+from pipeline.model import special_tokens
+
+SEEN_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows to train and to validate on, as token rows, and what became of them."""
+
+    train: list[Row]
+    validation: list[Row]
+    truncated: int
+    without_answer: int
+
+
+def read(base: Path, prepared: Path, extra: Path | None, settings: FinetuneConfig, sequence_len: int) -> Rows:
+    """The prepared rows as the base model's chat template and tokenizer write them.
+
+    The first of them go to extra/seen_tokens.jsonl, token by token, where `extra` is given.
+
+    Raises DataError when no row is left that carries loss.
+    """
+    encoded = encoder(base, settings, sequence_len)
+    train, validation = encoded(prepared / "train.jsonl"), encoded(prepared / "val.jsonl")
+    if extra:
+        write_lines(extra / "seen_tokens.jsonl", _seen(_lines(prepared / "train.jsonl"), train))
+    kept = [row for row in train if row.trained]
+    if not kept:
+        raise DataError(
+            f"none of {len(train)} training rows carries loss within {sequence_len} tokens",
+            file=str(prepared / "train.jsonl"),
+            key="data.sequence_len",
+            remedy="raise data.sequence_len, or set finetune.train_on_inputs: true",
+        )
+    return Rows(
+        train=kept,
+        validation=[row for row in validation if row.trained],
+        truncated=sum(row.truncated for row in train),
+        without_answer=len(train) - len(kept),
+    )
+
+
+def encoder(base: Path, settings: FinetuneConfig, sequence_len: int) -> Callable[[Path], list[Row]]:
+    """A function from a file of prepared rows to token rows, by the base model's chat template and tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    ends = special_tokens.end_tokens(base, tokenizer)
+
+    def encoded(file: Path) -> list[Row]:
+        lines, inputs = _lines(file), settings.train_on_inputs
+        return list(encode(lines, tokenizer, end_tokens=ends, sequence_len=sequence_len, train_on_inputs=inputs))
+
+    return encoded
+
+
+def _seen(lines: Iterator[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The first conversations exactly as trained: what a server's tokens are held against."""
+    chats = ((line, row) for line, row in zip(lines, rows, strict=True) if "messages" in line)
+    return [
+        {
+            "messages": line["messages"],
+            "input_ids": row.input_ids.tolist(),
+            "labels": row.labels.tolist(),
+            "prompt_length": row.prompt_length,
+            "truncated": row.truncated,
+        }
+        for line, row in islice(chats, SEEN_ROWS)
+    ]
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)

@@ -1,0 +1,91 @@
+"""The stages of a build as a table: program, environment, inputs, sections of the config, packages.
+
+Standard library only. Every stage has a place in the store under a key that `plan` makes of this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a build.
+
+    `program` is the dotted name of the module that runs it, `sections` are dotted places of the resolved config, `inputs` the
+    stages whose artefacts it takes, `packages` the distributions whose versions decide its result.
+    """
+
+    stage: str
+    program: str
+    environment: str
+    inputs: tuple[str, ...]
+    sections: tuple[str, ...]
+    packages: tuple[str, ...]
+    retries: int = 0
+    timeout_hours: float = 24
+
+
+def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
+    """The artefact-making steps of a config, in order."""
+    torch = ("torch", "transformers", "safetensors")
+    made = [
+        Step(
+            "base", "pipeline.model.base", "train", (), ("base_model", "base_model_revision"), (*torch, "gguf"),
+            retries=2, timeout_hours=6,
+        ),
+        Step(
+            "prepare", "pipeline.data.prepare", "train", ("base",), ("data", "seed"),
+            ("transformers", "tokenizers", "datasketch"), timeout_hours=6,
+        ),
+        Step(
+            "finetune", "pipeline.finetune.train", "train", ("base", "prepare"),
+            ("finetune", "data.sequence_len", "seed"), (*torch, "peft", "bitsandbytes"), retries=1, timeout_hours=168,
+        ),
+        Step(
+            "merge", "pipeline.merge.merge", "train", ("base", "prepare", "finetune"),
+            ("merge", "finetune", "data.sequence_len"), (*torch, "bitsandbytes"), retries=1,
+        ),
+    ]  # fmt: skip
+    method = config["quantize"]["method"]
+    if method != "none":
+        environment = "autoawq" if method == "autoawq" else "train"
+        packages = ("autoawq",) if method == "autoawq" else ("llmcompressor", "compressed-tensors")
+        made.append(
+            Step(
+                "quantize", "pipeline.quantize.quantize", environment, ("merge", "prepare"), ("quantize", "seed"),
+                (*torch, *packages), retries=1,
+            )
+        )  # fmt: skip
+    return tuple(made)
+
+
+def ledger_step(config: Mapping[str, Any]) -> Step | None:
+    """The stage that asks every step of the model's making, once the candidate is evaluated; None where it is off."""
+    if not config["evaluate"]["ledger_items"]:
+        return None
+    inputs = tuple(step.stage for step in steps(config))
+    sections = ("finetune", "evaluate.ledger_items", "evaluate.max_items", "evaluate.max_tokens")
+    packages = ("torch", "transformers", "safetensors", "peft", "bitsandbytes")
+    return Step("ledger", "pipeline.ledger.answers", "train", inputs, sections, packages, retries=1)
+
+
+def all_steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
+    """Every stage with a place in the store, in order."""
+    ledger = ledger_step(config)
+    return (*steps(config), ledger) if ledger else steps(config)
+
+
+def served_stage(config: Mapping[str, Any]) -> str:
+    """The stage whose folder is judged and served."""
+    return "merge" if config["quantize"]["method"] == "none" else "quantize"
+
+
+def section(config: Mapping[str, Any], dotted: str) -> Any:
+    """The value at a dotted place of the resolved config."""
+    value: Any = config
+    for part in dotted.split("."):
+        value = value[part]
+    return value
