@@ -67,7 +67,12 @@ class World:
         self._monkeypatch.setattr(interpreters, "command", lambda found, _module: [sys.executable, "-c", code])
         request = program.Request({}, {}, self.folder / "home" / "work")
         return stages.run_program(
-            "pipeline.data.prepare", "control", self.config(**chosen), request, on_event or self.events.append, step=self.step
+            "pipeline.data.prepare",
+            "control",
+            self.config(**chosen),
+            request,
+            on_event or self.events.append,
+            step=self.step,
         )
 
     @property
