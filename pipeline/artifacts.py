@@ -34,7 +34,7 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 class Record(BaseModel):
     """A frozen record; an unknown field is an error, so that old records are noticed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Artifact(Record):

@@ -40,15 +40,16 @@ def source_digest(program: str, left_out: tuple[str, ...] = NOT_SOURCE) -> str:
 def modules(program: str, left_out: tuple[str, ...] = NOT_SOURCE) -> dict[str, str]:
     """The modules that decide what a program makes, each with its digest, by dotted name."""
     digests: dict[str, str] = {}
-    waiting = [program]
+    waiting, root = [program], str(ROOT)
     memory = _memory(store.home() / "work" / "configs" / "sources.json")
     while waiting:
         name = waiting.pop()
-        file = ROOT.joinpath(*name.split(".")).with_suffix(".py")
-        if name in digests or name in left_out or not file.is_file():
+        if name in digests or name in left_out:
             continue
-        digests[name], reached = memory.module(name, file)
-        waiting += reached
+        module = memory.module(name, f"{root}/{name.replace('.', '/')}.py")
+        if module:
+            digests[name], reached = module
+            waiting += reached
     memory.keep()
     return dict(sorted(digests.items()))
 
@@ -63,15 +64,19 @@ class _Memory:
         with suppress(OSError, ValueError):
             self._entries = dict(json.loads(file.read_text(encoding="utf-8")))
 
-    def module(self, name: str, file: Path) -> tuple[str, list[str]]:
-        """The module's digest and the names it reaches."""
-        status = file.stat()
-        stamp = [FORMAT, str(file), status.st_size, status.st_mtime_ns, status.st_ino]
+    def module(self, name: str, file: str) -> tuple[str, list[str]] | None:
+        """The module's digest and the names it reaches; None where the name is a package's or no module's."""
+        try:
+            status = os.stat(file)
+        except FileNotFoundError:
+            return None
+        stamp = [FORMAT, file, status.st_size, status.st_mtime_ns, status.st_ino]
         entry = self._entries.get(name)
         if entry is None or entry["stamp"] != stamp:
             from pipeline.plan import meaning
 
-            digest, reached = meaning.read(file.read_text(encoding="utf-8"))
+            digest, names = meaning.read(Path(file).read_text(encoding="utf-8"))
+            reached = [name for name in names if not _is_attribute(name)]
             entry = self._entries[name] = {"stamp": stamp, "digest": digest, "reached": reached}
             self._is_new = True
         return entry["digest"], entry["reached"]
@@ -89,6 +94,12 @@ class _Memory:
             beside.write_text(json.dumps(self._entries), encoding="utf-8")
             beside.replace(self._file)
             self._is_new = False
+
+
+def _is_attribute(name: str) -> bool:
+    """Whether a dotted name is something inside a module, such as `pipeline.errors.Problem`: it is no module's for as long."""
+    parent = name.rpartition(".")[0]
+    return ROOT.joinpath(*parent.split(".")).with_suffix(".py").is_file()
 
 
 @cache
