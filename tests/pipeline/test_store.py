@@ -112,8 +112,7 @@ def test_a_running_build_keeps_a_note_only_while_it_runs() -> None:
 
 
 BUILD = """
-import socket, sys, time
-import os, types
+import os, sys, time, types
 os.uname = lambda: types.SimpleNamespace(nodename=sys.argv[1])
 from pipeline import store
 with store.running("demo"):
