@@ -91,7 +91,9 @@ def tree() -> str:
 def main() -> None:
     """Print the tree, or write it into the page."""
     if "--write" in sys.argv[1:]:
-        PAGE.write_text(BLOCK.sub(lambda match: f"{match[1]}{tree()}{match[3]}", PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        PAGE.write_text(
+            BLOCK.sub(lambda match: f"{match[1]}{tree()}{match[3]}", PAGE.read_text(encoding="utf-8")), encoding="utf-8"
+        )
     else:
         print(tree(), end="")
 

@@ -44,8 +44,8 @@ def what(detail: Mapping[str, Any]) -> str:
     if detail["type"] == "missing":
         return "is required but missing"
     given, message = detail.get("input"), str(detail["msg"]).removeprefix("Value error, ")
-    said = WORDS.get(detail["type"], (message, None))[0]
-    return said if isinstance(given, dict | list | Section) else f"{given!r}: {said[0].lower()}{said[1:]}"
+    message = WORDS.get(detail["type"], (message, None))[0]
+    return message if isinstance(given, dict | list | Section) else f"{given!r}: {message[0].lower()}{message[1:]}"
 
 
 def allowed(detail: Mapping[str, Any], at: KeyPath, aliases: Collection[str], flat: Collection[str]) -> str | None:
@@ -57,11 +57,11 @@ def allowed(detail: Mapping[str, Any], at: KeyPath, aliases: Collection[str], fl
         return str(context["expected"])
     if "pattern" in context:
         return _form(field) or f"text matching {context['pattern']}"
-    told = WORDS.get(detail["type"], (None, None))[1]
+    kind = WORDS.get(detail["type"], (None, None))[1]
     if detail["type"] == "tuple_type" and field and isinstance(field.default, tuple) and field.default:
-        return f"{told}, such as {json.dumps(field.default, default=_plain)}"
+        return f"{kind}, such as {json.dumps(field.default, default=_plain)}"
     return (
-        told
+        kind
         or ", ".join(f"{sign} {_number(context[name])}" for name, sign in BOUNDS.items() if name in context)
         or None
     )
@@ -81,11 +81,11 @@ def truths(value: Any, model: type[Section] = Config, at: KeyPath = ()) -> Itera
         if field is None:
             continue
         section = section_in(field.annotation)
-        for place, one in _each(inner, (*at, key)):
-            if isinstance(one, bool) and _wants_number(field.annotation):
+        for place, leaf in _each(inner, (*at, key)):
+            if isinstance(leaf, bool) and _wants_number(field.annotation):
                 yield place
             elif section is not None:
-                yield from truths(one, section, place)
+                yield from truths(leaf, section, place)
 
 
 def known_keys(at: KeyPath, flat: Collection[str]) -> set[str]:
@@ -99,7 +99,7 @@ def section_in(annotation: Any) -> Any:
     """The section that an annotation holds, or None."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for part in getattr(annotation, "__args__", ()) if (found := section_in(part))), None)
+    return next((section for part in getattr(annotation, "__args__", ()) if (section := section_in(part))), None)
 
 
 def _meant(at: KeyPath, aliases: Collection[str], flat: Collection[str]) -> str:

@@ -67,8 +67,8 @@ class Setting:
 
 def settings(config: Mapping[str, Any]) -> dict[str, EnvironmentSetting]:
     """The section `environments` of a resolved config, as `find` takes it."""
-    found = config.get("environments") or {}
-    return {name: Setting(value["interpreter"], tuple(value["pythonpath"])) for name, value in found.items()}
+    section = config.get("environments") or {}
+    return {name: Setting(value["interpreter"], tuple(value["pythonpath"])) for name, value in section.items()}
 
 
 def serving(config: Mapping[str, Any]) -> Environment | None:
@@ -81,21 +81,21 @@ def of_host() -> dict[str, EnvironmentSetting]:
 
     Raises ConfigError with every mistake of the file.
     """
-    named = os.environ.get(OF_HOST)
-    return dict(_read_settings(Path(named).expanduser())) if named else {}
+    path = os.environ.get(OF_HOST)
+    return dict(_read_settings(Path(path).expanduser())) if path else {}
 
 
 def _read_settings(file: Path) -> Iterator[tuple[str, EnvironmentSetting]]:
     import yaml  # here because most hosts have virtual environments, and `tunegate check` is quick
 
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        section = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         remedy = f"write it, or unset {OF_HOST}"
         raise ConfigError(f"is not a YAML file to read: {error}", file=str(file), key=OF_HOST, remedy=remedy) from error
-    if problems := list(_setting_problems(found, file)):
+    if problems := list(_setting_problems(section, file)):
         raise ConfigError(problems)
-    for name, value in found.items():
+    for name, value in section.items():
         interpreter, places = value.get("interpreter"), value.get("pythonpath") or ()
         yield name, Setting(interpreter and _beside(file, interpreter), tuple(_beside(file, place) for place in places))
 
@@ -107,15 +107,15 @@ def _beside(file: Path, entry: str) -> str:
     return str(file.absolute().parent / entry)
 
 
-def _setting_problems(found: Any, file: Path) -> Iterator[Problem]:
+def _setting_problems(section: Any, file: Path) -> Iterator[Problem]:
     """What is wrong with a host's file, by the rules of a config's section `environments`."""
     remedy = f"correct {file}, named by {OF_HOST}"
-    if not isinstance(found, dict):
+    if not isinstance(section, dict):
         yield Problem(
             "holds no environments", str(file), None, OF_HOST, "NAME: {interpreter: …, pythonpath: […]}", remedy
         )
         return
-    for name, value in found.items():
+    for name, value in section.items():
         if name not in CONFIGURABLE:
             yield Problem("is no such environment", str(file), None, str(name), ", ".join(CONFIGURABLE), remedy)
         elif not isinstance(value, dict) or not {*value} <= {"interpreter", "pythonpath"}:
@@ -163,22 +163,22 @@ def find(name: str, settings: Mapping[str, EnvironmentSetting] | None = None) ->
 
 def versions(env: Environment, packages: Sequence[str]) -> dict[str, str]:
     """The installed version of each package, in the order asked; raises EnvironmentMissing for the others."""
-    found = installed(env)
-    missing = [package for package in packages if _normal(package) not in found]
+    by_name = installed(env)
+    missing = [package for package in packages if _normal(package) not in by_name]
     if missing:
         raise EnvironmentMissing(
             f"{', '.join(missing)} not installed in {env.name} ({env.interpreter})", remedy=remedy(env.name)
         )
-    return {package: found[_normal(package)] for package in packages}
+    return {package: by_name[_normal(package)] for package in packages}
 
 
 def installed(env: Environment) -> dict[str, str]:
     """Name and version of every distribution that is imported from there, sorted."""
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for place in places(env):
         for name, version in _distributions(place):
-            found.setdefault(name, version)
-    return dict(sorted(found.items()))
+            by_name.setdefault(name, version)
+    return dict(sorted(by_name.items()))
 
 
 def places(env: Environment) -> list[Path]:
@@ -196,14 +196,14 @@ def child_environ(env: Environment, keep: Sequence[str] = ()) -> dict[str, str]:
 
     Byte code is kept whatever the caller's shell says: importing torch and vLLM anew costs 10 s a process.
     """
-    found = {key: value for key, value in os.environ.items() if key in keep or not SECRET.search(key)}
+    environ = {key: value for key, value in os.environ.items() if key in keep or not SECRET.search(key)}
     for foreign in ("VIRTUAL_ENV", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"):
-        found.pop(foreign, None)
+        environ.pop(foreign, None)
     if os.environ.get("TUNEGATE_DEVICE") == "cpu":
-        found["CUDA_VISIBLE_DEVICES"] = ""
-    found["PYTHONPATH"] = os.pathsep.join(str(entry) for entry in (ROOT, *env.pythonpath))
-    found["PATH"] = os.pathsep.join([str(env.interpreter.parent), found.get("PATH", os.defpath)])
-    return found
+        environ["CUDA_VISIBLE_DEVICES"] = ""
+    environ["PYTHONPATH"] = os.pathsep.join(str(entry) for entry in (ROOT, *env.pythonpath))
+    environ["PATH"] = os.pathsep.join([str(env.interpreter.parent), environ.get("PATH", os.defpath)])
+    return environ
 
 
 def secrets_named(config: Mapping[str, Any]) -> set[str]:
@@ -228,15 +228,15 @@ def engine_sockets() -> list[str]:
     ]
 
 
-def _configured(name: str, wanted: str) -> Path | Problem:
-    found = shutil.which(str(Path(wanted).expanduser()))
-    if found is None:
+def _configured(name: str, program: str) -> Path | Problem:
+    path = shutil.which(str(Path(program).expanduser()))
+    if path is None:
         return Problem(
-            f"{wanted} is no program",
+            f"{program} is no program",
             key=f"environments.{name}.interpreter",
             remedy=f"correct the path in the config, or in the file that {OF_HOST} names",
         )
-    return Path(found).absolute()
+    return Path(path).absolute()
 
 
 def _installed(name: str) -> Path | Problem:
@@ -262,7 +262,7 @@ def _site_packages(env: Environment) -> list[Path]:
         return sorted(home.glob("lib/python3*/site-packages"))
     code = "import json, sys; print(json.dumps(sys.path))"
     try:
-        shown = subprocess.run(
+        process = subprocess.run(
             [str(env.interpreter), "-P", "-c", code],
             capture_output=True,
             text=True,
@@ -275,7 +275,7 @@ def _site_packages(env: Environment) -> list[Path]:
             key=f"environments.{env.name}.interpreter",
             remedy="name another interpreter in the config",
         ) from error
-    return [Path(entry) for entry in json.loads(shown.stdout)]
+    return [Path(entry) for entry in json.loads(process.stdout)]
 
 
 def _distributions(place: Path) -> list[tuple[str, str]]:
@@ -284,8 +284,8 @@ def _distributions(place: Path) -> list[tuple[str, str]]:
         names = [entry.name for entry in place.iterdir()]
     except OSError:  # sys.path may name a zip file or nothing at all
         return []
-    found = (re.fullmatch(r"([^-]+)-([^-]+?)(-py3\.\d+)?\.(dist|egg)-info", name) for name in names)
-    return [(_normal(match[1]), match[2]) for match in found if match]
+    matches = (re.fullmatch(r"([^-]+)-([^-]+?)(-py3\.\d+)?\.(dist|egg)-info", name) for name in names)
+    return [(_normal(match[1]), match[2]) for match in matches if match]
 
 
 def _normal(name: str) -> str:

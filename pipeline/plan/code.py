@@ -48,8 +48,8 @@ def modules(program: str, left_out: tuple[str, ...] = NOT_SOURCE) -> dict[str, s
             continue
         module = memory.module(name, f"{root}/{name.replace('.', '/')}.py")
         if module:
-            digests[name], reached = module
-            waiting += reached
+            digests[name], imports = module
+            waiting += imports
     memory.keep()
     return dict(sorted(digests.items()))
 
@@ -76,8 +76,8 @@ class _Memory:
             from pipeline.plan import meaning
 
             digest, names = meaning.read(Path(file).read_text(encoding="utf-8"))
-            reached = [name for name in names if not _is_attribute(name)]
-            entry = self._entries[name] = {"stamp": stamp, "digest": digest, "reached": reached}
+            imports = [name for name in names if not _is_attribute(name)]
+            entry = self._entries[name] = {"stamp": stamp, "digest": digest, "reached": imports}
             self._is_new = True
         return entry["digest"], entry["reached"]
 

@@ -130,14 +130,14 @@ def sources(config: Mapping[str, Any]) -> dict[str, str]:
 
     train = interpreters.find("train", interpreters.settings(config))
     base = model.locate(config["base_model"], config["base_model_revision"], Path.cwd(), train)
-    found = {"base": base.digest, "prepare": data_sources.sources_digest(config["data"])}
+    digests = {"base": base.digest, "prepare": data_sources.sources_digest(config["data"])}
     if config["evaluate"]["prompts"]:
         from pipeline.evaluation import prompts_file
 
-        found["prompts"] = prompts_file.sources_digest(config["evaluate"]["prompts"])
+        digests["prompts"] = prompts_file.sources_digest(config["evaluate"]["prompts"])
     if config["evaluate"]["tasks"]:
         from pipeline.evaluation import lm_eval_files
 
         judges = interpreters.find("judges", interpreters.settings(config))
-        found["tasks"] = lm_eval_files.judged(config["evaluate"]["tasks"], judges)
-    return found
+        digests["tasks"] = lm_eval_files.judged(config["evaluate"]["tasks"], judges)
+    return digests
