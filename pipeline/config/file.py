@@ -152,7 +152,7 @@ def _either(first: Problem, second: Problem) -> Problem:
     if first.allowed == second.allowed or not (first.allowed and second.allowed):
         return first
     value = first.what.rpartition(": ")[0]
-    what = f"{value}: is none of the choices" if value else first.what
+    what = f"{value}: is not one of the choices" if value else first.what
     return replace(first, what=what, allowed=f"{first.allowed}, or {second.allowed}")
 
 
@@ -160,7 +160,7 @@ def _truths(data: Mapping[str, Any], lines: Mapping[KeyPath, int], path: Path) -
     for at in words.truths(data):
         line = _line(at, lines)
         yield Problem(
-            "is a truth value, as which YAML reads yes, no, on and off", "--set" if line == 0 else str(path), line or None,
+            "is a boolean (YAML reads yes, no, on, off as one)", "--set" if line == 0 else str(path), line or None,
             ".".join(map(str, at)), "a number",
         )  # fmt: skip
 
@@ -175,7 +175,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
             "no such config file", file=str(path), allowed=configs, remedy="tunegate check CONFIG"
         ) from None
     if not isinstance(value, dict):
-        raise ConfigError("the file holds no keys", file=str(path), line=1, allowed="a mapping of settings",
+        raise ConfigError("the file must hold keys", file=str(path), line=1, allowed="a mapping of settings",
                           remedy="start from configs/demo.yaml")  # fmt: skip
     return value, lines
 
@@ -268,7 +268,7 @@ def _override(data: dict[str, Any], lines: dict[KeyPath, int], text: str, path: 
     for key in keys[:-1]:
         where = where[int(key)] if isinstance(where, list) and key.isdigit() else where.setdefault(key, {})
         if not isinstance(where, dict | list):
-            problems.append(Problem(f"{key} holds no keys", "--set", None, text, None, f"see `tunegate check {path}`"))
+            problems.append(Problem(f"{key} must hold keys", "--set", None, text, None, f"see `tunegate check {path}`"))
             return
     last: Any = keys[-1]
     where[int(last) if isinstance(where, list) else last] = yaml.safe_load(value)
@@ -357,7 +357,7 @@ def _task(name: str, root: Path) -> str:
 def absolute_or_id(name: str, root: Path, suffixes: tuple[str, ...]) -> str:
     """A path made absolute under `root`, or a hub id (or pypi:PACKAGE) as it stands.
 
-    What exists, starts with . or / or ~, or ends like a file is a path; so is everything that isn't shaped OWNER/NAME.
+    A path is a name that exists, starts with `.`, `/` or `~`, ends like a file, or isn't shaped OWNER/NAME.
     """
     path = Path(name).expanduser()
     if name.startswith("pypi:"):

@@ -1,9 +1,8 @@
 """Makes the locked environments: `python3 -m pipeline.environments.install [NAME ...] [--device cpu|cuda]`.
 
-Standard library only: it runs before anything is installed. Each environment is a virtual environment under
-.venv (TUNEGATE_VENVS) with exactly what its lock says and, written last, a stamp with the digest of what it
-was made from: a second call changes nothing, an interrupted one goes on from uv's cache. Linux on x86-64 with
-glibc 2.31 or newer.
+Standard library only: it runs before anything is installed. Each environment is a virtual environment under .venv
+(TUNEGATE_VENVS) with exactly what its lock says. A stamp with the digest of its sources is written last: a second call
+changes nothing, an interrupted one goes on from uv's cache. Linux on x86-64 with glibc 2.31 or newer.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ ENVIRONMENTS = {
 
 
 def lock(name: str, device: str) -> Path:
-    """The lock of an environment; control has no torch and so one lock for every device."""
+    """The lock of an environment; control, without torch, has one lock for every device."""
     return ROOT / "locks" / "control.txt" if name == "control" else ROOT / "locks" / device / f"{name}.txt"
 
 
@@ -60,7 +59,7 @@ def digest(name: str, device: str) -> str:
 
 
 def stamp(name: str) -> dict[str, str] | None:
-    """What the installed environment was made from (device, digest), or None while it isn't complete."""
+    """Device and digest that the environment was made for, or None while it isn't complete."""
     try:
         record: dict[str, str] = json.loads((folder() / name / STAMP).read_text())
     except (OSError, ValueError):
@@ -228,7 +227,7 @@ def _existing(place: Path) -> Path:
 
 
 def _project_table() -> bytes:
-    """What of pyproject.toml an editable install depends on: everything up to the dependency groups."""
+    """The part of pyproject.toml that an editable install depends on: everything up to the dependency groups."""
     return (ROOT / "pyproject.toml").read_bytes().split(b"[dependency-groups]")[0]
 
 

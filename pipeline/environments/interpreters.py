@@ -1,11 +1,11 @@
-"""Which interpreter runs which stage.
+"""The interpreter of each stage.
 
-An environment is a virtual environment made by pipeline.environments.install, or, from the config, any interpreter with
-folders for its PYTHONPATH (a CUDA host whose own Python holds the packages). What holds for a host and not for
-one use is said once: TUNEGATE_ENVIRONMENTS names a YAML file with the section `environments` alone, and a config's
-own entries win. Standard library only, but for that file; no interpreter is started to read versions from a virtual
-environment. The stage programs are found through the project's folder on PYTHONPATH, so tunegate is used from a
-checkout (an editable install), not from a wheel.
+An environment is a virtual environment made by `pipeline.environments.install`. Or the config names any interpreter, with
+folders for its PYTHONPATH: a CUDA host's own Python may hold the packages. A host says so once for all configs:
+TUNEGATE_ENVIRONMENTS names a YAML file with the section `environments` alone, and a config's own entries win.
+
+Standard library only, but for that file. Versions in a virtual environment are read without starting its interpreter.
+Stage programs are found through the project's folder on PYTHONPATH: tunegate is used from a checkout, not from a wheel.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def serving(config: Mapping[str, Any]) -> Environment | None:
 
 
 def of_host() -> dict[str, EnvironmentSetting]:
-    """What the file that TUNEGATE_ENVIRONMENTS names says of each environment; nothing where the variable isn't set.
+    """Each environment's setting in the file that TUNEGATE_ENVIRONMENTS names; empty where the variable isn't set.
 
     Raises ConfigError with every mistake of the file.
     """
@@ -108,22 +108,22 @@ def _beside(file: Path, entry: str) -> str:
 
 
 def _setting_problems(section: Any, file: Path) -> Iterator[Problem]:
-    """What is wrong with a host's file, by the rules of a config's section `environments`."""
+    """Mistakes of a host's file, by the rules of a config's section `environments`."""
     remedy = f"correct {file}, named by {OF_HOST}"
     if not isinstance(section, dict):
         yield Problem(
-            "holds no environments", str(file), None, OF_HOST, "NAME: {interpreter: …, pythonpath: […]}", remedy
+            "must hold environments", str(file), None, OF_HOST, "NAME: {interpreter: …, pythonpath: […]}", remedy
         )
         return
     for name, value in section.items():
         if name not in CONFIGURABLE:
-            yield Problem("is no such environment", str(file), None, str(name), ", ".join(CONFIGURABLE), remedy)
+            yield Problem("is not an environment", str(file), None, str(name), ", ".join(CONFIGURABLE), remedy)
         elif not isinstance(value, dict) or not {*value} <= {"interpreter", "pythonpath"}:
-            yield Problem("is something else", str(file), None, name, "the keys interpreter and pythonpath", remedy)
+            yield Problem("must be a mapping", str(file), None, name, "the keys interpreter and pythonpath", remedy)
         elif not isinstance(value.get("interpreter") or "", str):
-            yield Problem("is no text", str(file), None, f"{name}.interpreter", "a path or a command", remedy)
+            yield Problem("is not text", str(file), None, f"{name}.interpreter", "a path or a command", remedy)
         elif not _are_texts(value.get("pythonpath") or []):
-            yield Problem("is no list of folders", str(file), None, f"{name}.pythonpath", "a list of paths", remedy)
+            yield Problem("is not a list of folders", str(file), None, f"{name}.pythonpath", "a list of paths", remedy)
 
 
 def _are_texts(value: Any) -> bool:
@@ -136,7 +136,7 @@ def find(name: str, settings: Mapping[str, EnvironmentSetting] | None = None) ->
     Raises EnvironmentMissing with everything that isn't there and the command that makes it.
     """
     if name not in NAMES:
-        raise EnvironmentMissing(f"there is no environment {name!r}", allowed=", ".join(NAMES))
+        raise EnvironmentMissing(f"{name!r} is not an environment", allowed=", ".join(NAMES), remedy="name one of them")
     setting = (settings or {}).get(name) or of_host().get(name)
     interpreter: Path | Problem
     if setting and setting.interpreter:
@@ -232,7 +232,7 @@ def _configured(name: str, program: str) -> Path | Problem:
     path = shutil.which(str(Path(program).expanduser()))
     if path is None:
         return Problem(
-            f"{program} is no program",
+            f"{program} is not a program",
             key=f"environments.{name}.interpreter",
             remedy=f"correct the path in the config, or in the file that {OF_HOST} names",
         )

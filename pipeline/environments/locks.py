@@ -21,7 +21,7 @@ from pipeline.environments import uv
 
 LOCKS = uv.ROOT / "locks"
 PYTHONS = ("3.11", "3.12")
-PLATFORM = "x86_64-manylinux_2_31"  # older than 2.31 llguidance, which vLLM needs, has no wheels
+PLATFORM = "x86_64-manylinux_2_31"  # below 2.31 wheels of llguidance, which vLLM needs, are missing
 SOURCE_ONLY = ("autoawq", "rouge-score", "sqlitedict", "word2number")  # pure Python, published without wheels
 NEVER = "; python_version < '0'"
 

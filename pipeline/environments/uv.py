@@ -78,7 +78,7 @@ def bring(python: str) -> Path:
 def environ() -> dict[str, str]:
     """os.environ with pip's package sources (its environment variables and files) added as uv's variables.
 
-    A virtual environment made by uv has no pip, so the interpreter that it was made from is asked too.
+    A virtual environment made by uv lacks pip, so the interpreter that it was made from is asked too.
     """
     for python in (sys.executable, f"{sys.base_prefix}/bin/python3", shutil.which("python3")):
         output = subprocess.run(

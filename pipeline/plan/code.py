@@ -1,7 +1,8 @@
 """The digest of a stage's source, which changes when the program's meaning does, and only then.
 
-A stage's source is its program and every module of pipeline/ that it reaches: by imports, or by a string that is a module's
-whole name (a program started by name). A module counts by its dotted name and its syntax tree, without
+A stage's source is its program and every module of pipeline/ that it reaches. A module is reached by an import, or by a
+string that is its whole name, as of a program that is started by name. It counts by its dotted name and its syntax tree,
+without
 
 - docstrings and comments;
 - errors' texts: strings inside `raise` and `Problem(...)`;
@@ -55,7 +56,7 @@ def modules(program: str, left_out: tuple[str, ...] = NOT_SOURCE) -> dict[str, s
 
 
 class _Memory:
-    """What was read of each module, by its file's size, time and inode."""
+    """Digest and imports of each module, by its file's size, time and inode."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -84,7 +85,7 @@ class _Memory:
     def keep(self) -> None:
         """Write what is new beside, then rename.
 
-        Nothing is written where there is no store yet, and one that can't be written costs time only.
+        Nothing is written before a store is there. A store that can't be written costs time only.
         """
         if not self._is_new or not store.home().is_dir():
             return
@@ -97,7 +98,7 @@ class _Memory:
 
 
 def _is_attribute(name: str) -> bool:
-    """Whether a dotted name is something inside a module, such as `pipeline.errors.Problem`: it is no module's for as long."""
+    """Whether a dotted name lies inside a module's file, such as `pipeline.errors.Problem`."""
     parent = name.rpartition(".")[0]
     return ROOT.joinpath(*parent.split(".")).with_suffix(".py").is_file()
 

@@ -1,4 +1,4 @@
-"""What `tunegate doctor` looks at on a machine, what it finds missing there, and the commands that mend it.
+"""`tunegate doctor`: the state of a machine, and a command for everything that is missing.
 
 Standard library only; no interpreter of another environment is started.
 """
@@ -35,7 +35,7 @@ class Finding:
 def doctor(
     settings: Mapping[str, interpreters.EnvironmentSetting] | None = None, runtime: str = "process"
 ) -> list[Finding]:
-    """What a machine has and lacks, and the commands that mend it.
+    """The state of a machine, and a command for everything that is missing.
 
     `settings` are a config's environments, `runtime` is its serve.runtime: docker needs an engine, and no vLLM here.
     """

@@ -1,4 +1,4 @@
-"""What one config needs of this machine, for `tunegate doctor CONFIG`: GPUs, a token, disk for its model, the proxy's port."""
+"""A config's own needs of this machine, for `tunegate doctor CONFIG`: GPUs, a token, disk for its model, the proxy's port."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IN_NAME = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", r
 
 
 def needs(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What a resolved config asks for beyond what every build does, and whether it is there."""
+    """A resolved config's needs beyond those of every build, and whether they are met."""
     yield from _gpus(config)
     yield from _token(config)
     yield from _disk(config)

@@ -1,4 +1,4 @@
-"""What a build will do and what of it is already done, decided from digests alone.
+"""The plan of a build: which stages are done and which are to do, decided from digests alone.
 
 A stage's key is the digest of its inputs, its sections of the config, its own source and the versions of the packages that
 decide its result. Works on the resolved config as JSON and on the standard library, so that `tunegate check` answers at once.
@@ -84,8 +84,8 @@ def key_of(step: Step, config: Mapping[str, Any], inputs: Mapping[str, str], mad
 def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> Plan:
     """The plan of a resolved config.
 
-    `sources` are the digests of what comes from outside, the base model's under "base" and the data files' under "prepare";
-    `device` is the class of device, which decides how a model is trained.
+    `sources` are digests from outside: the base model's under "base", the data files' under "prepare". `device` is the class
+    of device, which decides how a model is trained.
 
     Raises EnvironmentMissing without a stage's environment, ConfigError where the base model can't be served as it says.
     """
@@ -141,7 +141,7 @@ def raise_for_too_few_gpus(config: Mapping[str, Any]) -> None:
 
 
 def judges(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """What judges beside the scorers, by program: lm-eval's tasks, and LLM judges with what they compare against."""
+    """lm-eval's tasks and LLM judges, each with its opponent, by stage."""
     section = config["evaluate"]
     names_by_stage = {
         "tasks": tuple(Path(entry["task"]).name for entry in section["tasks"]),
@@ -160,7 +160,7 @@ def _judged_by(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def served_by(config: Mapping[str, Any]) -> dict[str, str]:
-    """What decides the served unit beside weights and settings: the packages that serve (an image is in the settings)."""
+    """Digests that decide the served unit beside weights and settings: the packages that serve (an image is in the settings)."""
     digests = {"command": source_digest("pipeline.serving.command")}
     if config["serve"]["runtime"] == "process":
         environment = interpreters.find("serve", interpreters.settings(config))
@@ -193,7 +193,7 @@ def _programs(config: Mapping[str, Any]) -> list[str]:
 
 
 def sizes(config: Mapping[str, Any], plan_steps: Sequence[PlannedStep]) -> Iterator[str]:
-    """What each comparison with a margin needs to be decided, against what there is, once the holdout is known."""
+    """The items that each comparison with a margin needs, and how many there are once the holdout is known."""
     gate, record = config["gate"], next(step.record for step in plan_steps if step.step.stage == "prepare")
     holdout = record["detail"]["rows"]["holdout"] if record else None
     there = min(value for value in (holdout, config["evaluate"]["max_items"], math.inf) if value is not None)

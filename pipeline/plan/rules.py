@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def problems_across_sections(config: Config) -> Iterator[Problem]:
-    """What would be found wrong hours later: a policy that can never be decided, a scorer or a served unit that can't be made."""
+    """Mistakes that would show hours later: a policy that can never be decided, a scorer or a served unit that can't be made."""
     from pipeline.evaluation import plugins, scoring
     from pipeline.gate import policy
     from pipeline.serving.refusals import argument_problems, env_problems
@@ -31,7 +31,7 @@ def problems_across_sections(config: Config) -> Iterator[Problem]:
     yield from cluster_problems(config)
     if config.merge.merge_base == "dequantized" and not config.finetune.load_in_4bit:
         yield Problem(
-            "there is no dequantized base where training is in 16 bits",
+            "a dequantized base needs 4-bit training",
             key="merge.merge_base",
             allowed="auto or original",
             remedy="set merge.merge_base: auto, or finetune.adapter: qlora",

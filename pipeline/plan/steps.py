@@ -14,8 +14,8 @@ from typing import Any
 class Step:
     """One stage of a build.
 
-    `program` is the dotted name of the module that runs it, `sections` are dotted places of the resolved config, `inputs` the
-    stages whose artefacts it takes, `packages` the distributions whose versions decide its result.
+    `program` is the dotted name of the module that runs it. `sections` are dotted places of the resolved config, `inputs` the
+    stages whose artefacts it takes. The versions of `packages` decide its result.
     """
 
     stage: str
