@@ -28,6 +28,7 @@ Stage = Literal[
     "ledger",
     "register",
 ]
+RuntimeName = Literal["process", "docker"]  # where vLLM runs: the keys of serving.runtimes.RUNTIMES
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 
@@ -223,7 +224,7 @@ class ServedUnit(Record):
     weights: str = Field(description="digest of the model folder's weight files")
     tokenizer: str = Field(description="digest of its tokenizer and chat template files")
     configuration: str = Field(description="digest of config.json and generation_config.json")
-    runtime: Literal["process", "docker"]
+    runtime: RuntimeName
     runtime_digest: str = Field(description="of what is installed, or the image's digest")
     vllm_version: str
     flags: tuple[str, ...] = Field(description="vLLM's command line, less what is left out, sorted")

@@ -201,12 +201,3 @@ def running_builds() -> list[RunningBuild]:
             except BlockingIOError:
                 found.append(RunningBuild(**json.load(note)))
     return found
-
-
-def all_artifacts() -> Iterator[Artifact]:
-    """Every finished artefact in the store."""
-    for file in sorted((home() / "work").glob("*/*/artifact.json")):
-        if not file.parent.name.startswith("."):
-            artifact = find(file.parent.parent.name, file.parent.name)
-            if artifact is not None:
-                yield artifact

@@ -71,11 +71,6 @@ def settings(config: Mapping[str, Any]) -> dict[str, EnvironmentSetting]:
     return {name: Setting(value["interpreter"], tuple(value["pythonpath"])) for name, value in found.items()}
 
 
-def serving(config: Mapping[str, Any]) -> Environment | None:
-    """Where vLLM is installed; None when a container image holds it."""
-    return None if config["serve"]["runtime"] == "docker" else find("serve", settings(config))
-
-
 def of_host() -> dict[str, EnvironmentSetting]:
     """What the file that TUNEGATE_ENVIRONMENTS names says of each environment; nothing where the variable isn't set.
 

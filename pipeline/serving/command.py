@@ -72,9 +72,9 @@ def arguments(flags: tuple[str, ...], model: str, host: str, port: int, shutdown
     return [*here, "--disable-uvicorn-access-log", *share, *flags]
 
 
-def served_name(serve: ServeConfig, name: str) -> str:
-    """The name that clients ask for."""
-    return serve.served_model_name or name
+def name_in(flags: tuple[str, ...]) -> str:
+    """The name that clients ask for, from a unit's flags."""
+    return next(flag for flag in flags if flag.startswith("--served-model-name=")).partition("=")[2]
 
 
 def _raise(problems: list[Problem]) -> None:

@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,13 @@ from pipeline import hardware, processes
 from pipeline.artifacts import ServedUnit
 from pipeline.config.schema import ContainerConfig, ServeConfig, size_in_bytes
 from pipeline.environments import interpreters
+from pipeline.environments.interpreters import Environment
 from pipeline.errors import ServingError
 from pipeline.files import write_json
 from pipeline.serving import command, diagnosis
+from pipeline.serving.digests import Installed
 from pipeline.serving.process import HOST, free_port
-from pipeline.serving.server import Condition, Server
+from pipeline.serving.server import Condition, Server, ToServe
 from pipeline.store import home
 
 if TYPE_CHECKING:
@@ -49,38 +50,31 @@ ASK_VERSION = (
 )
 
 
-@dataclass(frozen=True)
-class Image:
-    """An image that lies here: its id (the digest of its configuration and layers) and the vLLM in it."""
+def identity(serve: ServeConfig, _environment: Environment | None) -> Installed:
+    """The image's id (the digest of its configuration and layers) and the version of the vLLM in it.
 
-    digest: str
-    vllm_version: str
-
-
-def image(reference: str, container: ContainerConfig) -> Image:
-    """Find `name@sha256:…` (a registry's digest, or an image id) here; raises ServingError when it isn't.
-
-    The first time a container, as `container` says, is asked for its vLLM.
+    `serve.image` is `name@sha256:…`, with a registry's digest or an image id; raises ServingError when it isn't here. The
+    version is asked of a container once and then remembered.
     """
     with engine() as client:
-        found = _find(client, reference)
-        digest = str(found.id)
+        digest = str(_find(client, serve.image or "").id)
         memory = home() / "vllm-cache" / f"image-{digest.removeprefix('sha256:')[:16]}.json"
         with suppress(OSError, ValueError, KeyError):
-            return Image(digest, str(json.loads(memory.read_text(encoding="utf-8"))[digest]))
-        version = _ask_version(client, digest, container)
+            return Installed(digest, str(json.loads(memory.read_text(encoding="utf-8"))[digest]))
+        version = _ask_version(client, digest, serve.container)
     memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_json(memory, {digest: version})
-    return Image(digest, version)
+    return Installed(digest, version)
 
 
-def spawn(unit: ServedUnit, model: Path, serve: ServeConfig, folder: Path, *, keep: bool) -> Server:
-    """Start the container at a free port of loopback; returns at once. Leftovers in `folder` are removed."""
+def spawn(to_serve: ToServe, _files: dict[str, str], *, keep: bool) -> Server:
+    """Start the container at a free port of loopback; returns at once. Leftovers in the folder are removed."""
+    unit, serve, folder = to_serve.unit, to_serve.serve, to_serve.folder
     port = free_port()
     here = serve.container.network == "host"
     host, inside = (HOST, port) if here else ("0.0.0.0", PORT_INSIDE)  # noqa: S104 - published on loopback
     arguments = command.arguments(unit.flags, MODEL_INSIDE, host, inside, serve.shutdown_timeout)
-    make_readable(model)
+    make_readable(to_serve.model)
     with engine() as client:
         _remove_leftovers(client, folder)
         container = client.containers.create(
@@ -91,7 +85,7 @@ def spawn(unit: ServedUnit, model: Path, serve: ServeConfig, folder: Path, *, ke
             **({"network_mode": "host"} if here else {"ports": {f"{PORT_INSIDE}/tcp": (HOST, port)}}),
             environment={**environ(), **unit.env},
             volumes={
-                str(model): {"bind": MODEL_INSIDE, "mode": "ro"},
+                str(to_serve.model): {"bind": MODEL_INSIDE, "mode": "ro"},
                 str(_cache(unit)): {"bind": CACHE_INSIDE, "mode": "rw"},
             },
             labels=labels(unit.digest, folder, keep=keep),
@@ -109,12 +103,11 @@ def spawn(unit: ServedUnit, model: Path, serve: ServeConfig, folder: Path, *, ke
             raise
     log = folder / "vllm.log"
     log.write_text(f"{diagnosis.START} {unit.vllm_version} in container {container.id}\n", "utf-8")
-    name = next(flag for flag in unit.flags if flag.startswith("--served-model-name=")).partition("=")[2]
     return Server(
         runtime="docker",
         unit_digest=unit.digest,
         url=f"http://{HOST}:{port}",
-        model=name,
+        model=command.name_in(unit.flags),
         folder=folder,
         log=log,
         container=container.id,

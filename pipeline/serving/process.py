@@ -21,11 +21,12 @@ from pipeline.artifacts import ServedUnit
 from pipeline.config.schema import ServeConfig
 from pipeline.environments.interpreters import Environment
 from pipeline.environments.uv import ROOT
-from pipeline.errors import ServingError
+from pipeline.errors import EnvironmentMissing, ServingError
 from pipeline.serving import command as serving_command
 from pipeline.serving import diagnosis
 from pipeline.serving import supervisor as serving_supervisor
-from pipeline.serving.server import Condition, Server
+from pipeline.serving.digests import Installed, installed
+from pipeline.serving.server import Condition, Server, ToServe
 from pipeline.serving.supervisor import Spec, State
 from pipeline.store import home
 
@@ -42,26 +43,24 @@ INHERITED = (
 TEARDOWN_S = 5.0
 
 
-def spawn(
-    unit: ServedUnit,
-    model: Path,
-    files: dict[str, str],
-    serve: ServeConfig,
-    folder: Path,
-    environment: Environment,
-    *,
-    keep: bool,
-) -> Server:
+def identity(_serve: ServeConfig, environment: Environment | None) -> Installed:
+    """The packages of the environment that has vLLM; raises EnvironmentMissing without one."""
+    return installed(_needed(environment))
+
+
+def spawn(to_serve: ToServe, files: dict[str, str], *, keep: bool) -> Server:
     """Start the supervisor, which starts vLLM at a free port; returns at once.
 
-    `files` are the digests of the model's files as they were judged. Needs an absolute, existing `folder`.
+    `files` are the digests of the model's files as they were judged. Needs an absolute, existing folder.
     """
+    unit, serve, folder = to_serve.unit, to_serve.serve, to_serve.folder
+    environment = _needed(to_serve.environment)
     me = processes.find(os.getpid())
     assert me is not None  # noqa: S101 - this process runs
     port = free_port()
     arguments = serving_command.arguments(unit.flags, serving_supervisor.MODEL, HOST, port, serve.shutdown_timeout)
     log = folder / "vllm.log"
-    name = next(flag for flag in unit.flags if flag.startswith("--served-model-name=")).partition("=")[2]
+    name = serving_command.name_in(unit.flags)
     spec = Spec(
         command=(str(environment.interpreter), "-P", "-m", serving_command.MODULE, *arguments),
         environ=environ(unit, environment),
@@ -76,10 +75,10 @@ def spawn(
     )
     for left in ("ready", "state.json"):
         (folder / left).unlink(missing_ok=True)
-    _link(folder / serving_supervisor.MODEL, model)
+    _link(folder / serving_supervisor.MODEL, to_serve.model)
     spec.write(folder)
     with log.open("a", encoding="utf-8") as sink:
-        sink.write(f"{diagnosis.START} {unit.vllm_version}, unit {unit.digest[:12]}, {spec.url}, {model}\n")
+        sink.write(f"{diagnosis.START} {unit.vllm_version}, unit {unit.digest[:12]}, {spec.url}, {to_serve.model}\n")
     command = [sys.executable, "-P", "-m", "pipeline.serving.supervisor", str(folder)]
     child = processes.spawn(command, _supervisor_environ(), folder / "supervisor.log")
     return Server(
@@ -92,6 +91,12 @@ def spawn(
         pid=child.pid,
         started=child.started,
     )
+
+
+def _needed(environment: Environment | None) -> Environment:
+    if environment is None:
+        raise EnvironmentMissing("runtime: process needs an environment with vLLM", remedy="make setup")
+    return environment
 
 
 def _link(link: Path, target: Path) -> None:
@@ -167,6 +172,10 @@ def condition(server: Server) -> Condition:
         pid=running.pid,
         uptime_s=now - running.started / os.sysconf("SC_CLK_TCK"),
     )
+
+
+def refresh_log(_server: Server) -> None:
+    """Do nothing: the process writes the log itself."""
 
 
 def stop(server: Server, timeout_s: float) -> None:
