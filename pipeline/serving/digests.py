@@ -1,8 +1,8 @@
-"""What of a model folder and of a serving environment is in a ServedUnit, as digests. Standard library only.
+"""A ServedUnit's digests of a model folder and of a serving environment. Standard library only.
 
-Every file of a model folder is in one of three digests, but for documents that no server reads. An
-environment's digest is over what its packages' RECORD files say was installed, so it is the same wherever the
-same wheels lie; a package edited in place after its installation is not noticed.
+Every file of a model folder is in one of three digests, but for documents that no server reads. An environment's digest is
+made from its packages' RECORD files: it is the same wherever the same wheels lie. Limit: a package edited in place after its
+installation goes unnoticed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ NAMES = {
         r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*chat_template.*"
     ),
 }
-# What an installer adds by itself, or what depends on where it installed.
+# Files that an installer adds by itself, or that depend on where it installed.
 NOT_THE_WHEELS = re.compile(r"(\.\./)+bin/|.*\.dist-info/(INSTALLER|REQUESTED|RECORD|direct_url\.json|uv_.*)$|.*\.pyc$")
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What is installed where vLLM runs: one digest over all of it, and vLLM's version."""
+    """The packages where vLLM runs: one digest of all of them, and vLLM's version."""
 
     digest: str
     vllm_version: str
@@ -50,9 +50,9 @@ def model_files(folder: Path) -> dict[str, str]:
     Every byte is read, several files at a time; a second question in one process reads only what changed since.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
-    read = {name: path for name, path in files.items() if not DOCUMENTS.fullmatch(name)}
+    to_read = {name: path for name, path in files.items() if not DOCUMENTS.fullmatch(name)}
     with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(read, pool.map(file_digests.read_here, read.values()), strict=True))
+        return dict(zip(to_read, pool.map(file_digests.read_here, to_read.values()), strict=True))
 
 
 def by_part(files: Mapping[str, str]) -> dict[str, str]:
@@ -68,16 +68,16 @@ def part_of(name: str) -> str:
     return next((part for part, names in NAMES.items() if names.fullmatch(name)), "configuration")
 
 
-def differences(judged: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
-    """What became of the files that aren't as they were judged, by name: each was changed, is gone or is new."""
-    names = [name for name in sorted({*judged, *found}) if judged.get(name) != found.get(name)]
-    return {name: "is new" if name not in judged else "was changed" if name in found else "is gone" for name in names}
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """How files differ from those that were judged, by name: each `was changed`, `is gone` or `is new`."""
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return {name: "is new" if name not in before else "was changed" if name in now else "is gone" for name in names}
 
 
 def installed(environment: Environment) -> Installed:
     """Read the environment's packages; raises EnvironmentMissing when vLLM isn't among them."""
-    inherited = {key: os.environ[key] for key in ("LD_LIBRARY_PATH", "LANG") if key in os.environ}
-    version, places = import_path(environment, inherited)
+    variables = {key: os.environ[key] for key in ("LD_LIBRARY_PATH", "LANG") if key in os.environ}
+    version, places = import_path(environment, variables)
     packages: dict[str, tuple[str, str]] = {}
     for place in [*environment.pythonpath, *places]:
         for distribution in distributions(place):
