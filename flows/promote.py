@@ -26,11 +26,11 @@ from pipeline.config.schema import Config
 from pipeline.deployment import promote as deployment
 from pipeline.deployment.state import Deployment
 from pipeline.deployment.steps import Promotion, Step
-from pipeline.environments import interpreters
 from pipeline.environments.interpreters import Environment
 from pipeline.errors import RegistryError, RoutingError, ServingError
 from pipeline.program import Event
 from pipeline.registry import versions
+from pipeline.serving import runtimes
 
 SetChampion = Callable[[str, str], None]
 # A server that doesn't start or answer is news, not noise; Caddy and MLflow may be told again.
@@ -47,7 +47,7 @@ def promote(name: str, version: str | None = None) -> dict[str, Any]:
     """
     release = versions.release(name, version)
     config = versions.config_of(release.run_id)
-    environment = interpreters.serving(config.model_dump(mode="json"))
+    environment = runtimes.environment_of(config.model_dump(mode="json"))
     logged = progress.logged(get_run_logger())
     _take_steps(Promotion(release, config, environment, versions.set_champion, logged))
     return deployment.status(name).model_dump(mode="json")

@@ -18,17 +18,19 @@ import httpx
 
 from flows import progress
 from flows.commands.review import one_name, waiting
-from pipeline import loopback, store
+from pipeline import store
 from pipeline.artifacts import Release
+from pipeline.chat import client, stream
 from pipeline.config.schema import Config
 from pipeline.deployment import promote as deployment
 from pipeline.deployment import state, steps
-from pipeline.environments import interpreters
 from pipeline.environments.interpreters import Environment
 from pipeline.errors import Problem, RegistryError, ReviewError, ServingError
 from pipeline.registry import versions
-from pipeline.serving import serve
+from pipeline.serving import runtimes, serve
+from pipeline.serving.server import ToServe
 
+ANSWER_TIMEOUT_S = 600.0
 MLFLOW_ANSWERS_WITHIN_S = 30.0  # opening its database takes seconds; a rollback waits no longer
 
 
@@ -40,7 +42,7 @@ def promote(options: argparse.Namespace) -> int:
     name = one_name(options.name)
     release = versions.release(name, options.version)
     config = versions.config_of(release.run_id)
-    environment = interpreters.serving(config.model_dump(mode="json"))
+    environment = runtimes.environment_of(config.model_dump(mode="json"))
     if options.dry_run:
         steps.verify(release, config, environment)
         print(
@@ -66,7 +68,7 @@ def rollback(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would put back {name} v{release.version}, unit {release.unit.digest[:12]}")
         return 0
-    _bring(release, config, interpreters.serving(config.model_dump(mode="json")))
+    _bring(release, config, runtimes.environment_of(config.model_dump(mode="json")))
     return _print_status(name)
 
 
@@ -211,17 +213,20 @@ def _follow(file: Path) -> None:
 def chat(options: argparse.Namespace) -> int:
     """Talk to what serves, through the proxy, or to a candidate started for this chat alone."""
     name = one_name(options.name)
-    with _chat_server(name, candidate=options.candidate) as (url, headers, model):
+    with (
+        _chat_server(name, candidate=options.candidate) as (url, key, model),
+        client(url, ANSWER_TIMEOUT_S, key) as http,
+    ):
         messages = [{"role": "system", "content": options.system}] if options.system else []
         for text in [options.message] if options.message else _typed():
             messages.append({"role": "user", "content": text})
-            answer = _stream(url, headers, {"model": model, "messages": messages, "stream": True, "temperature": 0})
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "assistant", "content": _say(http, model, messages)})
     return 0
 
 
 @contextmanager
-def _chat_server(name: str, *, candidate: bool) -> Iterator[tuple[str, dict[str, str], str]]:
+def _chat_server(name: str, *, candidate: bool) -> Iterator[tuple[str, str | None, str]]:
+    """URL, API key and model name of what to talk to."""
     if not candidate:
         live = deployment.status(name)
         if live.url is None:
@@ -230,22 +235,20 @@ def _chat_server(name: str, *, candidate: bool) -> Iterator[tuple[str, dict[str,
             )
         assert live.version is not None  # noqa: S101 - something serves
         config = versions.config_of(versions.version(name, live.version).run_id)
-        key = os.environ.get(config.promote.api_key_env)
-        yield live.url, {"Authorization": f"Bearer {key}"} if key else {}, config.serve.served_model_name or name
+        yield live.url, os.environ.get(config.promote.api_key_env), config.serve.served_model_name or name
         return
     found = waiting(name)
     if found is None:
         raise ReviewError("no version waits for review", key=name, remedy=f"tunegate chat {name}")
     config = versions.config_of(found.run_id)
-    environment = interpreters.serving(config.model_dump(mode="json"))
+    environment = runtimes.environment_of(config.model_dump(mode="json"))
     folder = store.home() / "work" / "chat" / name
+    to_serve = ToServe(found.unit, versions.model_path(found), config.serve, name, folder, environment)
     with (
         progress.shown() as on_event,
-        serve.running(
-            found.unit, versions.model_path(found), config.serve, name, folder, environment, on_event
-        ) as server,
+        serve.running(to_serve, on_event) as server,
     ):
-        yield server.url, {}, server.model
+        yield server.url, None, server.model
 
 
 def _typed() -> Iterator[str]:
@@ -260,27 +263,14 @@ def _typed() -> Iterator[str]:
         yield text
 
 
-def _stream(url: str, headers: dict[str, str], body: dict[str, object]) -> str:
-    said = ""
-    try:
-        with (
-            loopback.client(url, 600) as http,
-            http.stream("POST", "/v1/chat/completions", headers=headers, json=body) as response,
-        ):
-            if response.is_error:
-                response.read()
-                raise ServingError(
-                    f"{url} answered {response.status_code}: {response.text[:300]}", remedy="tunegate status"
-                )
-            for line in response.iter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    piece = json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or ""
-                    said += piece
-                    print(piece, end="", flush=True)
-    except httpx.HTTPError as error:
-        raise ServingError(f"{url} did not answer: {error}", remedy="tunegate status, tunegate logs") from error
+def _say(http: httpx.Client, model: str, messages: list[dict[str, str]]) -> str:
+    """Print an answer piece by piece; returns the whole."""
+    answer = ""
+    for piece in stream(http, model, messages):
+        answer += piece
+        print(piece, end="", flush=True)
     print()
-    return said
+    return answer
 
 
 def cancel(options: argparse.Namespace) -> int:

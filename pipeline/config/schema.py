@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.artifacts import RuntimeName
 from pipeline.config.gate import GateConfig
 from pipeline.config.kubernetes import KubernetesConfig
 from pipeline.config.section import Bytes, Fraction, PositiveInt, Section, ShareOrRows
@@ -195,7 +196,7 @@ class ContainerConfig(Section):
 class ServeConfig(Section):
     """vLLM as it is judged and as it serves; all but `container` and the timeouts is part of the served unit."""
 
-    runtime: Literal["process", "docker"] = "process"
+    runtime: RuntimeName = "process"
     image: str | None = Field(None, description="for docker: image with its digest, name@sha256:…")
     container: ContainerConfig = Field(default_factory=ContainerConfig)
     max_model_len: PositiveInt = 2048

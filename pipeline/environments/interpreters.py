@@ -71,11 +71,6 @@ def settings(config: Mapping[str, Any]) -> dict[str, EnvironmentSetting]:
     return {name: Setting(value["interpreter"], tuple(value["pythonpath"])) for name, value in section.items()}
 
 
-def serving(config: Mapping[str, Any]) -> Environment | None:
-    """Where vLLM is installed; None when a container image holds it."""
-    return None if config["serve"]["runtime"] == "docker" else find("serve", settings(config))
-
-
 def of_host() -> dict[str, EnvironmentSetting]:
     """Each environment's setting in the file that TUNEGATE_ENVIRONMENTS names; empty where the variable isn't set.
 
@@ -176,8 +171,8 @@ def installed(env: Environment) -> dict[str, str]:
     """Name and version of every distribution that is imported from there, sorted."""
     by_name: dict[str, str] = {}
     for place in places(env):
-        for name, version in _distributions(place):
-            by_name.setdefault(name, version)
+        for distribution in distributions(place):
+            by_name.setdefault(distribution.name, distribution.version)
     return dict(sorted(by_name.items()))
 
 
@@ -260,32 +255,48 @@ def _site_packages(env: Environment) -> list[Path]:
         r"include-system-site-packages\s*=\s*true", settings.read_text(), re.IGNORECASE
     ):
         return sorted(home.glob("lib/python3*/site-packages"))
-    code = "import json, sys; print(json.dumps(sys.path))"
+    return import_path(env, child_environ(env))[1]
+
+
+def import_path(env: Environment, environ: Mapping[str, str]) -> tuple[str, list[Path]]:
+    """The interpreter's version text and `sys.path` under these variables; raises EnvironmentMissing when it doesn't start."""
+    code = "import json, sys; print(json.dumps([sys.version, sys.path]))"
     try:
-        process = subprocess.run(
+        child = subprocess.run(
             [str(env.interpreter), "-P", "-c", code],
             capture_output=True,
             text=True,
             check=True,
-            env=child_environ(env),
+            timeout=60,
+            env=dict(environ),
         )
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         raise EnvironmentMissing(
             f"{env.interpreter} does not start as a Python of 3.11 or newer: {error}",
             key=f"environments.{env.name}.interpreter",
-            remedy="name another interpreter in the config",
+            remedy=f"{remedy(env.name)}, or name another interpreter in the config",
         ) from error
-    return [Path(entry) for entry in json.loads(process.stdout)]
+    version, path = json.loads(child.stdout)
+    return str(version), [Path(entry) for entry in path]
 
 
-def _distributions(place: Path) -> list[tuple[str, str]]:
-    """Normalized name and version of every distribution in a folder, from its *.dist-info and *.egg-info."""
+@dataclass(frozen=True)
+class Distribution:
+    """One installed distribution: its normalized name, its version, and its *.dist-info or *.egg-info."""
+
+    name: str
+    version: str
+    info: Path
+
+
+def distributions(place: Path) -> list[Distribution]:
+    """Every distribution in a folder, sorted by the name of its *.dist-info or *.egg-info."""
     try:
-        names = [entry.name for entry in place.iterdir()]
+        infos = sorted(place.iterdir())
     except OSError:  # sys.path may name a zip file or nothing at all
         return []
-    matches = (re.fullmatch(r"([^-]+)-([^-]+?)(-py3\.\d+)?\.(dist|egg)-info", name) for name in names)
-    return [(_normal(match[1]), match[2]) for match in matches if match]
+    matches = ((info, re.fullmatch(r"([^-]+)-([^-]+?)(-py3\.\d+)?\.(dist|egg)-info", info.name)) for info in infos)
+    return [Distribution(_normal(match[1]), match[2], info) for info, match in matches if match]
 
 
 def _normal(name: str) -> str:

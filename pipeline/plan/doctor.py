@@ -18,6 +18,7 @@ from pipeline import store
 from pipeline.environments import install, interpreters
 from pipeline.environments.uv import ROOT, folder
 from pipeline.errors import EnvironmentMissing, ResourceError
+from pipeline.serving.runtimes import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def doctor(
         _home(),
         _disk(_elsewhere(settings or {})),
         _caddy(),
-        _container_engine(needed=runtime == "docker"),
+        _container_engine(needed=RUNTIMES[runtime].needs_container_engine),
         _gpu(),
     ]
 
@@ -70,7 +71,8 @@ def _make() -> Finding:
 def _environment(name: str, settings: Mapping[str, interpreters.EnvironmentSetting], runtime: str) -> Finding:
     title = f"environment {name}"
     is_configured = name in settings or name in interpreters.of_host()
-    needed = (name in install.DEFAULT or is_configured) and (name, runtime) != ("serve", "docker")
+    of_other_runtimes = {entry.environment for entry in RUNTIMES.values()} - {RUNTIMES[runtime].environment}
+    needed = (name in install.DEFAULT or is_configured) and name not in of_other_runtimes
     try:
         environment = interpreters.find(name, settings)
     except EnvironmentMissing as missing:

@@ -22,6 +22,7 @@ from pipeline.kubernetes import manifests
 from pipeline.plan import memory as plan_memory
 from pipeline.plan.code import source_digest
 from pipeline.plan.steps import Step, all_steps, section
+from pipeline.serving import runtimes
 
 # Sections that decide nothing about what is judged: a finished build takes them over as they are changed.
 NOT_JUDGED = ("promote", "notify", "schedule", "environments", "kubernetes")
@@ -162,8 +163,7 @@ def _judged_by(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 def served_by(config: Mapping[str, Any]) -> dict[str, str]:
     """Digests that decide the served unit beside weights and settings: the packages that serve (an image is in the settings)."""
     digests = {"command": source_digest("pipeline.serving.command")}
-    if config["serve"]["runtime"] == "process":
-        environment = interpreters.find("serve", interpreters.settings(config))
+    if environment := runtimes.environment_of(config):
         digests["packages"] = digest_of(interpreters.installed(environment))
     return digests
 

@@ -13,6 +13,7 @@ from support.wire import fake_vllm
 
 from flows import cli
 from flows.commands import operate
+from pipeline import chat
 
 ROOT = Path(__file__).parents[2]
 DEAD_PROXY = "http://127.0.0.1:9"
@@ -59,9 +60,8 @@ def test_a_plain_client_reaches_our_servers_past_a_proxy(proxies):
 
 def test_a_chat_reaches_the_proxy_of_the_release_past_any_other(proxies, capsys):
     """Also where it listens at an address that no list names."""
-    with fake_vllm("m", answer="as learned") as url:
-        body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": True}
-        assert operate._stream(url, {}, body) == "as learned"
+    with fake_vllm("m", answer="as learned") as url, chat.client(url, 30) as http:
+        assert operate._say(http, "m", [{"role": "user", "content": "hello"}]) == "as learned"
     assert "as learned" in capsys.readouterr().out
 
 

@@ -19,9 +19,9 @@ from flows import promote
 from flows.commands import operate
 from pipeline.deployment import promote as deployment
 from pipeline.deployment import proxy, steps
-from pipeline.environments import interpreters
 from pipeline.errors import RegistryError, ReviewError, RoutingError, ServingError
 from pipeline.registry import versions
+from pipeline.serving import runtimes
 
 NAME = "tickets"
 STEPS = ["verify", "start", "canary", "switch", "drain", "alias"]
@@ -187,7 +187,7 @@ def test_a_dry_run_tells_of_a_port_that_is_taken(world, monkeypatch):
     monkeypatch.setattr(versions, "release", lambda _name, _version: release)
     monkeypatch.setattr(versions, "config_of", lambda _run: world.config)
     monkeypatch.setattr(operate, "one_name", lambda name: name)
-    monkeypatch.setattr(interpreters, "serving", lambda _config: ENVIRONMENT)
+    monkeypatch.setattr(runtimes, "environment_of", lambda _config: ENVIRONMENT)
     with (
         socket.create_server(("127.0.0.1", world.config.promote.port)),
         pytest.raises(RoutingError, match="something else"),
@@ -200,7 +200,7 @@ def test_a_dry_run_says_whether_requests_would_be_lost(world, monkeypatch, capsy
     release = world.release("1")
     monkeypatch.setattr(versions, "release", lambda name, version: release)
     monkeypatch.setattr(versions, "config_of", lambda run_id: world.config)
-    monkeypatch.setattr(interpreters, "serving", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(runtimes, "environment_of", lambda config: ENVIRONMENT)
     dry = argparse.Namespace(name=NAME, version=None, dry_run=True)
     world.run(release)
     before = deployment.status(NAME).url
@@ -223,7 +223,7 @@ def test_the_flow_promotes_by_name(world, prefect, monkeypatch):
     monkeypatch.setattr(versions, "release", find)
     monkeypatch.setattr(versions, "config_of", lambda run_id: world.config)
     monkeypatch.setattr(versions, "set_champion", world.aliases.set_champion)
-    monkeypatch.setattr(interpreters, "serving", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(runtimes, "environment_of", lambda config: ENVIRONMENT)
     now = promote.promote(NAME)
     assert asked == [(NAME, None)]
     assert (now["state"], now["version"]) == ("live", "7")

@@ -40,7 +40,12 @@ def test_readme_names_every_room() -> None:
 
 def test_every_link_leads_somewhere() -> None:
     """A relative link of README and docs/ is a file of the project."""
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md", ROOT / "docker" / "README.md"):
+    for page in (
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        ROOT / "benchmarks" / "README.md",
+        ROOT / "docker" / "README.md",
+    ):
         links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
         assert [link for link in links if not (page.parent / link).exists()] == [], page
 

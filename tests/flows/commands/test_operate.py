@@ -13,9 +13,9 @@ from support.wire import chat, free_port, said
 from flows.commands import operate
 from pipeline.deployment import promote, proxy, steps
 from pipeline.deployment.steps import Promotion
-from pipeline.environments import interpreters
 from pipeline.errors import RegistryError, ReviewError
 from pipeline.registry import versions
+from pipeline.serving import runtimes
 
 NAME = "tickets"
 
@@ -48,7 +48,7 @@ def world(tmp_path, monkeypatch):
     new_home(tmp_path, monkeypatch)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr(steps, "SETTLE_S", 0.1)
-    monkeypatch.setattr(interpreters, "serving", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(runtimes, "environment_of", lambda config: ENVIRONMENT)
     made = World(tmp_path)
     for number in (1, 2):
         made.release(number)

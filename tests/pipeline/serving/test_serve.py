@@ -24,6 +24,7 @@ from pipeline.serving import process as serving_process
 from pipeline.serving import progress
 from pipeline.serving import serve as serving
 from pipeline.serving import server as serving_server
+from pipeline.serving.server import ToServe
 
 NAME = "tickets"
 HEADER = b'{"__metadata__":{"a":"b"}}'
@@ -50,10 +51,8 @@ class World:
     def start(self, model, *, keep=False, place="server", serve=None, unit=None):
         """Start it and wait."""
         serve = serve or self.serve
-        return serving.start(
-            unit or self.unit(model, serve), model, serve, NAME, self.folder / place, ENVIRONMENT,
-            keep=keep, on_event=self.events.append,
-        )  # fmt: skip
+        to_serve = ToServe(unit or self.unit(model, serve), model, serve, NAME, self.folder / place, ENVIRONMENT)
+        return serving.start(to_serve, keep=keep, on_event=self.events.append)
 
     def left(self):
         """What still runs."""
@@ -192,13 +191,13 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 from support.released import ENVIRONMENT
 from pipeline.serving import serve as serving
+from pipeline.serving.server import ToServe
 from pipeline.config.schema import ServeConfig
 serve = ServeConfig.model_validate_json({serve!r})
 model = Path({model!r})
 unit = serving.served_unit(model, serve, "tickets", ENVIRONMENT)
-server = serving.start(
-    unit, model, serve, "tickets", Path({folder!r}), ENVIRONMENT, keep={keep}, on_event=lambda event: None
-)
+to_serve = ToServe(unit, model, serve, "tickets", Path({folder!r}), ENVIRONMENT)
+server = serving.start(to_serve, keep={keep}, on_event=lambda event: None)
 print("ready", flush=True)
 time.sleep({linger})
 """
@@ -283,11 +282,8 @@ def test_another_unit_in_the_folder_is_stopped_first(world):
 def test_running_stops_the_server_also_after_an_error(world):
     """The context manager ends it whatever happens inside."""
     model = world.model()
-    place = world.folder / "server"
-    with (
-        pytest.raises(RuntimeError),
-        serving.running(world.unit(model), model, world.serve, NAME, place, ENVIRONMENT, world.events.append) as server,
-    ):
+    to_serve = ToServe(world.unit(model), model, world.serve, NAME, world.folder / "server", ENVIRONMENT)
+    with pytest.raises(RuntimeError), serving.running(to_serve, world.events.append) as server:
         raise RuntimeError
     assert not serving.is_alive(server)
 
@@ -346,9 +342,9 @@ def test_what_changes_while_it_is_loaded_is_not_served(world, monkeypatch, name,
 
 def test_other_packages_while_it_is_loaded_are_no_server_either(world, monkeypatch):
     """They are imported after their digest was taken."""
-    before = serving.serving_digests.installed(ENVIRONMENT)
+    before = serving_process.installed(ENVIRONMENT)
     found = [before, before, replace(before, digest="0" * 64)]
-    monkeypatch.setattr(serving.serving_digests, "installed", lambda environment: found.pop(0))
+    monkeypatch.setattr(serving_process, "installed", lambda environment: found.pop(0))
     with pytest.raises(ServingError) as caught:
         world.start(world.model(), keep=True)
     assert [problem.key for problem in caught.value.problems] == ["unit.runtime_digest"]
