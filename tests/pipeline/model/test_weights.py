@@ -33,7 +33,8 @@ def test_header_gives_names_dtypes_and_shapes(tmp_path):
 )
 def test_a_header_that_lies_is_refused(tmp_path, header, data, said):
     """A header must be JSON and cover the file's bytes exactly."""
-    path = model_folder.raw_safetensors(tmp_path / "a.safetensors", header, data)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(model_folder.safetensors_bytes(header, data))
     with pytest.raises(weights.BadHeader, match=said):
         weights.read_header(path)
 
