@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.model_folder import safetensors_bytes
 from support.released import ENVIRONMENT, a_model, processes_under
 from support.wire import chat, said, stream_chat, under_way, wait_for
 
@@ -27,8 +28,7 @@ from pipeline.serving import server as serving_server
 from pipeline.serving.server import ToServe
 
 NAME = "tickets"
-HEADER = b'{"__metadata__":{"a":"b"}}'
-OTHER_WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER
+OTHER_WEIGHTS = safetensors_bytes(b'{"__metadata__":{"a":"b"}}')
 
 
 class World:
@@ -189,6 +189,7 @@ STARTER = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = {paths!r}
+from support.model_folder import safetensors_bytes
 from support.released import ENVIRONMENT
 from pipeline.serving import serve as serving
 from pipeline.serving.server import ToServe
