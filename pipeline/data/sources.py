@@ -51,7 +51,7 @@ class Named:
         made = home() / "demo"
         return replace(
             found,
-            remedy=f"write it, as tunegate demo does: python3 -m pipeline.data.demo_tickets {made}, then --data-dir {made}",
+            remedy=f"tunegate demo --data-only, then the same command with --data-dir {made}",
         )
 
 
