@@ -12,13 +12,13 @@ help:         ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
 
 setup:        ## make the locked environments (DEVICE=cuda for a GPU host)
-	@$(PYTHON) -m pipeline.environments.install
+	@$(PYTHON) -m pipeline.environments
 
 demo: setup   ## from a base model to an approved, promoted release that answers
 	@$(BIN)/tunegate demo
 
 test: setup   ## all tests but those that need a GPU or a container engine
-	@$(PYTHON) -m pipeline.environments.install autoawq judges
+	@$(PYTHON) -m pipeline.environments autoawq judges
 	@$(BIN)/python -m pytest -m "not gpu and not container" -n 2 --dist loadfile --no-loadscope-reorder
 
 image:        ## build the CPU serving image where no registry is reachable (Debian 12, root)

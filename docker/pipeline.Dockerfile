@@ -16,7 +16,7 @@ RUN apt-get update -q \
     && mkdir /mlruns && chown 65532:65532 /mlruns
 WORKDIR /tunegate
 COPY . .
-RUN UV_NO_CACHE=1 python3 -m pipeline.environments.install ${ENVIRONMENTS}
+RUN UV_NO_CACHE=1 python3 -m pipeline.environments ${ENVIRONMENTS}
 ENV PATH=/tunegate/.venv/control/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     HOME=/tmp TUNEGATE_HOME=/mlruns PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 65532:65532

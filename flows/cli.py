@@ -1,4 +1,4 @@
-"""The `tunegate` command: what can be typed, and which module answers it.
+"""The `tunegate` command: each command's options, and the function that answers it.
 
 Nothing heavy is imported before the command is known, so that `--help` and `check` answer at once.
 """
@@ -17,14 +17,15 @@ from flows import surroundings
 from pipeline.errors import TunegateError
 
 OURS = ("127.0.0.1", "localhost")
-READERS = (
+READERS = (  # these need no store that can be written
     "flows.commands.check:check",
     "flows.commands.check:schema",
     "flows.commands.check:doctor",
+    "flows.commands.setup:setup",
     "flows.deployments:show",
 )
 DESCRIPTION = (
-    "From a base model and your data to an approved model that serves: what was judged is byte for byte what serves."
+    "From a base model and your data to an approved model that serves: byte for byte the model that was evaluated."
 )
 
 
@@ -69,8 +70,8 @@ def be_quick() -> None:
 
 def pass_proxies_by() -> None:
     """Keep HTTP_PROXY away from our own servers: Prefect, MLflow and vLLM on this machine, here and in children."""
-    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    hosts = [host.strip() for host in named.split(",") if host.strip()]
+    listing = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in listing.split(",") if host.strip()]
     if "*" not in hosts:
         hosts += [host for host in OURS if host not in hosts]
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(hosts)
@@ -121,12 +122,12 @@ def _build_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         )
     check.add_argument("--resolved", action="store_true", help="print every setting as well, defaults included")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    run.add_argument("--again", action="store_true", help="measure and judge again although nothing changed")
+    run.add_argument("--again", action="store_true", help="measure again and decide anew although nothing changed")
     gate = _command(
         commands,
         "gate",
         "flows.commands.gate:gate_again",
-        "judge a build's stored reports again, by another policy; runs nothing",
+        "the verdict on a build's stored reports by another policy; runs nothing",
     )
     _named(gate, version=False)
     gate.add_argument("--policy", type=Path, metavar="FILE", help="a config, or a file of gate keys; default: its own")
@@ -137,7 +138,10 @@ def _build_commands(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _review_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     review = _command(
-        commands, "review", "flows.commands.review:review", "show what waits for a decision, with the gate's table"
+        commands,
+        "review",
+        "flows.commands.review:review",
+        "show the version that waits for a decision, with the gate's table",
     )
     _named(review)
     for name, text in (("approve", "approve a version for promotion"), ("reject", "reject a version")):
@@ -151,28 +155,33 @@ def _serving_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     promote = _command(
         commands,
         "promote",
-        "flows.commands.operate:promote",
+        "flows.commands.promote:promote",
         "put an approved version behind the proxy, dropping no request",
     )
     _named(promote)
     promote.add_argument(
         "--dry-run", action="store_true", help="verify the digests and print the steps, change nothing"
     )
-    rollback = _command(commands, "rollback", "flows.commands.operate:rollback", "put the release before this one back")
+    rollback = _command(commands, "rollback", "flows.commands.promote:rollback", "put the release before this one back")
     _named(rollback, version=False)
-    rollback.add_argument("--dry-run", action="store_true", help="print what would serve, change nothing")
-    status = _command(commands, "status", "flows.commands.operate:status", "what serves, what runs, what waits")
+    rollback.add_argument("--dry-run", action="store_true", help="print the release that would serve, change nothing")
+    status = _command(
+        commands,
+        "status",
+        "flows.commands.housekeeping:status",
+        "the live releases, running builds and waiting versions",
+    )
     _named(status, version=False)
     status.add_argument("--json", action="store_true", help="for programs")
     logs = _command(
-        commands, "logs", "flows.commands.operate:logs", "print a log: of what serves, or of a build's stages"
+        commands, "logs", "flows.commands.housekeeping:logs", "print a log: of the live server, or of a build's stage"
     )
     _named(logs, version=False)
     logs.add_argument("--stage", help="a stage of the last build instead of the server")
     logs.add_argument("-n", "--lines", type=int, default=50)
     logs.add_argument("-f", "--follow", action="store_true")
     chat = _command(
-        commands, "chat", "flows.commands.operate:chat", "talk to what serves, or to a candidate before approval"
+        commands, "chat", "flows.commands.chat:chat", "talk to the live release, or to a candidate before approval"
     )
     _named(chat, version=False)
     chat.add_argument(
@@ -184,22 +193,36 @@ def _serving_commands(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _house_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     cancel = _command(
-        commands, "cancel", "flows.commands.operate:cancel", "stop a running build; the next run goes on where it was"
+        commands,
+        "cancel",
+        "flows.commands.housekeeping:cancel",
+        "stop a running build; the next run goes on where it was",
     )
     _named(cancel, version=False)
     gc = _command(
-        commands, "gc", "flows.commands.operate:gc", "delete what no release, candidate or recent build needs"
+        commands,
+        "gc",
+        "flows.commands.housekeeping:gc",
+        "delete artefacts that no release, candidate or recent build needs",
     )
-    gc.add_argument("--dry-run", action="store_true", help="print what would go and how much it frees")
-    gc.add_argument("--keep-days", type=_days, default=7.0, help="keep what is younger; default 7")
+    gc.add_argument(
+        "--dry-run", action="store_true", help="print the folders and how much disk they take, delete nothing"
+    )
+    gc.add_argument("--keep-days", type=_days, default=7.0, help="keep younger folders; default 7")
     doctor = _command(
-        commands, "doctor", "flows.commands.check:doctor", "say what this machine lacks and how to get it"
+        commands, "doctor", "flows.commands.check:doctor", "list what is missing on this machine and how to get it"
     )
-    doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="also check what this config needs")
+    doctor.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="also check the needs of this config")
     demo = _command(
         commands, "demo", "flows.commands.demo:demo", "the whole chain on a small model, with a visible approval"
     )
     demo.add_argument("--reviewer", default="demo", help="the name under which the demo approves")
+    demo.add_argument("--data-only", action="store_true", help="write the demo's data and stop")
+    setup = _command(commands, "setup", "flows.commands.setup:setup", "make the locked environments, or update them")
+    setup.add_argument(
+        "names", nargs="*", metavar="NAME", help="such as judges or autoawq; default: control train serve"
+    )
+    setup.add_argument("--device", choices=("cpu", "cuda"), help="default: as installed, or cpu")
     up = _command(
         commands,
         "up",
@@ -207,25 +230,45 @@ def _house_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "start Prefect's and MLflow's pages, the worker and the deployments",
     )
     up.add_argument(
-        "config", type=Path, nargs="?", metavar="CONFIG", help="what the deployments build; default: the demo"
+        "config",
+        type=Path,
+        nargs="?",
+        metavar="CONFIG",
+        help="the config that the deployments build; default: the demo's",
     )
     up.add_argument("--data-dir", type=Path, help="where relative dataset paths start; default: beside CONFIG")
+    deploy = _command(
+        commands,
+        "deploy",
+        "flows.deployments:deploy_config",
+        "tell the Prefect server of PREFECT_API_URL a config's deployments; starts no worker",
+    )
+    deploy.add_argument("config", type=Path, metavar="CONFIG", help="the config that the deployments build")
+    deploy.add_argument(
+        "data_dir", type=Path, nargs="?", metavar="DATA_DIR", help="where its runs find relative datasets"
+    )
+    deploy.add_argument(
+        "--pool",
+        choices=("process", "kubernetes"),
+        default="process",
+        help="where its runs are: a worker, or a cluster",
+    )
     manifests = _command(
         commands,
         "manifests",
         "flows.deployments:show",
-        "print what a cluster needs for builds of a config; applies nothing",
+        "print the Kubernetes manifests for builds of a config; applies nothing",
     )
     manifests.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file with a section `kubernetes`")
     manifests.add_argument("--jobs", action="store_true", help="print the jobs of its flow runs and stages instead")
-    _command(commands, "down", "flows.commands.services:down", "stop everything that tunegate started here")
+    _command(commands, "down", "flows.commands.services:down", "stop everything that tunegate started on this machine")
 
 
 def _days(text: str) -> float:
-    """A number of days, which isn't negative; argparse says what is wrong with another."""
+    """A number of days of at least 0; argparse prints the error."""
     days = float(text) if text.replace(".", "", 1).isdecimal() else -1.0
     if days < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of days, such as 7 or 0.5")
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of days, such as 7 or 0.5")
     return days
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -242,13 +243,16 @@ def _prefect_deploy(planned: Mapping[str, Any]) -> None:
         )
 
 
-def main() -> None:
-    """`python -m flows.deployments CONFIG [DATA_DIR] [--pool kubernetes]`: the deployments alone, where `tunegate up` starts no worker."""
-    parser = argparse.ArgumentParser(prog="python -m flows.deployments")
-    parser.add_argument("config", type=Path)
-    parser.add_argument("data_dir", type=Path, nargs="?", help="as the pool's runs see it")
-    parser.add_argument("--pool", choices=("process", "kubernetes"), default="process")
-    options = parser.parse_args()
+def deploy_config(options: argparse.Namespace) -> int:
+    """`tunegate deploy`: a config's deployments alone, where `tunegate up` starts no worker.
+
+    Raises ConfigError when the config is wrong, ServingError when no Prefect server is named.
+    """
+    if not os.environ.get("PREFECT_API_URL"):
+        raise ServingError(
+            "PREFECT_API_URL is not set",
+            remedy="PREFECT_API_URL=http://HOST:4200/api tunegate deploy CONFIG, or tunegate up for a server here",
+        )
     (store.home() / "services").mkdir(parents=True, exist_ok=True)
     if options.pool == "kubernetes":
         config = _cluster_config(options.config)
@@ -258,6 +262,14 @@ def main() -> None:
     else:
         names = deploy(rendered(options.config, options.data_dir), POOL)
     print(*names, sep="\n")
+    return 0
+
+
+def main() -> None:
+    """`python -m flows.deployments`: the same as `tunegate deploy`."""
+    from flows import cli
+
+    cli.main(["deploy", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Promotion as a Prefect flow: pipeline.deployment.steps as named tasks, and what the terminal calls.
+"""Promotion as a Prefect flow: each step of pipeline.deployment.steps.STEPS is a task of its name.
 
-From a terminal the steps run as a flow when a Prefect server answers, so that they show there, and without
-Prefect otherwise: starting a temporary server takes longer than a promotion's own work, and bringing an old
-release back must never wait for one. The order of the steps is deployment.promote's in both.
+From a terminal the steps run as a flow when a Prefect server answers, so that they show there. Otherwise they run
+without Prefect: a temporary server takes longer to start than a promotion's own work, and a rollback must never
+wait for one. Both take the steps in the table's order, with its retries and time limits.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.artifacts import Release
 from pipeline.config.schema import Config
 from pipeline.deployment import promote as deployment
 from pipeline.deployment.state import Deployment
-from pipeline.deployment.steps import Promotion, Step
+from pipeline.deployment.steps import Promotion, PromotionStep
 from pipeline.environments.interpreters import Environment
 from pipeline.errors import RegistryError, RoutingError, ServingError
 from pipeline.program import Event
@@ -33,10 +33,8 @@ from pipeline.registry import versions
 from pipeline.serving import runtimes
 
 SetChampion = Callable[[str, str], None]
-# A server that doesn't start or answer is news, not noise; Caddy and MLflow may be told again.
-RETRIES = {"switch": 2, "alias": 3}
 RETRY_DELAY_S = 2
-ANSWERS_WITHIN_S = 2.0  # a Prefect server that is silent for longer is away: steps are then taken without it
+ANSWERS_WITHIN_S = 2.0  # a Prefect server that is silent for longer is away: the steps run without it
 
 
 @flow(name="promote", flow_run_name="promote-{name}", persist_result=False)
@@ -48,8 +46,8 @@ def promote(name: str, version: str | None = None) -> dict[str, Any]:
     release = versions.release(name, version)
     config = versions.config_of(release.run_id)
     environment = runtimes.environment_of(config.model_dump(mode="json"))
-    logged = progress.logged(get_run_logger())
-    _take_steps(Promotion(release, config, environment, versions.set_champion, logged))
+    on_event = progress.logged(get_run_logger())
+    _take_steps(Promotion(release, config, environment, versions.set_champion, on_event))
     return deployment.status(name).model_dump(mode="json")
 
 
@@ -62,7 +60,7 @@ def run(
 ) -> None:
     """Bring a release to where clients reach it; one that serves already is left alone at once.
 
-    Raises the TunegateErrors of deployment.promote, as they are, whether Prefect was in between or not.
+    Raises the TunegateErrors of deployment.promote unchanged, with Prefect and without it.
     """
     promotion = Promotion(release, config, environment, set_champion, on_event)
     if deployment.is_settled(promotion):
@@ -81,8 +79,8 @@ def run(
 
 
 def _take_steps(promotion: Promotion) -> Deployment:
-    """Take the steps as Prefect tasks and leave an artifact that says what serves now."""
-    made = deployment.promote(promotion, as_task)
+    """Take the steps as Prefect tasks and leave an artifact with the deployment's status."""
+    record = deployment.promote(promotion, as_task)
     now = deployment.status(promotion.name)
     lines = "\n".join(now.lines())
     create_markdown_artifact(
@@ -90,31 +88,32 @@ def _take_steps(promotion: Promotion) -> Deployment:
     )
     if now.url:
         create_link_artifact(f"{now.url}/v1/models", key="proxy", link_text=f"{now.name} v{now.version}")
-    return made
+    return record
 
 
-def as_task(name: str, step: Step, promotion: Promotion) -> None:
-    """Take one step as a Prefect task of that name; its error comes out as it is."""
-    named = _step.with_options(
-        name=name,
-        retries=RETRIES.get(name, 0),
+def as_task(step: PromotionStep, promotion: Promotion) -> None:
+    """Take one step as a Prefect task of its name; its error comes out unchanged."""
+    timeout_s = step.timeout_s(promotion.config)
+    run_task = _step.with_options(
+        name=step.name,
+        retries=step.retries,
         retry_delay_seconds=RETRY_DELAY_S,
         retry_condition_fn=_worth_retrying,
-        timeout_seconds=_timeout_s(name, promotion.config),
+        timeout_seconds=timeout_s,
     )
     try:
-        named(name, step, promotion)
+        run_task(step, promotion)
     except TimeoutError as error:
         raise ServingError(
-            f"{name} took longer than {_timeout_s(name, promotion.config):.0f} s",
+            f"{step.name} took longer than {timeout_s:.0f} s",
             key=promotion.name,
             remedy="tunegate status",
         ) from error
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def _step(name: str, step: Step, promotion: Promotion) -> None:
-    deployment.directly(name, step, promotion)
+def _step(step: PromotionStep, promotion: Promotion) -> None:
+    deployment.directly(step, promotion)
 
 
 def _worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -122,26 +121,15 @@ def _worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> 
         state.result()
     except (RoutingError, RegistryError, OSError):
         return True
-    except Exception:  # noqa: BLE001 - whatever it was, trying again doesn't mend it
+    except Exception:  # noqa: BLE001 - any other error stays the same when the step is repeated
         return False
     return False
 
 
-def _timeout_s(name: str, config: Config) -> float:
-    """How long a step may take: what its own settings allow, and something on top."""
-    serve, proxy = config.serve, config.promote
-    allowed = {
-        "verify": 3600,
-        "start": serve.startup_timeout,
-        "drain": proxy.drain_timeout + serve.shutdown_timeout,
-    }
-    return 120.0 + allowed.get(name, 480)
-
-
 def _prefect_url() -> str | None:
     """The API of a Prefect server that answers: the environment's, or the one that `tunegate up` started."""
-    noted = store.home() / "services" / "prefect-api-url"
-    url = os.environ.get("PREFECT_API_URL") or (noted.read_text(encoding="utf-8").strip() if noted.is_file() else "")
+    note = store.home() / "services" / "prefect-api-url"
+    url = os.environ.get("PREFECT_API_URL") or (note.read_text(encoding="utf-8").strip() if note.is_file() else "")
     try:
         return url if url and httpx.get(f"{url}/health", timeout=ANSWERS_WITHIN_S).is_success else None
     except httpx.HTTPError:

@@ -1,6 +1,6 @@
-"""`tunegate demo`: the commands a user would type, typed in turn, on made-up support tickets and a small model.
+"""`tunegate demo`: the commands of a user, typed in turn, on made-up support tickets and a small model.
 
-Nothing here is a path of its own: it writes the demo's data, runs the same commands, and asks the proxy one question.
+It writes the demo's data, runs the same commands as a user, and asks the proxy one question.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ SEED = 42
 
 
 def demo(options: argparse.Namespace) -> int:
-    """From base model to an answer through the proxy; a second time only the answer is new."""
-    started = time.monotonic()
-    folder = store.home() / "demo"
-    if not (folder / "tickets-holdout.jsonl").is_file():
-        demo_tickets.write(folder, **ROWS, seed=SEED)
-    print(f"tickets: {folder}/tickets-train.jsonl and {folder}/tickets-holdout.jsonl")
+    """From base model to an answer through the proxy; a second time only the answer is new.
+
+    With `--data-only` the demo's data is written and nothing else happens.
+    """
+    began = time.monotonic()
+    folder = _write_data()
+    if options.data_only:
+        print(f"next: tunegate run {CONFIG} --data-dir {folder}")
+        return 0
     _typed("run", str(CONFIG), "--data-dir", str(folder))
     candidate = waiting(NAME)
     if candidate:
@@ -38,9 +41,19 @@ def demo(options: argparse.Namespace) -> int:
     _typed("promote", NAME)
     _ask(folder / "tickets-holdout.jsonl")
     print(
-        f"\n{time.monotonic() - started:.0f} s. It serves until `make down`. Look around: make up, tunegate status, tunegate chat {NAME}"
+        f"\n{time.monotonic() - began:.0f} s. It serves until tunegate down."
+        f" Look around: tunegate up, tunegate status, tunegate chat {NAME}"
     )
     return 0
+
+
+def _write_data() -> Path:
+    """Write the demo's tickets where they aren't yet; returns their folder."""
+    folder = store.home() / "demo"
+    if not (folder / "tickets-holdout.jsonl").is_file():
+        demo_tickets.write(folder, **ROWS, seed=SEED)
+    print(f"tickets: {folder}/tickets-train.jsonl and {folder}/tickets-holdout.jsonl")
+    return folder
 
 
 def _typed(*arguments: str) -> None:
@@ -48,20 +61,20 @@ def _typed(*arguments: str) -> None:
     print(f"\n$ tunegate {shlex.join(arguments)}", flush=True)
     try:
         cli.main(arguments)
-    except SystemExit as ended:
-        if ended.code:
+    except SystemExit as end:
+        if end.code:
             raise
 
 
 def _ask(holdout: Path) -> None:
-    """Send one held-out ticket through the proxy and print what came back beside what was expected."""
+    """Send one held-out ticket through the proxy and print the answer beside the expected one."""
     live = promote.status(NAME)
     row = json.loads(random.choice(holdout.read_text(encoding="utf-8").splitlines()))  # noqa: S311 - any ticket will do
-    *prompt, expected = row["messages"]
+    *prompt, reference = row["messages"]
     began = time.monotonic()
     with chat.client(str(live.url), 120) as http:
         answer = chat.complete(http, NAME, prompt, max_tokens=128)
     print(f'\n$ curl {live.url}/v1/chat/completions -d \'{{"model": "{NAME}", "messages": […]}}\'')
     print(f"  ticket    {prompt[-1]['content']}")
     print(f"  answer    {answer.text}  ({time.monotonic() - began:.1f} s)")
-    print(f"  expected  {expected['content']}")
+    print(f"  expected  {reference['content']}")

@@ -272,9 +272,7 @@ class EvaluateConfig(Section):
     """Greedy answers of the served model on the holdout."""
 
     scorers: tuple[Scorer, ...] = (Scorer(metric="exact_match"),)
-    tasks: tuple[TaskConfig, ...] = Field(
-        (), description="needs the environment judges: python3 -m pipeline.environments.install judges"
-    )
+    tasks: tuple[TaskConfig, ...] = Field((), description="needs the environment judges: tunegate setup judges")
     judges: tuple[JudgeConfig, ...] = ()
     max_items: PositiveInt | None = Field(None, description="holdout rows used; default: all")
     max_tokens: PositiveInt = 256

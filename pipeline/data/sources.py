@@ -51,7 +51,7 @@ class ConfigSource:
         folder = home() / "demo"
         return replace(
             problem,
-            remedy=f"write it, as tunegate demo does: python3 -m pipeline.data.demo_tickets {folder}, then --data-dir {folder}",
+            remedy=f"tunegate demo --data-only, then the same command with --data-dir {folder}",
         )
 
 

@@ -1,4 +1,4 @@
-"""What Caddy is told: which requests pass, which are refused and how, and where the rest is sent.
+"""Caddy's config: which requests pass, which are refused and how, and where the rest is sent.
 
 Errors have the form of OpenAI's, so that clients' libraries understand them. Pure functions of the settings.
 """
@@ -21,8 +21,8 @@ ALLOWED = (
 RETRY_AFTER_S = 5
 TRY_FOR_S = 5
 MAX_BODY_BYTES = 16 * 2**20
-# How long requests through an address that the proxy has left may take; the drain, or whoever stops Caddy, ends them
-# sooner. The same for all settings: loading a config that differs in this alone would lose requests.
+# The longest time for requests through an address that the proxy has left. The drain, or a stop of Caddy, ends them
+# sooner. It is the same for all settings: loading a config that differs in this alone would lose requests.
 GRACE_PERIOD = "1h"
 
 
@@ -48,16 +48,16 @@ def caddy_config(promote: PromoteConfig) -> dict[str, Any]:
 
 def _routes(promote: PromoteConfig) -> list[dict[str, Any]]:
     """Unknown paths, missing keys and a missing upstream are answered here; the rest is handed on."""
-    known = [{"method": [method], "path": [path]} for method, path in ALLOWED]
-    allowed = ", ".join(" ".join(pair) for pair in ALLOWED)
-    unknown = _error(404, f"Unknown path or method; there are {allowed}.", "not_found")
+    endpoints = [{"method": [method], "path": [path]} for method, path in ALLOWED]
+    listing = ", ".join(" ".join(pair) for pair in ALLOWED)
+    unknown = _error(404, f"Unknown path or method; there are {listing}.", "not_found")
     routes: list[dict[str, Any]] = []
     if not is_loopback(promote.host):
         header = {"Authorization": [f"Bearer {{env.{promote.api_key_env}}}"]}
         refusal = _error(401, "The API key is missing or wrong.", "invalid_api_key")
         refusal["headers"]["WWW-Authenticate"] = ["Bearer"]
         routes.append({"match": [{"not": [{"header": header}]}], "handle": [refusal]})
-    routes.append({"match": [{"not": known}], "handle": [unknown]})
+    routes.append({"match": [{"not": endpoints}], "handle": [unknown]})
     nobody = _unavailable("No model is being served.")
     routes.append({"match": [{"vars": {"{file.upstream}": [""]}}], "handle": [nobody]})
     routes += [_passed(method, path) for method, path in ALLOWED]
@@ -69,14 +69,14 @@ def _passed(method: str, path: str) -> dict[str, Any]:
     proxy = {
         "handler": "reverse_proxy",
         "upstreams": [{"dial": "{file.upstream}"}],
-        # Only a refused connection is tried again, with the address read anew: so a server that starts again
-        # is waited for, and no request reaches a model twice.
+        # Only a refused connection is tried again, with the address read anew: a server that starts again is
+        # waited for, and no request reaches a model twice.
         "load_balancing": {"try_duration": f"{TRY_FOR_S}s", "try_interval": "100ms"},
         "headers": {"request": {"delete": ["Authorization"]}},
-        # vLLM closes idle connections after 5 s; closed before, none goes away under a request.
+        # vLLM closes idle connections after 5 s. Caddy closes them before, so none goes away under a request.
         "transport": {"protocol": "http", "keep_alive": {"idle_timeout": "2s"}, "compression": False},
-        # flush_interval stays unset: event streams are flushed at once anyway, and with -1 a request whose
-        # client has gone would occupy the model to its end.
+        # flush_interval stays unset: event streams are flushed at once anyway. With -1 a request whose client
+        # has gone would occupy the model to its end.
     }
     rewrite = {"handler": "rewrite", "uri": path}
     limit = {"handler": "request_body", "max_size": MAX_BODY_BYTES}
@@ -84,13 +84,13 @@ def _passed(method: str, path: str) -> dict[str, Any]:
 
 
 def _error_routes() -> list[dict[str, Any]]:
-    gone = {"match": [{"expression": "{http.error.status_code} in [502, 503, 504]"}]}
+    unreachable = {"match": [{"expression": "{http.error.status_code} in [502, 503, 504]"}]}
     large = {"match": [{"expression": "{http.error.status_code} == 413"}]}
     rest = _error("{http.error.status_code}", "{http.error.status_text}", "bad_request")
     too_large = _error(413, f"The body is larger than {MAX_BODY_BYTES} bytes.", "too_large")
     unavailable = _unavailable("The model's server does not answer now.")
     return [
-        {**gone, "handle": [unavailable], "terminal": True},
+        {**unreachable, "handle": [unavailable], "terminal": True},
         {**large, "handle": [too_large], "terminal": True},
         {"handle": [rest]},
     ]
@@ -117,12 +117,12 @@ def is_loopback(host: str) -> bool:
 
 
 def client_url(promote: PromoteConfig) -> str:
-    """Where a client on this machine finds the proxy."""
+    """The proxy's URL for a client on this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(promote.host, promote.host)  # noqa: S104 - read, not bound
     return f"http://[{host}]:{promote.port}" if ":" in host else f"http://{host}:{promote.port}"
 
 
 def url_of(config: dict[str, Any]) -> str:
-    """Where a client finds the proxy that has this config."""
+    """The URL for clients of a proxy with this config."""
     host, _, port = config["apps"]["http"]["servers"]["tunegate"]["listen"][0].rpartition(":")
     return client_url(PromoteConfig(host=host.strip("[]"), port=int(port)))

@@ -1,8 +1,8 @@
-"""Promotion, rollback, status and stop of what serves, as plain steps that `kill -9` can't confuse.
+"""Promotion, rollback, status and stop of a deployment, as plain steps that `kill -9` can't confuse.
 
-What is wanted is written down before its server starts. Until the proxy is switched a failure stops the new
-server and leaves the old one serving and the alias where it was; after the switch the same command, or the
-next, goes forward. A rollback is the promotion of the release that was live before.
+The target of a promotion is written down before its server starts. A failure before the proxy is switched stops the
+new server; the old one goes on serving and the alias stays. After the switch the same command, or the next, goes
+forward. A rollback is the promotion of the release that was live before.
 
 Limits: one machine; two servers side by side must fit its memory.
 """
@@ -16,100 +16,91 @@ from pathlib import Path
 
 from pipeline import store
 from pipeline.config.schema import Config
-from pipeline.deployment import proxy as routing
-from pipeline.deployment import state
+from pipeline.deployment import proxy, state, steps
 from pipeline.deployment.proxy import Proxy
 from pipeline.deployment.state import Deployment, Placement
 from pipeline.deployment.status import Status
-from pipeline.deployment.steps import STEPS, Promotion, Step, abandon, note_a_switch, stop_server
+from pipeline.deployment.steps import Progress, Promotion, PromotionStep
 from pipeline.errors import ConfigError, RoutingError, ServingError
 from pipeline.serving import serve
 from pipeline.serving.server import Server
 
-Each = Callable[[str, Step, Promotion], None]
+StepRunner = Callable[[PromotionStep, Promotion], None]
 
 
-def directly(name: str, step: Step, promotion: Promotion) -> None:
-    """Take one step and tell how long it took."""
-    started = time.monotonic()
-    promotion.on_event({"event": "stage", "stage": name, "state": "running"})
+def directly(step: PromotionStep, promotion: Promotion) -> None:
+    """Take one step and tell how long it took (seconds)."""
+    began = time.monotonic()
+    event = {"event": "stage", "stage": step.name}
+    promotion.on_event({**event, "state": "running"})
     try:
-        step(promotion)
+        step.take(promotion)
     except BaseException:
-        promotion.on_event({"event": "stage", "stage": name, "state": "failed", "seconds": time.monotonic() - started})
+        promotion.on_event({**event, "state": "failed", "seconds": time.monotonic() - began})
         raise
-    promotion.on_event({"event": "stage", "stage": name, "state": "done", "seconds": time.monotonic() - started})
+    promotion.on_event({**event, "state": "done", "seconds": time.monotonic() - began})
 
 
-def promote(promotion: Promotion, each: Each = directly) -> Deployment:
-    """Bring the release to where clients reach it; what is done already isn't done again.
+def promote(promotion: Promotion, run_step: StepRunner = directly) -> Deployment:
+    """Bring the release to where clients reach it; a step that is done already isn't taken again.
 
-    `each` takes one named step; flows/promote.py makes it a Prefect task.
+    `run_step` takes one step; flows/promote.py makes it a Prefect task.
 
-    Raises Busy when another command changes this deployment, ReviewError when the unit isn't what was
-    approved, ServingError when the new server doesn't start or answer, RoutingError when the proxy can't be
-    told.
+    Raises Busy when another command changes this deployment, ReviewError when the unit isn't the approved one,
+    ServingError when the new server doesn't start or answer, RoutingError when the proxy can't be told.
     """
     name = promotion.name
     with store.lock(f"deployment/{name}", wait=False):
-        note_a_switch(name)
-        steps = due(promotion)
-        if "verify" not in steps:  # what is live is what is asked for; drop anything else that was under way
-            abandon(name)
-        for step in steps:
+        steps.note_a_switch(name)
+        progress = _progress(promotion)
+        if progress.serves:  # anything else that was under way is dropped
+            steps.abandon(name)
+        for step in steps.due(progress):
             try:
-                each(step, STEPS[step], promotion)
+                run_step(step, promotion)
             except BaseException:
-                abandon(name)
+                steps.abandon(name)
                 raise
         return state.read(name)
 
 
-def due(promotion: Promotion) -> tuple[str, ...]:
-    """The steps that are missing until the release serves; none when it does.
-
-    Waits for a live server that is being restarted.
-    """
+def _progress(promotion: Promotion) -> Progress:
+    """How far the promotion has come; waits for a live server that is being restarted."""
     deployment = state.read(promotion.name)
     if not _serves(deployment, promotion):
-        return tuple(STEPS)
+        return Progress(deployment, serves=False, is_routed=False)
     live = deployment.live
     folder = state.proxy_folder(promotion.name)
-    proxy = routing.find(folder) if routing.matches(promotion.config.promote, folder) else None
-    routed = live and live.server and proxy and routing.current(proxy) == live.server.url
-    missing = {
-        "switch": not routed,
-        "drain": bool(deployment.leaving),
-        "alias": deployment.champion != promotion.release.version,
-    }
-    return tuple(step for step, wanted in missing.items() if wanted)
+    running = proxy.find(folder) if proxy.matches(promotion.config.promote, folder) else None
+    is_routed = bool(live and live.server and running and proxy.current(running) == live.server.url)
+    return Progress(deployment, serves=True, is_routed=is_routed)
 
 
 def is_settled(promotion: Promotion) -> bool:
     """Whether the release serves already and nothing else is under way: promoting it would do nothing."""
-    return not due(promotion) and state.read(promotion.name).wanted is None
+    return not steps.due(_progress(promotion)) and state.read(promotion.name).wanted is None
 
 
 def loss(name: str, config: Config) -> str | None:
-    """Why a promotion with this config would drop requests, although promotions don't; None where it drops none.
+    """The reason why a promotion with this config would drop requests; None where it drops none.
 
     Raises ConfigError when the proxy needs a key that isn't set, RoutingError when it couldn't listen at its port.
     """
-    routing.preflight(config.promote, state.proxy_folder(name))
-    return routing.loss(config.promote, state.proxy_folder(name))
+    proxy.preflight(config.promote, state.proxy_folder(name))
+    return proxy.loss(config.promote, state.proxy_folder(name))
 
 
 def previous(name: str) -> Placement | None:
-    """What `rollback` brings back, or None; a rollback that was cut short keeps its target.
+    """The placement that `rollback` brings back, or None; a rollback that was cut short keeps its target.
 
-    Its config is the one it was served with, but for the proxy, which stays where clients find it now.
+    Its config is the one it was served with, except for `promote`: the proxy stays where clients find it now.
     """
     deployment = state.read(name)
-    live, wanted = deployment.live, deployment.wanted
+    live, incoming = deployment.live, deployment.wanted
     earlier = {placement.release.version for placement in deployment.history}
-    if wanted is not None and wanted.release.version in earlier:
-        target = wanted
-    elif live is not None and deployment.went_back and deployment.is_unfinished:
+    if incoming is not None and incoming.release.version in earlier:
+        target = incoming
+    elif live is not None and deployment.went_back and steps.unfinished(deployment):
         target = live
     elif deployment.history:
         target = deployment.history[-1]
@@ -120,7 +111,7 @@ def previous(name: str) -> Placement | None:
 
 
 def stop(name: str, timeout_s: float = 10.0) -> bool:
-    """Stop the deployment's servers and proxy; what is in flight has `timeout_s` (seconds).
+    """Stop the deployment's servers and proxy; requests in flight have `timeout_s` (seconds) to end.
 
     The next promote starts them again. Returns whether there was a deployment.
     """
@@ -128,45 +119,41 @@ def stop(name: str, timeout_s: float = 10.0) -> bool:
         return False
     with store.lock(f"deployment/{name}", wait=False):
         deployment = state.read(name)
-        proxy = routing.find(state.proxy_folder(name))
-        if proxy is not None:
-            routing.stop(proxy, timeout_s)
-        routing.forget_upstream(state.proxy_folder(name))
+        running = proxy.find(state.proxy_folder(name))
+        if running is not None:
+            proxy.stop(running, timeout_s)
+        proxy.forget_upstream(state.proxy_folder(name))
         placements = [deployment.live, deployment.wanted, deployment.kept, *deployment.leaving]
         for placement in placements:
             if placement is not None:
-                stop_server(placement, timeout_s)
+                steps.stop_server(placement, timeout_s)
         live = deployment.live.model_copy(update={"server": None}) if deployment.live else None
         state.write(deployment.with_changes(live=live, wanted=None, kept=None, leaving=()))
     return True
 
 
 def status(name: str) -> Status:
-    """How the deployment is now, asked of its processes; MLflow isn't needed.
+    """The deployment's status now, asked of its processes; MLflow isn't needed.
 
     Raises RoutingError when its proxy hangs.
     """
     deployment = state.read(name)
     live = deployment.live
-    proxy = routing.find(state.proxy_folder(name))
-    missing = {
-        "drain": bool(deployment.leaving),
-        "alias": live is not None and deployment.champion != live.release.version,
-    }
-    found = Status(
+    running = proxy.find(state.proxy_folder(name))
+    report = Status(
         name=name,
         state="none" if live is None else "stopped",
         since=deployment.since,
-        url=proxy.url if proxy else None,
-        proxy_pid=proxy.pid if proxy else None,
+        url=running.url if running else None,
+        proxy_pid=running.pid if running else None,
         wanted=_version(deployment.wanted),
         kept=_version(deployment.kept),
-        unfinished=tuple(step for step, is_missing in missing.items() if is_missing),
+        unfinished=steps.unfinished(deployment),
         previous=tuple(placement.release.version for placement in deployment.history),
     )
     if live is None:
-        return found
-    found = found.model_copy(
+        return report
+    report = report.model_copy(
         update={
             "version": live.release.version,
             "unit_digest": live.release.unit.digest,
@@ -174,18 +161,18 @@ def status(name: str) -> Status:
             "runtime": live.release.unit.runtime,
         }
     )
-    return found if live.server is None else _with_server(found, live, live.server, proxy)
+    return report if live.server is None else _with_server(report, live, live.server, running)
 
 
-def _with_server(found: Status, live: Placement, server: Server, proxy: Proxy | None) -> Status:
+def _with_server(report: Status, live: Placement, server: Server, running: Proxy | None) -> Status:
     now = serve.condition(server)
     proxy_ok = False
-    if now.healthy and proxy is not None and routing.current(proxy) == server.url:
+    if now.healthy and running is not None and proxy.current(running) == server.url:
         with suppress(RoutingError, ConfigError):
-            routing.check(proxy, live.settings().promote)
+            proxy.check(running, live.settings().promote)
             proxy_ok = True
     coming = now.state in ("starting", "restarting") or (now.state == "running" and not now.healthy)
-    return found.model_copy(
+    return report.model_copy(
         update={
             "state": "live" if proxy_ok else "restarting" if coming else "down",
             "proxy_ok": proxy_ok,
@@ -221,12 +208,12 @@ def _serves(deployment: Deployment, promotion: Promotion) -> bool:
     if live is None or live.server is None or not live.is_of(promotion.release, promotion.config):
         return False
     until = time.monotonic() + promotion.config.serve.startup_timeout
-    told = False
+    has_told = False
     while serve.is_alive(live.server) and time.monotonic() < until:
         if serve.condition(live.server).healthy:
             return True
-        if not told:
+        if not has_told:
             promotion.on_event({"event": "message", "text": "the server is not answering; waiting for its restart"})
-            told = True
+            has_told = True
         time.sleep(0.2)
     return False

@@ -1,14 +1,14 @@
-"""The only file that knows Caddy: one proxy a deployment, in front of whichever server is live.
+"""The process that clients reach: one Caddy a deployment, in front of the live server.
 
-The live server's address stands in a file of its own, `upstream`, which Caddy reads at each request
-(`{file.upstream}`), so switching is one rename. Loading a new Caddy config instead closes idle keep-alive
-connections while clients may be writing to them, which loses requests. Only settings of the proxy itself
-(address, whether a key is needed, limits) are loaded through the admin API, a unix socket in its folder.
+The live server's address stands in the file `upstream`, which Caddy reads at each request (`{file.upstream}`).
+So a switch is one rename. Loading a new Caddy config would close idle keep-alive connections while clients may be
+writing to them, and lose requests. Only settings of the proxy itself (address, whether a key is needed, limits) are
+loaded through the admin API, a unix socket in its folder.
 
-Which config a Caddy runs with is asked of itself: a command may be killed between telling Caddy and noting it.
+A running Caddy is asked for its own config: a command may be killed between telling Caddy and noting it.
 
-Limits: Linux (the socket tells Caddy's pid), plain HTTP/1.1 (TLS ends in front of it), one Caddy a folder;
-a changed key restarts Caddy. Of two homes on one machine that want one port at the same moment both may get it.
+Limits: Linux (the socket tells Caddy's pid), plain HTTP/1.1 (TLS ends in front of it), one Caddy a folder.
+A changed key restarts Caddy. If two homes on one machine take one port at the same moment, both may get it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from pipeline.files import write_json
 
 START_TIMEOUT_S = 15
 HANG_TIMEOUT_S = 10.0
-# What RFC 6750 lets a bearer token be; Caddy would read '*' as a wildcard and braces as a placeholder.
+# A bearer token by RFC 6750. Caddy would read '*' as a wildcard and braces as a placeholder.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9._~+/-]+=*")
 
 
 @dataclass(frozen=True)
 class Proxy:
-    """A running Caddy: its folder (config, log, admin socket, upstream), the URL clients use, its pid."""
+    """A running Caddy: its folder (config, log, admin socket, upstream), the URL for clients, its pid."""
 
     folder: Path
     url: str
@@ -51,10 +51,10 @@ class Proxy:
 
 
 def ensure(promote: PromoteConfig, folder: Path) -> Proxy:
-    """See that a Caddy with these settings runs in `folder`; one that is there and right is left alone.
+    """See that a Caddy with these settings runs in `folder`; one that runs with them already is left alone.
 
-    It outlives this process. A killed one is started again and goes on with the upstream that it had. Of two that
-    want one port at the same moment the second waits until the first listens, and is refused.
+    It outlives this process. A killed one is started again and goes on with its upstream. If two callers take one
+    port at the same moment, the second waits until the first listens, and is refused.
 
     Raises ConfigError when a key is needed and isn't set, RoutingError when Caddy can't listen or start.
     """
@@ -63,25 +63,25 @@ def ensure(promote: PromoteConfig, folder: Path) -> Proxy:
     if not (folder / "upstream").exists():
         _write(folder / "upstream", "")
     with store.lock(f"port/{promote.port}"):
-        return _ensured(promote, folder, key)
+        return _usable_proxy(promote, folder, key)
 
 
-def _ensured(promote: PromoteConfig, folder: Path, key: str | None) -> Proxy:
-    wanted = caddy_config(promote)
+def _usable_proxy(promote: PromoteConfig, folder: Path, key: str | None) -> Proxy:
+    config = caddy_config(promote)
     proxy = find(folder)
     if proxy is not None and not _is_usable(proxy, promote, key):
         stop(proxy, timeout_s=1)
         proxy = None
     if proxy is None:
-        return _start(folder, wanted, promote, key)
+        return _start(folder, config, promote, key)
     running = running_config(folder)
-    if running != wanted:
-        _load(proxy, running, wanted, promote)
+    if running != config:
+        _load(proxy, running, config, promote)
     return Proxy(folder, client_url(promote), proxy.pid)
 
 
 def preflight(promote: PromoteConfig, folder: Path) -> None:
-    """Raise what `ensure` would raise for a missing key or a taken port; change nothing."""
+    """Raise the errors of `ensure` for a missing key or a taken port; change nothing."""
     required_key(promote)
     proxy = find(folder)
     if proxy is None or proxy.url != client_url(promote):
@@ -89,7 +89,7 @@ def preflight(promote: PromoteConfig, folder: Path) -> None:
 
 
 def loss(promote: PromoteConfig, folder: Path) -> str | None:
-    """Why `ensure` would lose requests of the running proxy's clients, or None where it loses none; changes nothing.
+    """The reason why `ensure` would lose requests of the running proxy's clients, or None; changes nothing.
 
     Raises ConfigError as `required_key`.
     """
@@ -111,7 +111,12 @@ def check(proxy: Proxy, promote: PromoteConfig) -> None:
         with chat.client(proxy.url, START_TIMEOUT_S) as http:
             http.get("/v1/models", headers=client_headers(promote)).raise_for_status()
     except httpx.HTTPError as error:
-        raise RoutingError(f"the server can't be reached through the proxy: {error}", key=proxy.url) from error
+        raise RoutingError(
+            f"the server can't be reached through the proxy: {error}",
+            key=proxy.url,
+            file=str(proxy.folder / "caddy.log"),
+            remedy="tunegate status, and tunegate logs for the server; then the same command again",
+        ) from error
 
 
 def switch(proxy: Proxy, upstream: str | None) -> None:
@@ -123,7 +128,11 @@ def switch(proxy: Proxy, upstream: str | None) -> None:
     if upstream is not None:
         url = httpx.URL(upstream)
         if url.scheme != "http" or not url.host or url.port is None:
-            raise RoutingError(f"{upstream!r} is no upstream", allowed="http://HOST:PORT")
+            raise RoutingError(
+                f"{upstream!r} is not the address of a server",
+                allowed="http://HOST:PORT",
+                remedy="tunegate down, then tunegate promote, which starts a server anew",
+            )
         address = f"{url.host}:{url.port}"
     _write(proxy.folder / "upstream", address)
 
@@ -135,7 +144,7 @@ def forget_upstream(folder: Path) -> None:
 
 
 def current(proxy: Proxy) -> str | None:
-    """The upstream that requests go to now, or None."""
+    """The server that requests go to now, as a URL, or None."""
     return upstream_of(proxy.folder)
 
 
@@ -156,18 +165,26 @@ def find(folder: Path) -> Proxy | None:
         if pid is not None:
             return Proxy(folder, url_of(running_config(folder)), pid)
         if time.monotonic() > until:
-            raise RoutingError("the proxy's admin socket does not answer", file=str(folder / "caddy.log"))
+            raise _silent_proxy(folder, "no listener")
         time.sleep(0.02)
     return None
 
 
+def _silent_proxy(folder: Path, reason: str) -> RoutingError:
+    return RoutingError(
+        f"the proxy's admin socket does not answer: {reason}",
+        file=str(folder / "caddy.log"),
+        remedy=f"end the process that `fuser {folder / 'claim'}` names, then tunegate promote",
+    )
+
+
 def matches(promote: PromoteConfig, folder: Path) -> bool:
-    """Whether the proxy's config, the running one's or else the kept one, is what these settings ask for."""
+    """Whether the proxy's config, the running one or else the one on disk, is the config of these settings."""
     return (folder / "caddy.json").is_file() and running_config(folder) == caddy_config(promote)
 
 
 def stop(proxy: Proxy, timeout_s: float = 10.0) -> None:
-    """Stop accepting, let what is in flight finish for `timeout_s`, then end it; twice is no error."""
+    """Stop accepting, give requests in flight `timeout_s` (seconds), then end it; a second call does nothing."""
     process = processes.find(proxy.pid)
     if process is not None and _listener(proxy.folder) == proxy.pid:
         processes.end(process, timeout_s)
@@ -176,16 +193,16 @@ def stop(proxy: Proxy, timeout_s: float = 10.0) -> None:
 def required_key(promote: PromoteConfig) -> str | None:
     """The key that clients must send, or None where the proxy listens on loopback alone.
 
-    Raises ConfigError when it is needed and the variable is empty or no bearer token.
+    Raises ConfigError when it is needed and the variable is empty or not a bearer token.
     """
     if is_loopback(promote.host):
         return None
     key = os.environ.get(promote.api_key_env, "")
     if KEY_PATTERN.fullmatch(key):
         return key
-    what = "is not a bearer token" if key else "is not set"
+    defect = "is not a bearer token" if key else "is not set"
     raise ConfigError(
-        f"other machines reach {promote.host}, and {promote.api_key_env}, the API key's variable, {what}",
+        f"other machines reach {promote.host}, and {promote.api_key_env}, the API key's variable, {defect}",
         key="promote.host",
         allowed="letters, digits and -._~+/ (openssl rand -hex 32 makes one), or host: 127.0.0.1",
         remedy=f"export {promote.api_key_env}=$(openssl rand -hex 32), or set promote.host: 127.0.0.1, then tunegate run CONFIG",
@@ -221,22 +238,26 @@ def _start(folder: Path, config: dict[str, Any], promote: PromoteConfig, key: st
         time.sleep(0.02)
     child.kill()
     child.wait()
-    # Caddy says what is wrong to standard error, or to its log when the config got it that far.
+    # Caddy's error is in standard error, or in its log where the config got it that far.
     logs = [path for path in (log, folder / "caddy.log") if path.is_file() and path.stat().st_size]
-    said = logs[0].read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] if logs else []
-    raise RoutingError(f"the proxy did not start: {' '.join(said) or 'it said nothing'}", file=str((logs or [log])[0]))
+    last_lines = logs[0].read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:] if logs else []
+    raise RoutingError(
+        f"the proxy did not start: {' '.join(last_lines) or 'its log is empty'}",
+        file=str((logs or [log])[0]),
+        remedy="read the log, correct the promote section of the config, then tunegate run CONFIG and tunegate promote",
+    )
 
 
-def _load(proxy: Proxy, running: dict[str, Any], wanted: dict[str, Any], promote: PromoteConfig) -> None:
-    """Give a running Caddy another config; it keeps the old one when it can't take it.
+def _load(proxy: Proxy, running: dict[str, Any], config: dict[str, Any], promote: PromoteConfig) -> None:
+    """Give a running Caddy another config; if Caddy refuses it, the old one stays.
 
-    The config is kept before it is loaded, so that a full disk is met while clients are still answered.
+    The config is written to disk before it is loaded: a full disk then shows while clients are still answered.
     """
     if proxy.url != client_url(promote):
         _refuse_taken_port(promote)
-    write_json(proxy.folder / "caddy.json", wanted)
+    write_json(proxy.folder / "caddy.json", config)
     with admin(proxy.folder) as caddy:
-        answer = caddy.post("/load", json=wanted)
+        answer = caddy.post("/load", json=config)
     if answer.is_error:
         write_json(proxy.folder / "caddy.json", running)
         raise RoutingError(
@@ -247,12 +268,12 @@ def _load(proxy: Proxy, running: dict[str, Any], wanted: dict[str, Any], promote
 
 
 def _refuse_taken_port(promote: PromoteConfig) -> None:
-    """Two Caddys would share a port (SO_REUSEPORT) and each get half of the requests: refuse that."""
+    """Raise RoutingError when the port is taken: two Caddys would share it (SO_REUSEPORT), each with half of the requests."""
     if _connects(promote):
         raise RoutingError(
             f"something else listens on {promote.host}:{promote.port}",
             key="promote.port",
-            remedy="stop the other (`make down` stops tunegate's own), or set another promote.port, then tunegate run CONFIG,"
+            remedy="stop that process (`tunegate down` stops tunegate's own), or set another promote.port, then tunegate run CONFIG,"
             " which takes the promote section over without building anew",
         )
 
@@ -265,15 +286,15 @@ def _connects(promote: PromoteConfig) -> bool:
 
 
 def _is_usable(proxy: Proxy, promote: PromoteConfig, key: str | None) -> bool:
-    """Whether the running Caddy answers, and was started with this key, which can't be changed later."""
+    """Whether the running Caddy answers, and was started with this key: it can't be changed later."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         with chat.client(proxy.url, HANG_TIMEOUT_S) as http:
             status = http.get("/", headers=headers).status_code
     except httpx.HTTPError:
         return False
-    named = f"{{env.{promote.api_key_env}}}" in json.dumps(running_config(proxy.folder))
-    return key is None or (named and status == httpx.codes.NOT_FOUND)
+    reads_key = f"{{env.{promote.api_key_env}}}" in json.dumps(running_config(proxy.folder))
+    return key is None or (reads_key and status == httpx.codes.NOT_FOUND)
 
 
 @contextmanager
@@ -327,12 +348,11 @@ def admin(folder: Path, timeout_s: float = START_TIMEOUT_S) -> Iterator[httpx.Cl
             try:
                 yield client
             except httpx.HTTPError as error:
-                what = f"the proxy's admin socket does not answer: {error}"
-                raise RoutingError(what, file=str(folder)) from error
+                raise _silent_proxy(folder, str(error)) from error
 
 
 def running_config(folder: Path) -> dict[str, Any]:
-    """The config that the proxy in `folder` runs with, as it says itself; the kept one while none answers."""
+    """The config that the proxy in `folder` says it runs with; the one on disk while none answers."""
     with suppress(OSError, RoutingError, ValueError), admin(folder, HANG_TIMEOUT_S) as caddy:
         config = caddy.get("/config/").raise_for_status().json()
         if config:  # null in one that could not take its first config

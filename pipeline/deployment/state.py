@@ -1,7 +1,7 @@
-"""What a deployment remembers on disk: what is live, what is wanted, what is leaving, what was live before.
+"""A deployment's record on disk: the releases that are live, wanted, leaving, kept, and those that were live before.
 
-One JSON file a deployment, written beside and renamed, so that `kill -9` at any moment leaves either the
-old or the new record. No step is taken here; deployment.py reads this file, acts, and writes it again.
+One JSON file a deployment, written beside and renamed: `kill -9` at any moment leaves either the old or the new
+record. No step is taken here; steps.py reads the record, acts, and writes it again.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Placement(Record):
 class Deployment(Record):
     """The whole record.
 
-    `wanted` is set from before its server starts until the proxy sends to it. `leaving` are servers that
-    the proxy no longer sends to and that still run; `kept` one that was left running for a quick rollback.
-    `champion` is the version that the alias was last moved to. `history` are releases that were live
-    before, oldest first; `went_back` says that the last switch returned to one of them.
+    `wanted` is set from before its server starts until the proxy sends to it. `leaving` are servers that still run
+    and get no more requests from the proxy. `kept` was left running for a quick rollback. `champion` is the version
+    that the alias was last moved to. `history` are the releases that were live before, oldest first. `went_back`:
+    the last switch returned to one of them.
     """
 
     name: str
@@ -55,20 +55,14 @@ class Deployment(Record):
     history: tuple[Placement, ...] = ()
     went_back: bool = False
 
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether a switch was made whose old server still runs or whose alias hasn't moved."""
-        return bool(self.leaving) or (self.live is not None and self.champion != self.live.release.version)
-
     def with_changes(self, **changes: Any) -> Deployment:
         """The record with some fields replaced."""
         return self.model_copy(update=changes)
 
     def after_switch(self) -> Deployment:
-        """The record once the proxy sends to what was wanted: the old server leaves, the history is updated.
+        """The record once the proxy sends to the wanted server: the old one leaves, the history is updated.
 
-        Going back to an earlier release forgets those that were live after it, so that going back again
-        goes further.
+        Going back to an earlier release forgets the releases after it, so that going back again goes further.
         """
         if self.wanted is None:
             return self
@@ -80,13 +74,13 @@ class Deployment(Record):
         elif old is not None and old.release.version != new.release.version:
             history = (*history, old.model_copy(update={"server": None}))
         leaving = (*self.leaving, old) if old is not None and old.server is not None else self.leaving
-        kept = None if self.kept is not None and self.kept.server == new.server else self.kept
+        spare = None if self.kept is not None and self.kept.server == new.server else self.kept
         return self.with_changes(
             live=new,
             since=datetime.now(UTC),
             wanted=None,
             leaving=leaving,
-            kept=kept,
+            kept=spare,
             history=history,
             went_back=went_back,
         )
@@ -98,7 +92,7 @@ def folder(name: str) -> Path:
 
 
 def proxy_folder(name: str) -> Path:
-    """Where its proxy lives."""
+    """The folder of the deployment's proxy."""
     return folder(name) / "proxy"
 
 
@@ -124,6 +118,6 @@ def write(deployment: Deployment) -> None:
 def server_folder(name: str, version: str) -> Path:
     """A folder for one more server of that version, not made yet."""
     number = 1
-    while (chosen := folder(name) / "servers" / f"v{version}-{number}").exists():
+    while (free := folder(name) / "servers" / f"v{version}-{number}").exists():
         number += 1
-    return chosen
+    return free

@@ -1,4 +1,4 @@
-"""What `tunegate status` says of a deployment, for programs and for people."""
+"""The status of a deployment: a record for programs, and its lines for people."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pipeline.artifacts import Record
 
 
 class Status(Record):
-    """What is live, what is wanted, and how the processes are.
+    """The live and the wanted version, and the condition of their processes.
 
     `state`: live (clients get answers), restarting (the server's supervisor is bringing it back), down (it
-    doesn't come back by itself), stopped (on purpose), none (never promoted). `url` is where clients go,
-    None unless the proxy runs; `uptime_s` is of the server's present process; `unfinished` names the steps
-    that the next promote takes; `why` says what a server that is down ended of, where that is known.
+    doesn't come back by itself), stopped (on purpose), none (never promoted). `url` is where clients go, None
+    unless the proxy runs. `uptime_s` is of the server's present process. `unfinished` names the steps that the
+    next promote takes. `why` is the cause of a server's end, as far as it is known.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Status(Record):
     why: str = ""
 
     def lines(self) -> list[str]:
-        """The status as a person reads it, with the next command where something is amiss."""
+        """The status as a person reads it, with the next command where one is needed."""
         lines = [self._head(), *self._processes()]
         if self.why:
             lines.append(f"  ended     {self.why}")
@@ -73,11 +73,11 @@ class Status(Record):
             return []
         clients = self.url or "the proxy does not run"
         trouble = "" if self.proxy_ok or self.url is None else "  (the model does not answer through it)"
-        what = f"container {self.container[:12]}" if self.container else f"pid {self.pid or '-'}"
+        process = f"container {self.container[:12]}" if self.container else f"pid {self.pid or '-'}"
         up = f"up {_duration(self.uptime_s)}" if self.uptime_s is not None else "not up"
         busy = "?" if self.in_flight is None else self.in_flight
         figures = f"restarts {self.restarts}, in flight {busy}"
-        return [f"  clients   {clients}{trouble}", f"  server    {self.server_url}  {what}, {up}, {figures}"]
+        return [f"  clients   {clients}{trouble}", f"  server    {self.server_url}  {process}, {up}, {figures}"]
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Makes the locked environments: `python3 -m pipeline.environments.install [NAME ...] [--device cpu|cuda]`.
+"""Makes the locked environments: `python3 -m pipeline.environments [NAME ...] [--device cpu|cuda]`.
 
 Standard library only: it runs before anything is installed. Each environment is a virtual environment under .venv
 (TUNEGATE_VENVS) with exactly what its lock says. A stamp with the digest of its sources is written last: a second call
@@ -89,7 +89,7 @@ def find_python(candidates: Sequence[str | None] | None = None) -> str:
         f"no suitable Python: {', '.join(rejects) or 'none found'}",
         allowed="Python 3.11 or 3.12",
         remedy="install one (apt-get install python3.11 python3.11-venv, or pyenv install 3.12), then "
-        "python3.11 -m pipeline.environments.install",
+        "python3.11 -m pipeline.environments",
     )
 
 
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import argparse  # here because `tunegate` imports this module for its stamps
 
     parser = argparse.ArgumentParser(
-        prog="python3 -m pipeline.environments.install", description="Make tunegate's locked environments."
+        prog="python3 -m pipeline.environments", description="Make tunegate's locked environments."
     )
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(ENVIRONMENTS)}; default: {' '.join(DEFAULT)}"

@@ -209,7 +209,7 @@ def secrets_named(config: Mapping[str, Any]) -> set[str]:
 
 def remedy(name: str) -> str:
     """The command that makes the environment of that name."""
-    return "make setup" if name in install.DEFAULT else f"python3 -m pipeline.environments.install {name}"
+    return "make setup" if name in install.DEFAULT else f"python3 -m pipeline.environments {name}"
 
 
 def engine_sockets() -> list[str]:

@@ -44,7 +44,7 @@ def find() -> Path:
     for candidate in (shutil.which("uv"), str(folder() / "uv" / "bin" / "uv")):
         if candidate and _version(candidate) >= OLDEST:
             return Path(candidate)
-    raise EnvironmentMissing("uv isn't there", remedy="python3 -m pipeline.environments.install  (brings it)")
+    raise EnvironmentMissing("uv isn't there", remedy="python3 -m pipeline.environments  (brings it)")
 
 
 def bring(python: str) -> Path:

@@ -52,7 +52,7 @@ def _raise_for_another(cluster: Mapping[str, Any]) -> None:
             key=f"kubernetes.{name}",
             allowed="the same for a flow and its stages: one code, one volume",
             remedy="deploy again: tunegate manifests CONFIG | kubectl apply -f -, then"
-            " python -m flows.deployments CONFIG DATA --pool kubernetes",
+            " tunegate deploy CONFIG DATA --pool kubernetes",
         )
         for name, found in there.items()
         if cluster[name] != found

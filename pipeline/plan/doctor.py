@@ -59,7 +59,7 @@ def _python() -> Finding:
         "python",
         ok,
         version,
-        None if ok else "install Python 3.11 or 3.12, then python3.11 -m pipeline.environments.install",
+        None if ok else "install Python 3.11 or 3.12, then python3.11 -m pipeline.environments",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -11,9 +12,8 @@ import httpx
 import pytest
 from support.wire import fake_vllm
 
-from flows import cli
-from flows.commands import operate
-from pipeline import chat
+from flows import cli, deployments
+from pipeline.errors import ServingError
 
 ROOT = Path(__file__).parents[2]
 DEAD_PROXY = "http://127.0.0.1:9"
@@ -58,13 +58,6 @@ def test_a_plain_client_reaches_our_servers_past_a_proxy(proxies):
             httpx.get("http://elsewhere.example")
 
 
-def test_a_chat_reaches_the_proxy_of_the_release_past_any_other(proxies, capsys):
-    """Also where it listens at an address that no list names."""
-    with fake_vllm("m", answer="as learned") as url, chat.client(url, 30) as http:
-        assert operate._say(http, "m", [{"role": "user", "content": "hello"}]) == "as learned"
-    assert "as learned" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("command", [("run", "use.yaml"), ("demo",), ("status",), ("up",), ("down",), ("gc",)])
 def test_a_home_that_cannot_be_written_stops_what_writes(monkeypatch, capsys, tmp_path, command):
     """Before anything else, and with no traceback."""
@@ -84,7 +77,7 @@ def test_gc_keeps_no_negative_number_of_days(capsys, days):
     with pytest.raises(SystemExit) as ended:
         cli.parser().parse_args(["gc", "--keep-days", days])
     assert ended.value.code == 2
-    assert f"argument --keep-days: {days!r} is no number of days" in capsys.readouterr().err
+    assert f"argument --keep-days: {days!r} must be a number of days" in capsys.readouterr().err
     assert cli.parser().parse_args(["gc", "--keep-days", "0.5"]).keep_days == 0.5
 
 
@@ -122,3 +115,48 @@ def test_no_command_imports_prefect_or_mlflow_before_they_are_told_to_keep_quiet
     assert "Traceback" not in ended.stderr
     assert "INFO" not in ended.stderr
     assert not (tmp_path / ".prefect").exists()
+
+
+def commands():
+    """Each command with its parser."""
+    (subparsers,) = (action for action in cli.parser()._actions if isinstance(action, cli.Commands))
+    return subparsers.choices
+
+
+def test_every_command_is_answered_by_a_function_that_exists():
+    """The dotted names are strings, so that nothing heavy is imported early; a wrong one would show in use alone."""
+    for name, command in commands().items():
+        module, function = command.get_default("answer").split(":")
+        assert callable(getattr(importlib.import_module(module), function)), name
+    answers = {command.get_default("answer") for command in commands().values()}
+    assert set(cli.READERS) <= answers
+
+
+def test_deploy_needs_a_prefect_server(monkeypatch, capsys):
+    """With the two ways to one; the module that compose.yaml of version 0.1 starts is the same command."""
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    for start in (lambda: cli.main(["deploy", "configs/demo.yaml"]), deployments.main):
+        monkeypatch.setattr(sys, "argv", ["flows.deployments", "configs/demo.yaml", "--pool", "kubernetes"])
+        with pytest.raises(SystemExit) as ended:
+            start()
+        assert ended.value.code == ServingError.exit_code
+        said = capsys.readouterr().err
+        assert "PREFECT_API_URL is not set" in said
+        assert "tunegate up" in said
+
+
+def test_deploy_tells_the_server_the_configs_deployments(monkeypatch, capsys, tmp_path):
+    """To the pool of this machine's worker, with the data where its runs find it; the names are printed."""
+    told = []
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setattr(deployments, "deploy", lambda planned, pool: told.append((planned, pool)) or ["build/demo"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["deploy", str(ROOT / "configs" / "demo.yaml"), str(tmp_path)])
+    assert not ended.value.code
+    ((planned, pool),) = told
+    assert pool == deployments.POOL
+    assert {str(tmp_path)} == {
+        entry["parameters"]["data_dir"] for entry in planned["deployments"] if "data_dir" in entry["parameters"]
+    }
+    assert capsys.readouterr().out == "build/demo\n"

@@ -349,7 +349,7 @@ def test_a_flow_makes_no_job_of_another_image_or_volume_than_its_own(world, clus
         world.run(server, WELL, image=other, claim_name="another")
     assert server.asked == []
     assert {problem.key for problem in error.value.problems} == {"kubernetes.image", "kubernetes.claim_name"}
-    for word in (other, IMAGE, "another", "python -m flows.deployments"):
+    for word in (other, IMAGE, "another", "tunegate deploy"):
         assert word in str(error.value)
 
 

@@ -154,7 +154,7 @@ def test_tasks_without_their_environment_are_refused_with_the_command_that_makes
     asked = {"evaluate": {"tasks": [{"task": "arc_easy"}], "scorers": []}, "environments": {}}
     with pytest.raises(EnvironmentMissing, match="the judges environment isn't there") as caught:
         plan._judged_by(asked)
-    assert caught.value.problems[0].remedy == "python3 -m pipeline.environments.install judges"
+    assert caught.value.problems[0].remedy == "python3 -m pipeline.environments judges"
 
 
 def test_a_task_is_run_once_for_a_served_unit(home, tmp_path, monkeypatch):

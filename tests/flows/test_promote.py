@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import socket
 import time
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 from prefect import get_client
@@ -16,7 +14,6 @@ from support.released import ENVIRONMENT, Aliases, a_config, a_model, a_release,
 from support.wire import HTTP, chat, said, wait_for
 
 from flows import promote
-from flows.commands import operate
 from pipeline.deployment import promote as deployment
 from pipeline.deployment import proxy, steps
 from pipeline.errors import RegistryError, ReviewError, RoutingError, ServingError
@@ -24,16 +21,7 @@ from pipeline.registry import versions
 from pipeline.serving import runtimes
 
 NAME = "tickets"
-STEPS = ["verify", "start", "canary", "switch", "drain", "alias"]
-
-
-def raising(error):
-    """A function that only raises."""
-
-    def call(*_args, **_kwargs):
-        raise error
-
-    return call
+STEPS = list(steps.STEPS)
 
 
 class World:
@@ -162,54 +150,31 @@ def test_an_alias_that_fails_for_a_moment_is_tried_again(world, prefect, prefect
     newest_flow_run(prefect_server, {**dict.fromkeys(STEPS, 1), "alias": 3})
 
 
-def test_what_was_rejected_since_is_shown_as_such_and_can_be_talked_to(world, monkeypatch, capsys):
-    """It serves on: status says by whom and why it was rejected, and a chat reaches it, with a system prompt."""
-    release = world.release("1")
-    world.run(release)
-    rejected = release.approval.model_copy(update={"decision": "rejected", "reason": "it leaks addresses"})
-    version = SimpleNamespace(version="1", approval=rejected, run_id="r")
-    monkeypatch.setattr(versions, "versions", lambda _name: [version])
-    monkeypatch.setattr(versions, "version", lambda _name, _number: version)
-    monkeypatch.setattr(versions, "config_of", lambda _run: world.config)
-    operate._print_status(NAME)
-    assert "rejected  by tests: it leaks addresses" in capsys.readouterr().out
-    asked = argparse.Namespace(name=NAME, candidate=False, message="hello", system="Be brief.")
-    operate.chat(asked)
-    assert "version 1" in capsys.readouterr().out
-    monkeypatch.setattr(versions, "versions", raising(RegistryError("away")))
-    operate._print_status(NAME)
-    assert "v1 is live" in capsys.readouterr().out
+def test_a_new_step_needs_an_entry_in_the_table_alone(world, monkeypatch):
+    """It is taken at its place, as a task with the table's name, retries and time limit."""
+    tries, options, really = [], {}, promote._step.with_options
 
+    def weigh(promotion):
+        tries.append(promotion.name)
+        if len(tries) < 3:
+            raise RoutingError("away", remedy="wait")
 
-def test_a_dry_run_tells_of_a_port_that_is_taken(world, monkeypatch):
-    """Before anything starts."""
-    release = world.release("1")
-    monkeypatch.setattr(versions, "release", lambda _name, _version: release)
-    monkeypatch.setattr(versions, "config_of", lambda _run: world.config)
-    monkeypatch.setattr(operate, "one_name", lambda name: name)
-    monkeypatch.setattr(runtimes, "environment_of", lambda _config: ENVIRONMENT)
-    with (
-        socket.create_server(("127.0.0.1", world.config.promote.port)),
-        pytest.raises(RoutingError, match="something else"),
-    ):
-        operate.promote(argparse.Namespace(name=NAME, version=None, dry_run=True))
+    def noted(**chosen):
+        options[chosen["name"]] = chosen
+        return really(**chosen)
 
-
-def test_a_dry_run_says_whether_requests_would_be_lost(world, monkeypatch, capsys):
-    """None while the proxy stays as it is; where it moves, from where to where. Nothing changes."""
-    release = world.release("1")
-    monkeypatch.setattr(versions, "release", lambda name, version: release)
-    monkeypatch.setattr(versions, "config_of", lambda run_id: world.config)
-    monkeypatch.setattr(runtimes, "environment_of", lambda config: ENVIRONMENT)
-    dry = argparse.Namespace(name=NAME, version=None, dry_run=True)
-    world.run(release)
-    before = deployment.status(NAME).url
-    assert operate.promote(dry) == 0
-    assert "no request is dropped" in capsys.readouterr().out
-    world.config = a_config()
-    assert operate.promote(dry) == 0
-    assert f"not lossless: the proxy moves from {before} to" in capsys.readouterr().out
-    assert deployment.status(NAME).url == before
+    new = steps.PromotionStep("weights", weigh, steps.STEPS["switch"].is_due, lambda config: 7.0, 2, "shift requests")
+    table = [*steps.STEPS.values()]
+    table.insert(3, new)
+    monkeypatch.setattr(steps, "STEPS", {step.name: step for step in table})
+    monkeypatch.setattr(promote._step, "with_options", noted)
+    monkeypatch.setattr(promote, "_prefect_url", lambda: None)
+    monkeypatch.setattr(promote.deployment, "promote", partial(deployment.promote, run_step=promote.as_task))
+    assert world.run(world.release("1")) == ["verify", "start", "canary", "weights", "switch", "drain", "alias"]
+    assert tries == [NAME] * 3
+    for name, step in steps.STEPS.items():
+        chosen = options[name]
+        assert (chosen["retries"], chosen["timeout_seconds"]) == (step.retries, step.timeout_s(world.config)), name
 
 
 def test_the_flow_promotes_by_name(world, prefect, monkeypatch):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.stored import all_artifacts
 
-from flows.commands import operate
+from flows.commands import housekeeping
 from pipeline import file_digests, store
 from pipeline.errors import Busy, ResourceError, ReviewError
 
@@ -159,8 +159,8 @@ def test_nothing_is_collected_or_stopped_under_a_build_elsewhere(
     """Its process id is another process here, or none."""
     there = build_on("another-pod")
     with pytest.raises(ReviewError, match=f"a build of demo runs as process {there.pid} on another-pod"):
-        operate.gc(argparse.Namespace(keep_days=0.0, dry_run=True))
-    operate.cancel(argparse.Namespace(name=None))
+        housekeeping.gc(argparse.Namespace(keep_days=0.0, dry_run=True))
+    housekeeping.cancel(argparse.Namespace(name=None))
     assert "cancel it there" in capsys.readouterr().out
     assert there.poll() is None
 
@@ -169,10 +169,10 @@ def test_a_build_that_does_not_run_is_answered_with_those_that_do(
     build_on: Callable[[str], subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is stopped; without a running one that is all there is to say."""
-    operate.cancel(argparse.Namespace(name="nosuch"))
+    housekeeping.cancel(argparse.Namespace(name="nosuch"))
     assert capsys.readouterr().out == "no build runs\n"
     here = build_on(socket.gethostname())
-    operate.cancel(argparse.Namespace(name="nosuch"))
+    housekeeping.cancel(argparse.Namespace(name="nosuch"))
     assert capsys.readouterr().out == (
         f"no build of nosuch runs\na build of demo runs as process {here.pid}: tunegate cancel demo\n"
     )

@@ -84,8 +84,7 @@ def test_the_demos_data_is_made_by_the_command_that_the_remedy_names(tmp_path: P
             sources_digest(config(folder / "tickets-train.jsonl", test=(folder / "tickets-holdout.jsonl",)))
         for problem in raised.value.problems:
             assert problem.remedy == (
-                f"write it, as tunegate demo does: python3 -m pipeline.data.demo_tickets {tmp_path}/home/demo,"
-                f" then --data-dir {tmp_path}/home/demo"
+                f"tunegate demo --data-only, then the same command with --data-dir {tmp_path}/home/demo"
             )
 
 

@@ -31,8 +31,7 @@ from support.wire import HTTP, chat, free_port, running, said, stream_chat, unde
 
 from pipeline import store
 from pipeline.deployment import promote as deployment
-from pipeline.deployment import proxy, state
-from pipeline.deployment import steps as deployment_steps
+from pipeline.deployment import proxy, state, steps
 from pipeline.deployment.steps import Promotion
 from pipeline.errors import Busy, ReviewError, RoutingError, ServingError
 from pipeline.serving import serve
@@ -92,7 +91,7 @@ class World:
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(deployment_steps, "SETTLE_S", 0.1)
+    monkeypatch.setattr(steps, "SETTLE_S", 0.1)
     world = World(tmp_path)
     yield world
     deployment.stop(NAME, timeout_s=0.2)
@@ -141,7 +140,7 @@ def test_promoting_what_is_live_does_nothing(world):
 
 def test_streams_through_a_promotion_end_whole(world, monkeypatch):
     """Clients that stream all the while see every answer to its end, from the old or the new."""
-    monkeypatch.setattr(deployment_steps, "SETTLE_S", 1.0)
+    monkeypatch.setattr(steps, "SETTLE_S", 1.0)
     slow = {"token_delay": 0.03}
     world.promote("1", hello=" ".join(["old"] * 6), **slow)
     answers, done = [], threading.Event()
@@ -370,9 +369,9 @@ def test_a_killed_rollback_is_finished_by_the_next(world):
         child = os.fork()
         if child == 0:
 
-            def die_after(name, step, promotion, last_step=last_step):
-                step(promotion)
-                if name == last_step:
+            def die_after(step, promotion, last_step=last_step):
+                step.take(promotion)
+                if step.name == last_step:
                     os.kill(os.getpid(), signal.SIGKILL)
 
             try:
@@ -560,8 +559,8 @@ def test_another_proxy_port_needs_no_new_server(world):
     assert state.read(NAME).live.settings().promote == world.config.promote
 
 
-@pytest.mark.parametrize(("asked", "steps"), [("2", STEPS), ("1", ["switch"])])
-def test_killed_while_the_proxy_moves_either_version_can_be_promoted(world, asked, steps):
+@pytest.mark.parametrize(("asked", "missing"), [("2", STEPS), ("1", ["switch"])])
+def test_killed_while_the_proxy_moves_either_version_can_be_promoted(world, asked, missing):
     """Caddy has heard of v2's port, and nothing else has: v2 goes on there, and v1 gets the old port back."""
     world.promote("1")
     before = world.config
@@ -589,7 +588,7 @@ def test_killed_while_the_proxy_moves_either_version_can_be_promoted(world, aske
     assert world.answer() == "version 1"
     if asked == "1":
         world.config = before
-    assert world.promote(asked) == steps
+    assert world.promote(asked) == missing
     assert world.answer() == f"version {asked}"
     assert deployment.status(NAME).url == world.url
     assert len(world.servers()) == 1
@@ -709,7 +708,7 @@ def test_a_model_that_says_nothing_without_end_fails_the_canary(world):
         state.write(state.Deployment(name=NAME, wanted=wanted))
         try:
             with pytest.raises(ServingError, match="empty"):
-                deployment_steps.STEPS["canary"](promotion)
+                steps.STEPS["canary"].take(promotion)
         finally:
             http.shutdown()
             state.write(state.Deployment(name=NAME))

@@ -381,18 +381,6 @@ def test_off_loopback_a_key_is_needed(monkeypatch, folder):
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(
-    ("host", "alone"),
-    [
-        *[(host, True) for host in ("127.0.0.1", "127.1.2.3", "::1", "localhost")],
-        *[(host, False) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org")],
-    ],
-)
-def test_which_addresses_are_loopback(host, alone):
-    """Only addresses that no other machine reaches do without a key."""
-    assert caddy.is_loopback(host) is alone
-
-
 def test_the_key_guards_every_path_and_never_lies_on_disk(monkeypatch, folder):
     """Off loopback each path answers 401 without the key, and the key is in no file."""
     monkeypatch.setenv("TUNEGATE_API_KEY", KEY)

@@ -177,6 +177,10 @@ def test_set_up_needs_the_standard_library_alone():
     """The module is imported by an interpreter that sees no installed package."""
     code = f"import sys; sys.path.insert(0, {str(SHIPPED)!r}); import pipeline.environments.install"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+    for module in ("pipeline.environments", "pipeline.environments.install"):
+        command = [sys.executable, "-S", "-E", "-m", module, "--help"]
+        ended = subprocess.run(command, cwd=SHIPPED, capture_output=True, text=True, check=True)
+        assert ended.stdout.startswith("usage: python3 -m pipeline.environments ")
 
 
 def test_an_unknown_environment_is_answered_with_those_there_are(capsys):

@@ -27,8 +27,8 @@ def venvs(tmp_path, monkeypatch):
     ("name", "command"),
     [
         ("train", "make setup"),
-        ("autoawq", "python3 -m pipeline.environments.install autoawq"),
-        ("judges", "python3 -m pipeline.environments.install judges"),
+        ("autoawq", "python3 -m pipeline.environments autoawq"),
+        ("judges", "python3 -m pipeline.environments judges"),
     ],
 )
 def test_an_environment_that_is_not_there_is_named_with_the_command_that_makes_it(venvs, name, command):

@@ -45,7 +45,7 @@ def test_doctor_tells_what_is_missing_and_how_to_get_it(venvs):
     assert found["environment train"].detail.startswith("the train environment isn't there")
     assert [finding.name for finding in found.values() if not finding.ok and not finding.remedy] == []
     assert not found["environment autoawq"].needed
-    assert found["environment autoawq"].remedy == "python3 -m pipeline.environments.install autoawq"
+    assert found["environment autoawq"].remedy == "python3 -m pipeline.environments autoawq"
     assert found["python"].ok
 
 
