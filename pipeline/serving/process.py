@@ -32,7 +32,7 @@ from pipeline.store import home
 
 HOST = "127.0.0.1"
 # Below the range that the system hands to outgoing connections, so that a restart finds its port free.
-PORTS = range(20000, 32000)
+PORTS, TRIES = range(20000, 32000), 200
 # All variables that the server inherits: a VLLM_ or OMP_ variable of the user's shell would change answers. With the last
 # three an administrator keeps NVLink multicast off on a host that it would harm.
 INHERITED = (
@@ -202,13 +202,13 @@ def stop(server: Server, timeout_s: float) -> None:
 
 def free_port(ports: range = PORTS) -> int:
     """A port on loopback that nobody listens on now."""
-    for port in random.SystemRandom().sample(ports, 200):
+    for port in random.SystemRandom().sample(ports, min(TRIES, len(ports))):
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
             return port
     raise ServingError(
-        f"200 ports of {HOST} that were tried are taken",
+        f"all ports of {HOST} that were tried are taken",
         allowed=f"a free port from {ports.start} to {ports.stop - 1}",
         remedy="end programs that listen there (`ss -ltnp` names them), then run the command again",
     )
