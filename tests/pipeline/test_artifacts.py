@@ -44,7 +44,7 @@ def test_an_artefact_knows_its_payload_and_its_extra():
     [("candidate", "candidate", 1.0), ("candidate", "other", 0.5), ("tie", "candidate", 0.75), ("other", "other", 0.0)],
 )
 def test_a_judgement_scores_both_orders(first, second, score):
-    """A side that wins in one order alone is no better than a tie."""
+    """A side that wins in one order alone counts as a tie."""
     assert Judgement(id="1", candidate_first=first, candidate_second=second).score == score
 
 

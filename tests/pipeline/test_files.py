@@ -34,7 +34,7 @@ def test_a_killed_writer_leaves_a_file_that_is_known_for_it(tmp_path: Path, monk
 
 
 def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
-    """What follows is appended behind the last whole line."""
+    """More lines are appended behind the last whole one."""
     file = tmp_path / "items.jsonl"
     assert finished_lines(file) == []
     write_lines(file, [{"id": "ä"}, {"id": 2}])

@@ -43,8 +43,13 @@ def tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
 
 def raw_safetensors(path: Path, header: bytes, data: bytes) -> Path:
     """Write a safetensors file of just these bytes."""
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    path.write_bytes(safetensors_bytes(header, data))
     return path
+
+
+def safetensors_bytes(header: bytes, data: bytes = b"") -> bytes:
+    """The bytes of a safetensors file: the header's length, the header, the tensors."""
+    return len(header).to_bytes(8, "little") + header + data
 
 
 def make(folder: Path, **config: Any) -> Path:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.model_folder import safetensors_bytes
 from support.released import ENVIRONMENT, a_model, processes_under
 from support.wire import chat, said, stream_chat, under_way, wait_for
 
@@ -27,8 +28,7 @@ from pipeline.serving import server as serving_server
 from pipeline.serving.server import ToServe
 
 NAME = "tickets"
-HEADER = b'{"__metadata__":{"a":"b"}}'
-OTHER_WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER
+OTHER_WEIGHTS = safetensors_bytes(b'{"__metadata__":{"a":"b"}}')
 
 
 class World:
@@ -45,7 +45,7 @@ class World:
         return a_model(self.folder / "models" / str(number), **behaviour)
 
     def unit(self, model, serve=None):
-        """What would serve it."""
+        """The unit that would serve it."""
         return serving.served_unit(model, serve or self.serve, NAME, ENVIRONMENT)
 
     def start(self, model, *, keep=False, place="server", serve=None, unit=None):
@@ -55,7 +55,7 @@ class World:
         return serving.start(to_serve, keep=keep, on_event=self.events.append)
 
     def left(self):
-        """What still runs."""
+        """Pids of its servers that still run."""
         return [p.pid for p in processes_under(self.folder, "-m") if p.pid != os.getpid()]
 
 
@@ -189,6 +189,7 @@ STARTER = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = {paths!r}
+from support.model_folder import safetensors_bytes
 from support.released import ENVIRONMENT
 from pipeline.serving import serve as serving
 from pipeline.serving.server import ToServe
