@@ -35,7 +35,7 @@ Outcome = Literal["pass", "fail", "inconclusive"]
 class Record(BaseModel):
     """A frozen record; an unknown field is an error, so that an old record is noticed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Artifact(Record):

@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -163,7 +162,7 @@ class RunningBuild:
     @property
     def is_here(self) -> bool:
         """Whether `pid` is a process of this machine."""
-        return self.host == socket.gethostname()
+        return self.host == os.uname().nodename
 
     def __str__(self) -> str:
         return f"build of {self.name} runs as process {self.pid}" + ("" if self.is_here else f" on {self.host}")
@@ -176,7 +175,7 @@ def running(name: str) -> Iterator[None]:
     The note is locked for as long as the process lives, so that a killed process's note doesn't count, whichever machine or pod
     it ran in.
     """
-    note = RunningBuild(name, socket.gethostname(), os.getpid())
+    note = RunningBuild(name, os.uname().nodename, os.getpid())
     file = home() / "running" / f"{note.host}-{note.pid}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}")

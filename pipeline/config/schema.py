@@ -326,7 +326,7 @@ class PromoteConfig(Section):
 
 
 class NotifyConfig(Section):
-    """Who hears that a review waits."""
+    """The address that hears of a waiting review."""
 
     webhook_env: str | None = Field(None, description="variable holding a URL that gets a JSON POST")
 

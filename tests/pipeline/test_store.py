@@ -113,8 +113,8 @@ def test_a_running_build_keeps_a_note_only_while_it_runs() -> None:
 
 
 BUILD = """
-import socket, sys, time
-socket.gethostname = lambda: sys.argv[1]
+import os, sys, time, types
+os.uname = lambda: types.SimpleNamespace(nodename=sys.argv[1])
 from pipeline import store
 with store.running("demo"):
     print("runs", flush=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from support.model_folder import raw_safetensors
+from support import model_folder
 from support.wire import free_port
 
 from pipeline.artifacts import Approval, Release
@@ -52,9 +52,8 @@ def a_model(folder: Path, hello: str | None = None, **behaviour: Any) -> Path:
 
 def write_weights(folder: Path, text: str) -> None:
     """A weight file with one tensor, whose bytes are the text's."""
-    tensor = text.encode()
-    header = {"weight": {"dtype": "U8", "shape": [len(tensor)], "data_offsets": [0, len(tensor)]}}
-    raw_safetensors(folder / "model.safetensors", json.dumps(header).encode(), tensor)
+    data = text.encode()
+    model_folder.safetensors(folder / "model.safetensors", {"weight": ("U8", [len(data)])}, data)
 
 
 def a_release(model: Path, version: str, config: Config) -> Release:

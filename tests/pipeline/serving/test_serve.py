@@ -189,7 +189,6 @@ STARTER = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = {paths!r}
-from support.model_folder import safetensors_bytes
 from support.released import ENVIRONMENT
 from pipeline.serving import serve as serving
 from pipeline.serving.server import ToServe
