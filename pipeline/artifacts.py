@@ -229,9 +229,9 @@ class ServedUnit(Record):
     tokenizer: str = Field(description="digest of its tokenizer and chat template files")
     configuration: str = Field(description="digest of config.json and generation_config.json")
     runtime: RuntimeName
-    runtime_digest: str = Field(description="of what is installed, or the image's digest")
+    runtime_digest: str = Field(description="of the installed packages, or the image's digest")
     vllm_version: str
-    flags: tuple[str, ...] = Field(description="vLLM's command line, less what is left out, sorted")
+    flags: tuple[str, ...] = Field(description="vLLM's command line without command.LEFT_OUT, sorted")
     env: dict[str, str]
     device: str = Field(description="class of device, such as cpu-x86_64-avx512_bf16 or NVIDIA H100 80GB HBM3")
 

@@ -28,8 +28,8 @@ from typing import Any
 class Problem:
     """One thing that is wrong, where it is, and what to do about it.
 
-    `file` and `line` (1-based) locate it, `key` is a config key or column, `what` describes it, `allowed` is what would have
-    been right, `remedy` the next command or edit.
+    `file` and `line` (1-based) locate it; `key` is a config key or column. `what` describes it, `allowed` tells what is
+    right, `remedy` is the next command or edit.
     """
 
     what: str
@@ -124,7 +124,7 @@ class GateFailed(TunegateError):
 
 
 class ReviewError(TunegateError):
-    """There is no approval, or it is void because the served unit changed."""
+    """An approval is missing, or void because the served unit changed."""
 
     exit_code = 5
 

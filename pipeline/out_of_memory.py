@@ -26,7 +26,7 @@ def is_told_by(text: str) -> bool:
 
 
 def told(error: BaseException | None) -> str | None:
-    """The words for too little memory in an error or in one that it hides, or None."""
+    """The words for too little memory in an error or in its causes, or None."""
     while error is not None and not is_told_by(str(error)):
         error = error.__cause__ or error.__context__
     return None if error is None else str(error)

@@ -1,9 +1,9 @@
 """The wire between a flow and a stage: JSON request in, JSON lines of progress out, JSON result at the end.
 
-A stage is a program, `python -m pipeline.STAGE REQUEST.json`, run in the environment that holds its packages. It reads
-its request, writes its payload into the folder the request names, prints events on standard output (anything
-else that a library prints goes to standard error, which the flow keeps as the stage's log), and leaves
-`result.json` beside the payload. The same program is a container's or a Kubernetes job's command.
+A stage is a program, `python -m pipeline.STAGE REQUEST.json`, run in the environment that has its packages. It reads its
+request, writes its payload into the folder that the request names, and leaves `result.json` beside the payload. Standard output
+is for events alone: anything else that a library prints goes to standard error, which the flow keeps as the stage's log. The same
+program is a container's or a Kubernetes job's command.
 
 Runs in every environment: standard library and the package's own errors only.
 """

@@ -1,7 +1,7 @@
 """Where artefacts lie: mlruns/work/STAGE/KEY/, complete or not there at all.
 
-A stage works in a partial folder of the same key, which is renamed when it is done; after `kill -9` the next run finds
-the partial folder, with the checkpoints in it, and goes on. One lock a key keeps two runs apart.
+A stage works in a partial folder of the same key, which is renamed when it is done. After `kill -9` the next run finds the
+partial folder with its checkpoints and goes on. One lock a key keeps two runs apart.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def lock(name: str, *, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def making(stage: str, key: str) -> Iterator[Path]:
-    """Hold the key's lock and yield its partial folder, which may hold what a killed run left."""
+    """Hold the key's lock and yield its partial folder, which may hold a killed run's files."""
     with lock(f"{stage}/{key}"):
         partial = folder_of(stage, f".{key}.partial")
         partial.mkdir(parents=True, exist_ok=True)

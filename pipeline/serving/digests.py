@@ -47,7 +47,7 @@ def model_digests(folder: Path) -> dict[str, str]:
 def model_files(folder: Path) -> dict[str, str]:
     """The digest of every file of a model folder that a server may read, by its name there.
 
-    Every byte is read, several files at a time; a second question in one process reads only what changed since.
+    Every byte is read, several files at a time; a second call in one process reads only files that changed since.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
     to_read = {name: path for name, path in files.items() if not DOCUMENTS.fullmatch(name)}

@@ -1,4 +1,4 @@
-"""Whether a GPU has room for a server before it starts, and who holds it where there is none. CUDA only."""
+"""Room on a GPU for a server, checked before it starts; the error names the holders of the memory. CUDA only."""
 
 from __future__ import annotations
 

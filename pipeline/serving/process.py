@@ -22,17 +22,15 @@ from pipeline.config.schema import ServeConfig
 from pipeline.environments.interpreters import Environment
 from pipeline.environments.uv import ROOT
 from pipeline.errors import EnvironmentMissing, ServingError
-from pipeline.serving import command as serving_command
-from pipeline.serving import diagnosis
-from pipeline.serving import supervisor as serving_supervisor
+from pipeline.serving import command, diagnosis
 from pipeline.serving.digests import Installed, installed
 from pipeline.serving.server import Condition, Server, ToServe
-from pipeline.serving.supervisor import Spec, State
+from pipeline.serving.supervisor import MODEL, Spec, State, read_state
 from pipeline.store import home
 
 HOST = "127.0.0.1"
 # Below the range that the system hands to outgoing connections, so that a restart finds its port free.
-PORTS = range(20000, 32000)
+PORTS, TRIES = range(20000, 32000), 200
 # All variables that the server inherits: a VLLM_ or OMP_ variable of the user's shell would change answers. With the last
 # three an administrator keeps NVLink multicast off on a host that it would harm.
 INHERITED = (
@@ -58,11 +56,11 @@ def spawn(to_serve: ToServe, files: dict[str, str], *, keep: bool) -> Server:
     me = processes.find(os.getpid())
     assert me is not None  # noqa: S101 - this process runs
     port = free_port()
-    arguments = serving_command.arguments(unit.flags, serving_supervisor.MODEL, HOST, port, serve.shutdown_timeout)
+    arguments = command.arguments(unit.flags, MODEL, HOST, port, serve.shutdown_timeout)
     log = folder / "vllm.log"
-    name = serving_command.name_in(unit.flags)
+    name = command.name_in(unit.flags)
     spec = Spec(
-        command=(str(environment.interpreter), "-P", "-m", serving_command.MODULE, *arguments),
+        command=(str(environment.interpreter), "-P", "-m", command.MODULE, *arguments),
         environ=environ(unit, environment),
         log=str(log),
         url=f"http://{HOST}:{port}",
@@ -75,12 +73,12 @@ def spawn(to_serve: ToServe, files: dict[str, str], *, keep: bool) -> Server:
     )
     for stale in ("ready", "state.json"):
         (folder / stale).unlink(missing_ok=True)
-    _link(folder / serving_supervisor.MODEL, to_serve.model)
+    _link(folder / MODEL, to_serve.model)
     spec.write(folder)
     with log.open("a", encoding="utf-8") as sink:
         sink.write(f"{diagnosis.START} {unit.vllm_version}, unit {unit.digest[:12]}, {spec.url}, {to_serve.model}\n")
-    command = [sys.executable, "-P", "-m", "pipeline.serving.supervisor", str(folder)]
-    child = processes.spawn(command, _supervisor_environ(), folder / "supervisor.log")
+    supervisor = [sys.executable, "-P", "-m", "pipeline.serving.supervisor", str(folder)]
+    child = processes.spawn(supervisor, _supervisor_environ(), folder / "supervisor.log")
     return Server(
         runtime="process",
         unit_digest=unit.digest,
@@ -114,7 +112,7 @@ def environ(unit: ServedUnit, environment: Environment) -> dict[str, str]:
     path = os.pathsep.join([str(environment.interpreter.parent), os.environ.get("PATH", os.defpath)])
     return {
         **{key: os.environ[key] for key in INHERITED if key in os.environ},
-        **serving_command.OFFLINE,
+        **command.OFFLINE,
         "PATH": path,
         "PYTHONPATH": os.pathsep.join(str(entry) for entry in environment.pythonpath),
         "PYTHONUNBUFFERED": "1",
@@ -142,7 +140,7 @@ def raise_if_dead(server: Server) -> None:
 
 def state(server: Server) -> State:
     """The state that its supervisor last wrote; the first state when the folder is another server's by now."""
-    supervision = serving_supervisor.read_state(server.folder)
+    supervision = read_state(server.folder)
     return supervision if supervision.supervisor == server.pid else State()
 
 
@@ -202,13 +200,13 @@ def stop(server: Server, timeout_s: float) -> None:
 
 def free_port(ports: range = PORTS) -> int:
     """A port on loopback that nobody listens on now."""
-    for port in random.SystemRandom().sample(ports, 200):
+    for port in random.SystemRandom().sample(ports, min(TRIES, len(ports))):
         with socket.socket() as probe, suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
             return port
     raise ServingError(
-        f"200 ports of {HOST} that were tried are taken",
+        f"all ports of {HOST} that were tried are taken",
         allowed=f"a free port from {ports.start} to {ports.stop - 1}",
         remedy="end programs that listen there (`ss -ltnp` names them), then run the command again",
     )

@@ -72,7 +72,7 @@ REFUSED = {
     "disable-log-stats": "would hide the requests in flight, and draining needs them",
 }  # fmt: skip
 
-# env: how vLLM computes, never what it loads, where it listens or what it tells.
+# Variables decide how vLLM computes, never its files, its address or its telemetry.
 PREFIXES = (
     "VLLM", "OMP", "KMP", "GOMP", "MKL", "TORCHINDUCTOR", "NCCL", "GLOO", "MALLOC", "TOKENIZERS",
 )  # fmt: skip

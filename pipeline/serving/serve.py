@@ -65,8 +65,11 @@ def start(to_serve: ToServe, *, keep: bool, on_event: Callable[[Event], None]) -
     A server of the same unit that runs in the folder already is taken over; a server of another unit is stopped. With `keep`
     the server outlives this process and is started again when it dies, else it ends with this process.
 
-    Raises ModelError for an unsafe folder. Raises ServingError when the folder, packages or flags aren't the unit's, before or
-    after vLLM read them; when a GPU lacks room; and when the server dies or isn't ready within serve.startup_timeout.
+    Raises ModelError for an unsafe folder. Raises ServingError
+
+    - when the folder, packages or flags aren't the unit's, before or after vLLM read them;
+    - when a GPU lacks room;
+    - when the server dies, or isn't ready within serve.startup_timeout.
     """
     to_serve = replace(to_serve, model=to_serve.model.resolve(), folder=to_serve.folder.resolve())
     to_serve.folder.mkdir(parents=True, exist_ok=True)

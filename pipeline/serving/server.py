@@ -1,4 +1,4 @@
-"""A model server as records: one to start, one that runs, and its condition; and two questions that it answers over HTTP."""
+"""A model server as records: to start, started, and in its condition now; and its health and load, asked over HTTP."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 It reads FOLDER/spec.json, starts the server as its child, keeps the server's state in FOLDER/state.json, and ends with it.
 
-A server that dies, or whose /health stays silent, is started again after a growing pause: only if it was ready once
-(FOLDER/ready is there), and while the model folder still has the digests that were judged. It counts as restarting until it
+A server that dies, or whose /health stays silent, is started again after a growing pause. It must have been ready once
+(FOLDER/ready is there), and the model folder must still have the digests that were judged. It counts as restarting until it
 has answered and the folder is still the same. If the folder changed while vLLM read it, the server is killed. A server
 without `keep`, or that isn't ready yet, ends when the process that asked for it is gone.
 

@@ -206,7 +206,7 @@ def test_an_image_that_is_not_here_is_named(world):
 
 @container
 def test_another_image_than_the_judged_one_is_refused(world):
-    """A unit of another digest is no unit of what the config names."""
+    """A unit of another digest isn't the unit of the image that the config names."""
     unit = world.unit.model_copy(update={"runtime_digest": "sha256:" + "0" * 64})
     with pytest.raises(ServingError) as caught:
         world.start(world.folder / "else", unit=unit, keep=False)

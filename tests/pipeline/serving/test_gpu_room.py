@@ -28,7 +28,7 @@ def model(tmp_path, monkeypatch):
 
 
 def unit_of(model, serve=SERVE):
-    """What would serve it."""
+    """The unit that would serve it."""
     return serving.served_unit(model, serve, "m", ENVIRONMENT)
 
 

@@ -20,7 +20,7 @@ from support.wire import chat, said, stream_chat, under_way, wait_for
 
 from pipeline import hardware
 from pipeline.config.schema import ServeConfig
-from pipeline.errors import EnvironmentMissing, ModelError, ServingError
+from pipeline.errors import ModelError, ServingError
 from pipeline.serving import process as serving_process
 from pipeline.serving import progress
 from pipeline.serving import serve as serving
@@ -45,7 +45,7 @@ class World:
         return a_model(self.folder / "models" / str(number), **behaviour)
 
     def unit(self, model, serve=None):
-        """What would serve it."""
+        """The unit that would serve it."""
         return serving.served_unit(model, serve or self.serve, NAME, ENVIRONMENT)
 
     def start(self, model, *, keep=False, place="server", serve=None, unit=None):
@@ -55,7 +55,7 @@ class World:
         return serving.start(to_serve, keep=keep, on_event=self.events.append)
 
     def left(self):
-        """What still runs."""
+        """Pids of its servers that still run."""
         return [p.pid for p in processes_under(self.folder, "-m") if p.pid != os.getpid()]
 
 
@@ -189,7 +189,6 @@ STARTER = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = {paths!r}
-from support.model_folder import safetensors_bytes
 from support.released import ENVIRONMENT
 from pipeline.serving import serve as serving
 from pipeline.serving.server import ToServe
@@ -417,30 +416,6 @@ def test_wherever_a_model_lies_vllm_is_told_one_path(world):
         told.append([word for word in process.cmdline() if word.startswith("--model=")])
         assert Path(process.cwd(), told[0][0].partition("=")[2]).resolve() == world.folder / place
     assert told[0] == told[1]
-
-
-def test_caches_lie_at_home_and_are_one_for_all_servers(world):
-    """What is compiled for an evaluation is found by the promotion, whatever the user's own caches are."""
-    model = world.model()
-    environ = serving_process.environ(world.unit(model), ENVIRONMENT)
-    here = str(world.folder / "home" / "vllm-cache")
-    names = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
-    assert all(environ[name].startswith(here) for name in names)
-
-
-def test_a_server_gets_the_hosts_say_on_multicast_and_no_other_variable_of_the_shell(world, monkeypatch):
-    """NVLink multicast that is kept off stays off; what changes how vLLM computes comes from the config alone."""
-    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
-    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TORCH_SDPA")
-    environ = serving_process.environ(world.unit(world.model()), ENVIRONMENT)
-    assert environ["NCCL_NVLS_ENABLE"] == "0"
-    assert "VLLM_ATTENTION_BACKEND" not in environ
-
-
-def test_the_process_runtime_needs_an_environment(world):
-    """served_unit says so instead of failing on None."""
-    with pytest.raises(EnvironmentMissing, match="make setup"):
-        serving.served_unit(world.model(), world.serve, NAME, None)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def start(place, serve=SERVE, model=None):
 
 
 def long_stream(server):
-    """What a streamed completion of TOKENS tokens says at its end: finish reason, tokens by its usage, last line.
+    """The end of a streamed completion of TOKENS tokens: finish reason, tokens by its usage, last line.
 
     Pieces aren't tokens: vLLM puts those that wait for a slow reader into one.
     """
