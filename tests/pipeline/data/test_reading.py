@@ -91,7 +91,7 @@ def test_rows_that_may_be_held_out_need_the_columns(
 
 
 def test_checking_a_file_counts_its_rows_and_logs_its_defects(log: DefectLog, tmp_path: Path) -> None:
-    """What `tunegate check` does: nothing is stored."""
+    """`tunegate check` reads files so: rows are counted, none is stored."""
     file = write(tmp_path / "rows.jsonl", [asked(1), asked(2, completion=None), asked(3)])
     check_file(RowReader(log, DATA), AUTO, "rows", file, data_rows.TRAIN)
     assert (log.rows, log.defective_rows) == (3, 1)
