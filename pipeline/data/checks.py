@@ -1,4 +1,4 @@
-"""Whether a row can be trained on: turns in order, nothing empty, nothing that would break the chat template.
+"""Whether a row can be trained on: turns in order, texts that aren't empty and don't break the chat template.
 
 The checks report every defect and repair none. Standard library only.
 """

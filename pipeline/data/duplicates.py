@@ -5,8 +5,8 @@ system messages, have a Jaccard similarity of at least the threshold.
 
 The signatures come from datasketch. Their bands lie in the run's SQLite file: memory stays the same for any number of
 rows, disk grows by about 40 bytes a band and row. A pair at the threshold is found with a probability of 99 %, a more
-similar pair with a higher one. Every candidate pair is checked by its exact similarity. In a bucket that many rows
-share, a holdout row is compared with the first CANDIDATES training rows of it, a training row with the first one.
+similar pair with a higher one. Every candidate pair is checked by its exact similarity. In a bucket of many rows,
+a holdout row is compared with the first CANDIDATES training rows, a training row with the first one.
 
 Not found here: a holdout question inside a longer text or an earlier turn (`data/leaks.py` looks for those),
 translations, paraphrases.

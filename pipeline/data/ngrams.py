@@ -10,11 +10,11 @@ that no needle has. Costs:
 
 Phrases that many texts share must not count as leaks:
 
-- Ignore an n-gram if at least two needles of a kind contain it and it occurs in more than COMMON needles or more than
-  COMMON rows. GPT-3 ignored n-grams in more than ten training documents (arXiv 2005.14165, appendix C).
+- Ignore an n-gram if at least two needles contain it and it occurs in more than COMMON needles or more than COMMON
+  rows. Needles are counted by kind. GPT-3 ignored n-grams in more than ten training documents (arXiv 2005.14165, appendix C).
 - Ignore an n-gram that most needles (at least two) or most rows (more than COMMON) contain.
-- An n-gram of most needles or rows, or of more than COMMON needles that are a tenth of all, belongs to a template, such
-  as a system message. Words in a template don't count in the share of a needle that a row has.
+- An n-gram of most needles or rows, or of more than COMMON needles and a tenth of all, belongs to a template.
+  A system message is one. Words in a template don't count in the share of a needle that a row has.
 
 A text of fewer than INSIDE words is likely to be in a longer one by chance. It is found only as the whole of a message;
 a text of fewer than SHORTEST words is never found.

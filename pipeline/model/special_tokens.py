@@ -44,9 +44,10 @@ class SpecialTokens:
 def settle(folder: Path) -> SpecialTokens:
     """Settle the special tokens of the model in `folder` and write them into its JSON files.
 
-    Needs config.json, the tokenizer's files and chat_template.jinja there. Raises ModelError when the chat
-    template can't be rendered or doesn't end an answer with a token of its own, or a token is outside the
-    embedding.
+    Needs config.json, the tokenizer's files and chat_template.jinja there. Raises ModelError
+
+    - when the chat template can't be rendered, or doesn't end an answer with a token of its own;
+    - when a token is outside the embedding.
     """
     from transformers import AutoTokenizer
 

@@ -208,7 +208,7 @@ def test_leaks_below_the_rate_are_counted_and_reported(checked: dict) -> None:
 
 
 def test_a_holdout_row_in_calibration_is_found_as_such(checked: dict) -> None:
-    """What the quantizer would see is held against the holdout like what is trained on."""
+    """Calibration rows are compared with the holdout like training rows."""
     leak, _ = checked["calibration"][1].problems
     assert (Path(leak.file).name, leak.line) == ("near exam.jsonl", len(EXAM) + 1)
     assert "like the calibration row" in leak.what

@@ -44,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="module")
 def refusals(base: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the stage says about each broken file."""
+    """The stage's answer to each broken file."""
     folder = tmp_path_factory.mktemp("broken")
     truncate = {"sequence_len": 128, "excess_length_strategy": "truncate"}
     configs = {

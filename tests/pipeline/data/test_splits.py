@@ -86,19 +86,3 @@ def test_texts_are_calibrated_on_only_where_there_is_nothing_else(tmp_path: Path
     assert not {name for name, where in kinds.items() if where in ("calibration", "holdout")} & names
     alone = split(tmp_path, texts)
     assert sum(where == "calibration" for where in alone.values()) == 9
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "equal"),
-    [
-        ("Where is my card?", "where  is MY card", True),
-        ("I can't pay!", "I can\u2019t pay", True),
-        ("\uff46\uff55\uff4c\uff4c width", "full width", True),
-        ("What is 3+4?", "What is 3=4?", False),
-        ("???", "!!!", False),
-        ("straße", "STRASSE", True),
-    ],
-)
-def test_folding_forgets_case_punctuation_and_space(first: str, second: str, equal: bool) -> None:
-    """Symbols that carry meaning stay, and a text of punctuation alone is not empty."""
-    assert (data_rows.fold(first) == data_rows.fold(second)) is equal

@@ -204,7 +204,7 @@ def test_weights_that_are_not_finite_are_all_named(variants):
 
 @pytest.mark.slow
 def test_missing_misshapen_and_foreign_tensors_are_all_named(variants):
-    """What the architecture wants and the file holds is compared before anything is copied."""
+    """The file's tensors are compared with the architecture's before anything is copied."""
     folder, error = variants["shapes"]
     assert {problem.key: problem.what for problem in error.problems} == {
         "model.extra": "isn't a tensor of LlamaForCausalLM",

@@ -10,7 +10,7 @@ from pipeline.model import weights
 
 
 def test_header_gives_names_dtypes_and_shapes(tmp_path):
-    """What lies in a file is known from its header alone."""
+    """A file's header alone tells its tensors."""
     path = model_folder.safetensors(tmp_path / "a.safetensors", {"x": ("BF16", [2, 3]), "y": ("F32", [])})
     assert weights.read_header(path) == {
         "x": weights.Tensor("x", "BF16", (2, 3)),
