@@ -169,7 +169,7 @@ def test_rank_stabilized_adapters_have_their_own_scaling(merged):
         ("untrained", "changes no weight"),
         ("foreign", "layers.7.self_attn.q_proj.lora_A.weight: fits no layer"),
         ("wide", "fits no layer"),
-        ("empty", "holds no layer"),
+        ("empty", "the adapter is empty"),
         ("other-base", "was trained on base 000000000000"),
     ],
 )
