@@ -165,7 +165,12 @@ def _merge(base: Path, shapes: dict[str, tuple[int, ...]], adapter: Adapter, nf4
                 tally.add(name, weight, merged_weight)
             return merged_weight.cpu()
 
-        weights.write(folder, shapes, merged, lambda done, total: program.progress(done >> 20, total >> 20, "MiB"))
+        weights.write(
+            folder,
+            shapes,
+            merged,
+            lambda written_bytes, total: program.progress(written_bytes >> 20, total >> 20, "MiB"),
+        )
     if tally.changes == 0:
         raise ModelError(
             "the adapter changes no weight: it is untrained, or too small for bf16",

@@ -196,9 +196,9 @@ def _linear_layers(base: Path) -> set[str]:
     from transformers.quantizers.base import get_keys_to_not_convert
 
     model = checkpoint.skeleton(base)
-    excluded = set(get_keys_to_not_convert(model))
+    sixteen_bit = set(get_keys_to_not_convert(model))
     return {
         f"{name}.weight"
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in excluded
+        if isinstance(module, nn.Linear) and name not in sixteen_bit
     }
