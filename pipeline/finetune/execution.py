@@ -73,7 +73,7 @@ def raise_for_gpu_optimizer(settings: FinetuneConfig, device: str) -> None:
     """Raise ConfigError for an optimizer that runs on a GPU only, without one."""
     if device == "cpu" and settings.optimizer in GPU_OPTIMIZERS:
         raise ConfigError(
-            f"{settings.optimizer} needs a GPU and there is none",
+            f"{settings.optimizer} must run on a GPU, and this machine shows none",
             key="finetune.optimizer",
             allowed="adamw_torch or adamw_torch_fused",
             remedy="set finetune.optimizer: adamw_torch",

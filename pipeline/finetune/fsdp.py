@@ -31,7 +31,7 @@ def layers(model: Any) -> list[Any]:
     decoder = [module for module in model.modules() if type(module).__name__ in names]
     if not decoder:
         raise ModelError(
-            f"{type(model).__name__} names no layers by which it could be split",
+            f"{type(model).__name__} doesn't name the layers to split",
             key="finetune.fsdp_version",
             remedy="leave finetune.fsdp_version out",
         )

@@ -143,8 +143,8 @@ def _swiglu(gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     if x.is_cuda:
         from liger_kernel.ops.swiglu import swiglu_forward
 
-        features: torch.Tensor = swiglu_forward(gate, x)[2]
-        return features
+        product: torch.Tensor = swiglu_forward(gate, x)[2]
+        return product
     return torch.nn.functional.silu(gate) * x
 
 

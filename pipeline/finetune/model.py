@@ -97,7 +97,7 @@ def _read(base: Path, settings: FinetuneConfig, machine: Machine) -> Any:
         raise ModelError(
             f"the base model can't be loaded for training: {error}",
             file=str(base),
-            remedy="take a causal language model that this transformers version knows",
+            remedy="set base_model to a causal language model that this transformers version knows",
         ) from error
     model.requires_grad_(False)
     model.config.use_cache = False
@@ -227,7 +227,7 @@ def with_lora(model: Any, settings: FinetuneConfig, execution: Execution, base_d
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(
-            f"LoRA finds no layer to adapt: {error}",
+            f"LoRA can't adapt a layer: {error}",
             key="finetune.lora_target_modules",
             allowed=", ".join(_linear_names(model)),
             remedy="leave finetune.lora_target_modules out to adapt every linear layer",

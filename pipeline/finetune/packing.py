@@ -59,8 +59,8 @@ def encode(
 
     `tokenizer` is a Hugging Face tokenizer, `end_tokens` the ids that end an answer for the model.
 
-    Raises ModelError when there is no chat template or it doesn't end answers with an end token,
-    DataError (with the row's id) when the template refuses or rewrites one row.
+    Raises ModelError without a chat template, or when it doesn't end answers with an end token. Raises DataError, with the row's id,
+    when the template refuses or rewrites a row.
     """
     while chunk := list(islice(rows, ROWS_AT_ONCE)):
         texts = [_texts(row, tokenizer) for row in chunk]

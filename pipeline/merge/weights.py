@@ -73,7 +73,7 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Adapter:
             file=str(config_file),
             key=key,
             allowed=repr(choices[0]),
-            remedy="fine-tune with plain LoRA",
+            remedy="fine-tune with plain LoRA (finetune.adapter: qlora or lora)",
         )
         for key, choices in PLAIN.items()
         if key in config and config[key] not in choices
@@ -84,14 +84,12 @@ def read_adapter(folder: Path, shapes: dict[str, tuple[int, ...]]) -> Adapter:
             "fits no layer of the base: it would not be applied",
             file=str(file),
             key=name,
-            remedy="fine-tune on this base",
+            remedy="fine-tune on this base: run the same command again",
         )
         for name in strays
     ]
     if not pairs and not strays:
-        problems.append(
-            Problem("the adapter is empty: nothing would be applied", file=str(file), remedy="fine-tune again")
-        )
+        problems.append(Problem("the adapter is empty: nothing would be applied", file=str(file), remedy=REMEDY))
     if problems:
         raise ModelError(problems)
     rank = float(config["r"])

@@ -1,6 +1,6 @@
-"""Measure what test_finetune.py asserts, on a tiny model in the train environment.
+"""Measure the figures of test_train.py, on a tiny model in the train environment.
 
-    python tests/finetune_proofs.py FOLDER (holding base/ and prepare/)
+    python tests/proofs/finetune_proofs.py FOLDER (holding base/ and prepare/)
 
 Prints one JSON object. Float32 throughout, so that equal means equal to rounding.
 """
@@ -135,7 +135,7 @@ def under_other_memory(base: Path) -> dict[str, str]:
 
 
 def dropout() -> dict[str, float]:
-    """What the quick dropout keeps and by how much it scales."""
+    """The share that the quick dropout keeps, and its scale."""
     outer = torch.nn.Module()
     outer.layers = torch.nn.ModuleDict({"default": torch.nn.Dropout(0.2)})
     finetune_model._quicken_dropout(outer)

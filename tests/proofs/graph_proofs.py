@@ -1,6 +1,6 @@
-"""Measure what test_finetune_graphs.py asserts, on a tiny model in the train environment.
+"""Measure the figures of test_cuda_graphs.py, on a tiny model in the train environment.
 
-    python tests/graph_proofs.py BASE (a Hugging Face folder)
+    python tests/proofs/graph_proofs.py BASE (a Hugging Face folder)
 
 Prints one JSON object; the graphs themselves are measured where there is a GPU.
 """
@@ -64,7 +64,7 @@ def padding(base: Path) -> dict[str, Any]:
 
 
 def rooms(base: Path) -> dict[str, Any]:
-    """What comes of recordings that find no room or can't be made; a recording here replays the pass as it is."""
+    """Recordings that find no room or fail; a recording here replays the pass as it is."""
     model, execution = made(base, 0.0)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     train.flatten(weights)

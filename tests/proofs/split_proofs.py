@@ -1,6 +1,6 @@
 """Two steps with fused LoRA layers over an NF4 base: whole in one process, and split over two. Prints both as JSON.
 
-    python tests/split_proofs.py BASE
+    python tests/proofs/split_proofs.py BASE
 
 On a CPU training doesn't fuse layers; here they are, as on a GPU, and layers are checkpointed. Runs in the train environment.
 """

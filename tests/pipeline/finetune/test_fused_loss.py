@@ -78,7 +78,7 @@ def test_it_is_torchs_cross_entropy_and_its_gradient(compared: dict) -> None:
 
 
 def test_a_plain_output_layer_hands_its_input_on(compared: dict) -> None:
-    """What the model returns times the layer's weight are its logits; an architecture that scales them is left alone."""
+    """The model's output times the layer's weight gives its logits; an architecture that scales them is left alone."""
     assert compared["is_plain"] == [True, False]
     assert compared["handed_on"] < 1e-5
 

@@ -61,7 +61,7 @@ def test_a_stages_key_holds_the_source_of_its_objective(
 
 @EACH
 def test_the_modules_have_the_functions_that_training_calls(name: str) -> None:
-    """What the two protocols declare."""
+    """Every function that the two protocols declare."""
     pairs = (
         (OBJECTIVES[name].rows_module(), objectives.RowsModule),
         (OBJECTIVES[name].loss_module(), objectives.LossModule),

@@ -1,4 +1,4 @@
-"""Token rows, labels and steps, with a tokenizer of words; test_finetune.py has the real ones."""
+"""Token rows, labels and steps, with a tokenizer of words; test_train.py has the real ones."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def artifacts(way: str, *further: str) -> dict[str, Artifact]:
     ],
 )
 def test_the_merge_of_this_model_stands_last_of_the_two(way: str, settings: dict, further: tuple, steps: tuple) -> None:
-    """What follows it comes from it; after training in 16 bits there is one way, and without quantizing no such step."""
+    """Its successor comes from it. After training in 16 bits there is one way, and without quantizing no such step."""
     assert models.steps(artifacts(way, *further), FinetuneConfig(**settings)) == ("base", "adapter", *steps)
 
 

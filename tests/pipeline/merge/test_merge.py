@@ -70,7 +70,7 @@ SPLITS = {"few": range(94, 100), "others": range(20, 26), "none": ()}
 
 
 def validation(folder, numbers):
-    """What prepare leaves, as far as merging reads it."""
+    """The part of prepare's artefact that merging reads."""
     (folder / "payload").mkdir(parents=True)
     lines = [json.dumps(conversation(number)) + "\n" for number in numbers]
     (folder / "payload" / "val.jsonl").write_text("".join(lines))

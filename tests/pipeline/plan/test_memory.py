@@ -1,4 +1,4 @@
-"""What a build takes of a machine's memory, and what can't fit."""
+"""A build's memory, estimated by stage, and warnings of too much."""
 
 from __future__ import annotations
 
