@@ -45,9 +45,11 @@ ALIASES = {
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
     "val_size": "val_set_size",
+    "stage": "objective",
     # axolotl
     "revision_of_model": "base_model_revision",
     "dropout": "lora_dropout",
+    "rl": "objective",
 }
 DATASET_TYPES = {"chat_template": "messages", "conversational": "messages", "prompt-completion": "prompt_completion"}
 

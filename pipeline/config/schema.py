@@ -94,6 +94,7 @@ class DataConfig(Section):
 class FinetuneConfig(Section):
     """QLoRA, by axolotl's names."""
 
+    objective: Literal["sft"] = Field("sft", description="sft: supervised, cross entropy of the answers")
     adapter: Literal["qlora", "lora"] = "qlora"
     load_in_4bit: bool = True
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
