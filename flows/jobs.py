@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from pipeline import program, store
+from pipeline.config.schema import Config
 from pipeline.digests import digest_of
 from pipeline.environments import interpreters
 from pipeline.environments.interpreters import Environment
@@ -41,8 +42,8 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")
 
 def run(
     step: Step,
-    config: Mapping[str, Any],
-    found: Environment,
+    config: Config,
+    interpreter: Environment,
     environ: Mapping[str, str],
     secrets: tuple[str, ...],
     request: program.Request,
@@ -53,18 +54,19 @@ def run(
     Raises the TunegateError that the program reported, EnvironmentMissing without the image or the right to make jobs,
     ResourceError without a node or memory, StageFailed for every other end.
     """
-    cluster, module = config["kubernetes"], step.program
+    assert config.kubernetes is not None  # noqa: S101 - or the stage would have no pod
+    cluster = config.kubernetes.model_dump(mode="json")
     file, log = program.write_request(request), request.folder / "log.txt"
     manifest = manifests.stage_job(
         cluster,
         step.stage,
         f"tunegate-{step.stage}-{digest_of(str(request.folder))[:16]}",
-        [*interpreters.command(found, module), str(file)],
+        [*interpreters.command(interpreter, step.program), str(file)],
         {name: environ[name] for name in ("PATH", "PYTHONPATH", "TUNEGATE_HOME", "HF_HOME") if name in environ},
         secrets=secrets,
         timeout_s=step.timeout_hours * 3600,
         home=store.home(),
-        shm_size=config["serve"]["container"]["shm_size"],
+        shm_size=config.serve.container.shm_size,
         owner=_owner(),
     )
     reported: list[program.Event] = []

@@ -7,15 +7,12 @@ read. Standard library only.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.digests import digest_of
-from pipeline.errors import ConfigError, Problem
 
 Manifest = dict[str, Any]
 
@@ -30,48 +27,6 @@ CLAIM, IMAGE, POD, POD_UID = "TUNEGATE_CLAIM", "TUNEGATE_IMAGE", "TUNEGATE_POD",
 SECRETS = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 CONTAINER = "stage"
 FLOW_TTL_S = 900  # what a killed flow left running goes with its pod: not after a day on a GPU
-
-
-def pod_of(config: Mapping[str, Any], stage: str) -> Mapping[str, Any] | None:
-    """The pod that this stage gets for itself; None where it is a child process, as everywhere outside a cluster.
-
-    Raises ConfigError when its image or claim wouldn't be that of the flow's pod, which this process runs in.
-    """
-    cluster = config.get("kubernetes")
-    if not cluster or CLAIM not in os.environ or stage not in cluster["jobs"]:
-        return None
-    _raise_for_another(cluster)
-    return dict(cluster["jobs"][stage])
-
-
-def _raise_for_another(cluster: Mapping[str, Any]) -> None:
-    there = {"image": os.environ.get(IMAGE), "claim_name": os.environ[CLAIM]}
-    problems = [
-        Problem(
-            f"{cluster[name]} in the config, and this flow's pod has {found or 'none that it knows'}",
-            key=f"kubernetes.{name}",
-            allowed="the same for a flow and its stages: one code, one volume",
-            remedy="deploy again: tunegate manifests CONFIG | kubectl apply -f -, then"
-            " python -m flows.deployments CONFIG DATA --pool kubernetes",
-        )
-        for name, found in there.items()
-        if cluster[name] != found
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def device_of(config: Mapping[str, Any], stage: str, here: str) -> str:
-    """The device that decides the stage's result: `here`, or what its own pod asks for."""
-    pod = pod_of(config, stage)
-    if pod is None:
-        return here
-    return json.dumps({"asked": devices(pod), "node": dict(pod["node_selector"])}, sort_keys=True)
-
-
-def devices(pod: Mapping[str, Any]) -> dict[str, Any]:
-    """The devices that a pod of the config asks for, by their plugin's name, such as nvidia.com/gpu."""
-    return {name: count for name, count in pod["resources"]["limits"].items() if "/" in name}
 
 
 def named(prefix: str, name: str) -> str:
