@@ -16,7 +16,7 @@ SECONDS_AFTER_FAILURE = 60.0
 
 
 class Curves:
-    """The points of one run that weren't sent yet; MLflow being away costs a message, never the training."""
+    """The unsent points of one run; an MLflow that is away costs a message, never the training."""
 
     def __init__(self, run_id: str, tell: Callable[[str], None]) -> None:
         self._run_id = run_id
@@ -25,13 +25,13 @@ class Curves:
         self._due = time.monotonic()
 
     def add(self, name: str, value: float, step: int) -> None:
-        """Take one point, and send what waits when the last time is some seconds ago."""
+        """Take one point, and send the waiting points when the last time is some seconds ago."""
         self._waiting.append(Point(name, value, step, int(time.time() * 1000)))
         if time.monotonic() >= self._due:
             self.flush()
 
     def flush(self) -> None:
-        """Send what waits; what couldn't be sent waits on."""
+        """Send the waiting points; after a failure they wait on."""
         if not self._waiting:
             return
         self._due = time.monotonic() + SECONDS_BETWEEN

@@ -1,8 +1,7 @@
-"""What `tunegate up` tells Prefect's server: deployments for one config, their pool, a GPU limit, zombies; and a cluster's manifests.
+"""The deployments of one config on Prefect's server, with pool, GPU limit and an automation for zombies; a cluster's manifests.
 
-Self-hosted Prefect leaves a run that was killed in the state Running for ever; an automation made here calls
-it crashed when its heartbeats stop. A schedule that a person switched on in Prefect's page stays as it is
-unless the config names one.
+Self-hosted Prefect leaves a killed run in the state Running for ever; an automation made here calls it crashed when its
+heartbeats stop. A schedule that a person switched on in Prefect's page stays unless the config names one.
 """
 
 from __future__ import annotations
@@ -47,29 +46,29 @@ def rendered(config: Path | None, data_dir: Path | None) -> dict[str, Any]:
     file = config or DEMO
     folder = data_dir or (None if config else store.home() / "demo")
     settings = resolve.resolve(file, data_dir=folder)
-    found: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
-    found["pull"] = [{WORKING: {"directory": str(ROOT)}}]
-    for deployment in found["deployments"]:
+    prefect_file: dict[str, Any] = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+    prefect_file["pull"] = [{WORKING: {"directory": str(ROOT)}}]
+    for deployment in prefect_file["deployments"]:
         deployment["name"] = settings["name"]
         deployment["parameters"] = _parameters(deployment, settings["name"], file, folder)
         if "schedules" in deployment and settings["schedule"]["cron"]:
-            chosen = {"cron": settings["schedule"]["cron"], "timezone": settings["schedule"]["timezone"]}
-            deployment["schedules"] = [{**chosen, "slug": "config", "active": True}]
-    return found
+            schedule = {"cron": settings["schedule"]["cron"], "timezone": settings["schedule"]["timezone"]}
+            deployment["schedules"] = [{**schedule, "slug": "config", "active": True}]
+    return prefect_file
 
 
 def rendered_for_cluster(config: Path, data_dir: Path | None) -> dict[str, Any]:
-    """The same for flow runs in the pipeline's image: its folder, the config that a pod has mounted, data on the volume.
+    """The deployments for flow runs in the pipeline's image: its folder, the config that a pod has mounted, data on the volume.
 
-    Promotion isn't among them: it puts vLLM behind Caddy on the machine that it runs on. Raises ConfigError likewise.
+    Promotion is left out: it puts vLLM behind Caddy on the machine that it runs on. Raises ConfigError likewise.
     """
-    found = rendered(config, data_dir or CLUSTER_DATA)
-    found["pull"] = [{WORKING: {"directory": manifests.WORKDIR}}]
-    found["deployments"] = [entry for entry in found["deployments"] if "config" in entry["parameters"]]
-    for deployment in found["deployments"]:
+    prefect_file = rendered(config, data_dir or CLUSTER_DATA)
+    prefect_file["pull"] = [{WORKING: {"directory": manifests.WORKDIR}}]
+    prefect_file["deployments"] = [entry for entry in prefect_file["deployments"] if "config" in entry["parameters"]]
+    for deployment in prefect_file["deployments"]:
         deployment["work_pool"] = {"name": cluster_pool(deployment["name"])}
         deployment["parameters"] |= {"config": str(manifests.config_file(deployment["name"]))}
-    return found
+    return prefect_file
 
 
 def template(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +77,7 @@ def template(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def show(options: argparse.Namespace) -> int:
-    """`tunegate manifests`: what is to be applied for a config's builds, or with --jobs the jobs that they make.
+    """`tunegate manifests`: print the objects to apply for a config's builds, or with --jobs the jobs that builds make.
 
     Nothing is applied. Raises ConfigError when the config is wrong or has no section `kubernetes`.
     """
@@ -86,19 +85,19 @@ def show(options: argparse.Namespace) -> int:
 
     config = _cluster_config(options.config)
     if options.jobs:
-        shown = jobs(config)
+        objects = jobs(config)
     else:
         text = options.config.read_text(encoding="utf-8")
-        shown = manifests.needed(config["kubernetes"], config["name"], text)
-    print(yaml.safe_dump_all(shown, sort_keys=False, width=140), end="")
+        objects = manifests.needed(config["kubernetes"], config["name"], text)
+    print(yaml.safe_dump_all(objects, sort_keys=False, width=140), end="")
     return 0
 
 
 def jobs(config: Mapping[str, Any]) -> list[manifests.Manifest]:
-    """The job of a flow run with Prefect's places in it, and each stage's for a folder whose key isn't known yet."""
+    """The job of a flow run, with Prefect's placeholders, and each stage's job, for a folder whose key isn't known yet."""
     from flows.stages import SECRETS_OF
 
-    made = [_flow_job(config)]
+    stage_jobs = [_flow_job(config)]
     for step in steps.all_steps(config):
         if step.stage not in config["kubernetes"]["jobs"]:
             continue
@@ -107,13 +106,13 @@ def jobs(config: Mapping[str, Any]) -> list[manifests.Manifest]:
         request = manifests.HOME / "work" / step.stage / ".KEY.partial" / "request.json"
         command = [*interpreters.command(interpreter, module), str(request)]
         environ = {"PYTHONPATH": str(root), **manifests.PLACES}
-        made.append(
+        stage_jobs.append(
             manifests.stage_job(
                 config["kubernetes"], step.stage, f"tunegate-{step.stage}-key", command, environ,
                 secrets=SECRETS_OF.get(module, ()), timeout_s=step.timeout_hours * 3600, shm_size=_shm_size(config),
             )
         )  # fmt: skip
-    return made
+    return stage_jobs
 
 
 def _flow_job(config: Mapping[str, Any]) -> manifests.Manifest:
@@ -134,7 +133,7 @@ def _cluster_config(file: Path) -> dict[str, Any]:
     config = resolve.resolve(file, data_dir=CLUSTER_DATA)
     if not config["kubernetes"]:
         raise ConfigError(
-            "this config names no cluster",
+            "the config must name a cluster",
             file=str(file),
             key="kubernetes",
             allowed="{image: name@sha256:…, flow: {resources: …}, jobs: {finetune: {resources: …}}}",
@@ -149,8 +148,8 @@ def _parameters(deployment: Mapping[str, Any], name: str, file: Path, folder: Pa
     return {"config": str(file.resolve()), "data_dir": str(folder.resolve()) if folder else None}
 
 
-def deploy(planned: Mapping[str, Any], pool: str, cluster_template: Mapping[str, Any] | None = None) -> list[str]:
-    """Tell the server that PREFECT_API_URL names; returns the deployments' names as Prefect says them.
+def deploy(prefect_file: Mapping[str, Any], pool: str, cluster_template: Mapping[str, Any] | None = None) -> list[str]:
+    """Make the deployments on the server that PREFECT_API_URL names; returns their names as Prefect shows them.
 
     The pool runs flows as processes of its worker, or with a template as a cluster's jobs.
     """
@@ -165,18 +164,18 @@ def deploy(planned: Mapping[str, Any], pool: str, cluster_template: Mapping[str,
     ):
         client.upsert_global_concurrency_limit_by_name("gpu", 1)
         kind = "kubernetes" if cluster_template else "process"
-        chosen = dict(cluster_template or ProcessWorker.get_default_base_job_template())
-        client.create_work_pool(WorkPoolCreate(name=pool, type=kind, base_job_template=chosen), overwrite=True)
+        pool_template = dict(cluster_template or ProcessWorker.get_default_base_job_template())
+        client.create_work_pool(WorkPoolCreate(name=pool, type=kind, base_job_template=pool_template), overwrite=True)
         _watch_for_zombies(client)
         names = [
             f"{deployment['entrypoint'].rpartition(':')[2]}/{deployment['name']}"
-            for deployment in planned["deployments"]
+            for deployment in prefect_file["deployments"]
         ]
         deployments = [
             _keeping_schedules(client, name, deployment)
-            for name, deployment in zip(names, planned["deployments"], strict=True)
+            for name, deployment in zip(names, prefect_file["deployments"], strict=True)
         ]
-    _prefect_deploy({**planned, "deployments": deployments})
+    _prefect_deploy({**prefect_file, "deployments": deployments})
     return names
 
 
@@ -189,7 +188,7 @@ def _keeping_schedules(client: Any, name: str, deployment: Mapping[str, Any]) ->
         client.read_deployment_by_name(name)
     except ObjectNotFound:
         return dict(deployment)
-    return {key: value for key, value in deployment.items() if not (key == "schedules" and asleep)}
+    return {key: entry for key, entry in deployment.items() if not (key == "schedules" and asleep)}
 
 
 def _watch_for_zombies(client: Any) -> None:
@@ -218,26 +217,26 @@ def _watch_for_zombies(client: Any) -> None:
             )
         ],
     )
-    known = client.read_automations_by_name(ZOMBIES)
-    if known:
-        client.update_automation(known[0].id, automation)
+    automations = client.read_automations_by_name(ZOMBIES)
+    if automations:
+        client.update_automation(automations[0].id, automation)
     else:
         client.create_automation(automation)
 
 
-def _prefect_deploy(planned: Mapping[str, Any]) -> None:
+def _prefect_deploy(prefect_file: Mapping[str, Any]) -> None:
     """Run `prefect deploy` on the rendered file, which stays beside the services' logs."""
     import yaml
 
     file = store.home() / "services" / "prefect.yaml"
-    file.write_text(yaml.safe_dump(dict(planned), sort_keys=False), encoding="utf-8")
+    file.write_text(yaml.safe_dump(dict(prefect_file), sort_keys=False), encoding="utf-8")
     control = interpreters.find("control")
     command = interpreters.command(control, "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file))
     environ = interpreters.child_environ(control, tuple(os.environ))
-    ended = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
-    if ended.returncode:
+    process = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    if process.returncode:
         raise ServingError(
-            f"prefect deploy failed: {(ended.stdout + ended.stderr).strip()[-500:]}",
+            f"prefect deploy failed: {(process.stdout + process.stderr).strip()[-500:]}",
             file=str(file),
             remedy="tunegate down, then tunegate up",
         )

@@ -1,7 +1,7 @@
 """A stage program as a Kubernetes job: made, followed by its log, ended with its flow.
 
-For a flow that runs in a pod itself and has mlruns on a volume that jobs can mount. Speaks the API with the pod's own service
-account. A job's name says which folder it works in, so there is never a second one in it: what a killed flow left is deleted first.
+The flow runs in a pod itself and has mlruns on a volume that jobs can mount. It speaks the API with the pod's own service
+account. A job's name follows from its folder, so that two never work in one folder: a killed flow's job is deleted first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from pipeline import program, store
+from pipeline.config.schema import Config
 from pipeline.digests import digest_of
 from pipeline.environments import interpreters
 from pipeline.environments.interpreters import Environment
@@ -29,11 +30,11 @@ OnEvent = Callable[[program.Event], None]
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 POLL_S = 1.0
-SILENCE_S = 60.0  # a follow that says nothing for so long is asked for anew
-OVERLAP_S = 10  # so much of the log is read again then
+SILENCE_S = 60.0  # a log connection that is silent for so long is made anew
+OVERLAP_S = 10  # then so many seconds of the log are read again
 TRIES = 12
-GOING_S = 600.0  # a pod on a node that is gone takes five minutes
-RESULT_S = 60.0  # a network file system may show a new file that late
+GOING_S = 600.0  # a pod on a lost node takes five minutes to go
+RESULT_S = 60.0  # a network file system may show a new file so late
 DENIED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 POD_LABEL = "batch.kubernetes.io/controller-uid"
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")
@@ -41,8 +42,8 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")
 
 def run(
     step: Step,
-    config: Mapping[str, Any],
-    found: Environment,
+    config: Config,
+    interpreter: Environment,
     environ: Mapping[str, str],
     secrets: tuple[str, ...],
     request: program.Request,
@@ -53,36 +54,37 @@ def run(
     Raises the TunegateError that the program reported, EnvironmentMissing without the image or the right to make jobs,
     ResourceError without a node or memory, StageFailed for every other end.
     """
-    cluster, module = config["kubernetes"], step.program
+    assert config.kubernetes is not None  # noqa: S101 - or the stage would have no pod
+    cluster = config.kubernetes.model_dump(mode="json")
     file, log = program.write_request(request), request.folder / "log.txt"
     manifest = manifests.stage_job(
         cluster,
         step.stage,
         f"tunegate-{step.stage}-{digest_of(str(request.folder))[:16]}",
-        [*interpreters.command(found, module), str(file)],
+        [*interpreters.command(interpreter, step.program), str(file)],
         {name: environ[name] for name in ("PATH", "PYTHONPATH", "TUNEGATE_HOME", "HF_HOME") if name in environ},
         secrets=secrets,
         timeout_s=step.timeout_hours * 3600,
         home=store.home(),
-        shm_size=config["serve"]["container"]["shm_size"],
+        shm_size=config.serve.container.shm_size,
         owner=_owner(),
     )
-    reported: list[program.Event] = []
+    errors: list[program.Event] = []
     with _client() as client, log.open("a", encoding="utf-8") as sink:
-        begun = sink.tell()
+        start = sink.tell()
         job = _Job(client, manifest, step.stage)
         job.create()
         try:
             pod = _until_started(job, step.stage, cluster["pod_watch_timeout_seconds"], on_event)
             for line in job.lines(pod):
-                program.relay(f"{line}\n", sink, reported, on_event)
-            ended, pod = job.read(), job.pod() or pod
+                program.relay(f"{line}\n", sink, errors, on_event)
+            record, pod = job.read(), job.pod() or pod
         finally:
             job.end(on_event)
-    result = _result(request) if not reported and diagnosis.went_well(ended, pod) else None
+    result = _result(request) if not errors and diagnosis.went_well(record, pod) else None
     if result is None:
-        error = program.error_of(reported, log, begun)
-        raise error or diagnosis.death(ended, pod, step.stage, str(log), job.describe)
+        error = program.error_of(errors, log, start)
+        raise error or diagnosis.death(record, pod, step.stage, str(log), job.describe)
     return result
 
 
@@ -98,11 +100,11 @@ class _Job:
         self.describe = f"kubectl describe job {self._name} -n {self._namespace}"
 
     def create(self) -> None:
-        """Make the job, in place of one of the same folder that is still there."""
+        """Make the job, in place of an earlier job of the same folder."""
         for _ in range(TRIES):
-            made = self._ask("POST", self._jobs, json=self._manifest)
-            if made.status_code != httpx.codes.CONFLICT:
-                self._uid = self._must(made)["metadata"]["uid"]
+            answer = self._ask("POST", self._jobs, json=self._manifest)
+            if answer.status_code != httpx.codes.CONFLICT:
+                self._uid = self._must(answer)["metadata"]["uid"]
                 return
             self._replace()
         raise StageFailed("another flow makes the same job at the same time", remedy=self.describe)
@@ -111,16 +113,16 @@ class _Job:
         """Delete the job of this name and wait until its pod is gone too, which may still write into the folder."""
         self._delete()
         until = time.monotonic() + GOING_S
-        while (found := self._get()).status_code != httpx.codes.NOT_FOUND:
-            self._must(found)
+        while (answer := self._get()).status_code != httpx.codes.NOT_FOUND:
+            self._must(answer)
             if time.monotonic() > until:
                 raise StageFailed("an earlier job of the same stage doesn't go away", remedy=self.describe)
             time.sleep(POLL_S)
 
     def read(self) -> dict[str, Any] | None:
-        """The job's record, or None when it is gone, also when another one has its name by now."""
-        found = self._get()
-        record = None if found.status_code == httpx.codes.NOT_FOUND else self._must(found)
+        """The job's record, or None when the job is gone, also when another job has its name by now."""
+        answer = self._get()
+        record = None if answer.status_code == httpx.codes.NOT_FOUND else self._must(answer)
         return record if record and record["metadata"]["uid"] == self._uid else None
 
     def pod(self) -> dict[str, Any] | None:
@@ -132,12 +134,12 @@ class _Job:
     def lines(self, pod: Mapping[str, Any] | None) -> Iterator[str]:
         """The log's lines as they come, each once, until the job is over; a broken connection is made anew.
 
-        A node's clock may be set back, and two lines may have one stamp: only a whole line that was read just before is left out.
+        A node's clock may be set back, and two lines may share a stamp. So only a whole line that was just read is left out.
         """
         recent: deque[tuple[float, str]] = deque()  # when a line came, and the line with its stamp
-        broken = 0
-        while pod is not None and broken < TRIES:
-            over = diagnosis.is_over(self.read(), self.pod())  # asked first: what is written later is read next time
+        failures = 0
+        while pod is not None and failures < TRIES:
+            over = diagnosis.is_over(self.read(), self.pod())  # asked first: a later line is read next time
             params = {"container": manifests.CONTAINER, "follow": "true", "timestamps": "true"}
             if recent:
                 params["sinceSeconds"] = str(int(time.monotonic() - recent[-1][0]) + OVERLAP_S)
@@ -152,17 +154,17 @@ class _Job:
                         recent.popleft()
                     yield line.partition(" ")[2] if STAMP.match(line) else line
             except httpx.TransportError:
-                broken += over  # the end of a finished log is worth some tries
+                failures += over  # the end of a finished log is worth some tries
             else:
                 if over:
                     return
             time.sleep(POLL_S)
 
     def end(self, on_event: OnEvent) -> None:
-        """Delete the job if it isn't over; what is over can be looked at until the cluster removes it.
+        """Delete the job unless it is over; a job that is over can be looked at until the cluster removes it.
 
-        Asks once: a flow that is being ended has little time, and what it was ended by must be what the user reads. A job that may
-        be left is told.
+        Asks once: a flow that is being ended has little time, and the user must read the error that ended it. A message tells of
+        a job that may go on.
         """
         self._tries = 1
         try:
@@ -197,30 +199,31 @@ class _Job:
             try:
                 answer = self._client.request(method, path, **content)
             except httpx.TransportError as error:
-                what = str(error) or type(error).__name__
+                cause = str(error) or type(error).__name__
             else:
                 if answer.status_code != httpx.codes.TOO_MANY_REQUESTS and not answer.is_server_error:
                     return answer
-                what = _said(answer)
+                cause = _message(answer)
             if number + 1 < self._tries:
                 time.sleep(min(30.0, POLL_S * 2**number))
         raise StageFailed(
-            f"the cluster's API does not answer: {what}", remedy=f"kubectl get --raw /readyz; {self.describe}"
+            f"the cluster's API does not answer: {cause}", remedy=f"kubectl get --raw /readyz; {self.describe}"
         )
 
     def _must(self, answer: httpx.Response) -> dict[str, Any]:
         if answer.status_code in DENIED:
-            raise diagnosis.denial(_said(answer), self._stage, self._namespace, self.describe)
+            raise diagnosis.denial(_message(answer), self._stage, self._namespace, self.describe)
         if not answer.is_success:
             raise StageFailed(
-                f"the cluster refused the job {self._name}: {_said(answer)}", remedy="tunegate manifests CONFIG --jobs"
+                f"the cluster refused the job {self._name}: {_message(answer)}",
+                remedy="tunegate manifests CONFIG --jobs",
             )
         return dict(answer.json())
 
 
 def _until_started(job: _Job, stage: str, patience_s: float, on_event: OnEvent) -> dict[str, Any] | None:
     """The job's pod once its program runs; None when the job ended without one."""
-    began, said = time.monotonic(), ""
+    began, message = time.monotonic(), ""
     while True:
         pod = job.pod()
         if diagnosis.is_running(pod) or diagnosis.is_over(job.read(), pod):
@@ -228,9 +231,9 @@ def _until_started(job: _Job, stage: str, patience_s: float, on_event: OnEvent) 
         if error := diagnosis.refusal(pod, stage, job.describe):
             raise error
         waits = diagnosis.waits_for(pod)
-        if waits and waits != said:
+        if waits and waits != message:
             on_event({"event": "message", "text": f"{stage} waits for {waits}"})
-            said = waits
+            message = waits
         if time.monotonic() - began > patience_s:
             raise diagnosis.impatience(pod, stage, patience_s, job.describe)
         time.sleep(POLL_S)
@@ -247,12 +250,12 @@ def _client() -> httpx.Client:
     """A client of the cluster that this process runs in, as the pod's service account."""
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
     url = f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
-    trusted = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
-    return httpx.Client(base_url=url, verify=trusted, auth=_signed, timeout=30, trust_env=False)
+    context = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
+    return httpx.Client(base_url=url, verify=context, auth=_signed, timeout=30, trust_env=False)
 
 
 def _signed(request: httpx.Request) -> httpx.Request:
-    """Read anew each time: the cluster renews the token every hour."""
+    """Sign with the token, read anew each time: the cluster renews it every hour."""
     request.headers["Authorization"] = f"Bearer {(ACCOUNT / 'token').read_text(encoding='utf-8').strip()}"
     return request
 
@@ -262,7 +265,7 @@ def _owner() -> tuple[str, str] | None:
     return (name, uid) if name and uid else None
 
 
-def _said(answer: httpx.Response) -> str:
+def _message(answer: httpx.Response) -> str:
     try:
         return str(answer.json()["message"])
     except (ValueError, KeyError, TypeError):

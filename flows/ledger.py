@@ -1,14 +1,15 @@
-"""The loss ledger of a build: every step of the candidate's making on the same items. It explains a verdict, and is no part of it."""
+"""The loss ledger of a build: every step of the candidate's making on the same items. It explains a verdict and isn't part of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 from flows import stages
 from flows.stages import OnEvent
 from pipeline import program, store
 from pipeline.artifacts import Artifact, Evaluation, LedgerEntry, Stage
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, ResourceError
 from pipeline.evaluation import plugins
 from pipeline.ledger import compare, scores
@@ -16,19 +17,19 @@ from pipeline.plan.steps import Step, ledger_step
 
 
 def ledger_of(
-    config: Mapping[str, Any],
+    config: Config,
     build_key: str,
     artifacts: Mapping[Stage, Artifact],
     candidate: Evaluation,
     sources: Mapping[str, str],
     show: OnEvent,
 ) -> tuple[LedgerEntry, ...]:
-    """What each step answered, from the store or asked now, scored as the candidate was.
+    """The answers of each step, from the store or made now, scored as the candidate's were.
 
-    Empty where the config wants none, and where there isn't the memory or a user's scorer fails on a step's answers: the
-    verdict is reached, and isn't lost for want of its explanation. A broken model stops the build all the same.
+    Empty where the config wants none, and where memory is short or a user's scorer fails on a step's answers: the verdict
+    is reached, and must not be lost for want of its explanation. A broken model stops the build all the same.
     """
-    step = ledger_step(config)
+    step = ledger_step(config.model_dump(mode="json"))
     if step is None:
         return ()
     try:
@@ -40,7 +41,7 @@ def ledger_of(
 
 def _asked(
     step: Step,
-    config: Mapping[str, Any],
+    config: Config,
     build_key: str,
     artifacts: Mapping[Stage, Artifact],
     candidate: Evaluation,
@@ -48,10 +49,12 @@ def _asked(
     show: OnEvent,
 ) -> tuple[LedgerEntry, ...]:
     inputs = {name: artifacts[cast("Stage", name)] for name in step.inputs}
-    answered = stages.run(step, config, inputs, sources, show)
-    records = stages.inputs_json({**artifacts, "ledger": answered}, ("prepare", "ledger"))
-    request = program.Request({"evaluate": config["evaluate"]}, records, store.build_folder(build_key) / "ledger")
-    places = plugins.places([scorer["metric"] for scorer in config["evaluate"]["scorers"]])
+    answers = stages.run(step, config, inputs, sources, show)
+    records = stages.inputs_json({**artifacts, "ledger": answers}, ("prepare", "ledger"))
+    request = program.Request(
+        {"evaluate": config.evaluate.model_dump(mode="json")}, records, store.build_folder(build_key) / "ledger"
+    )
+    places = plugins.places([scorer.metric for scorer in config.evaluate.scorers])
     stages.run_program("pipeline.ledger.scores", "control", config, request, show, pythonpath=places)
     entries = scores.ENTRIES.validate_json((request.payload / "ledger.json").read_bytes())
     return (*entries, compare.served(candidate, entries[-1]))

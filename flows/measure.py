@@ -1,23 +1,24 @@
 """Each system served once by vLLM, scored on the holdout and load-tested: base, merged, candidate and incumbent.
 
-An evaluation is kept by the digests of the served unit and the holdout. Load tests are kept for one build only, so that
-candidate and incumbent are measured side by side at every gate. The incumbent is served as it was judged; where that can't be
-any more, because vLLM or the machine is another by now, it is measured as it would be served today.
+An evaluation is kept by the digests of the served unit and the holdout. A load test is kept for one build only, so that
+candidate and incumbent are measured side by side at every gate.
 """
 
 from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from flows import judges, prompts, stages
+from flows import llm_judges, lm_eval, prompts, stages
 from flows.stages import OnEvent
 from flows.systems import System, systems
 from pipeline import program, store
@@ -38,11 +39,24 @@ from pipeline.plan import code
 from pipeline.serving import runtimes, serve
 from pipeline.serving.server import Server, ToServe
 
-JUDGED = ("candidate", "incumbent")  # also load-tested and asked the must-pass prompts
+GATED = ("candidate", "incumbent")  # also load-tested, and sent the must-pass prompts
+# Parts of `evaluate` that don't decide how the holdout is answered and scored.
+BESIDE_SCORERS = {"compare", "prompts", "tasks", "judges", "ledger_items"}
+EVALUATE = "pipeline.evaluation.evaluate"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All figures of one system; only systems in GATED have prompts and a load test."""
+
+    evaluation: Evaluation
+    tasks: tuple[TaskResult, ...]
+    prompts: tuple[PromptResult, ...] = ()
+    loadtest: LoadTest | None = None
 
 
 def measure(
-    config: Mapping[str, Any],
+    config: Config,
     build_key: str,
     artifacts: Mapping[Stage, Artifact],
     unit: ServedUnit,
@@ -50,57 +64,48 @@ def measure(
     *,
     again: bool = False,
 ) -> Reports:
-    """Serve and measure every system that the config compares; what was measured before is read back unless `again`."""
-    evaluations: dict[str, Evaluation] = {}
-    loadtests: dict[str, LoadTest] = {}
-    asked: dict[str, tuple[PromptResult, ...]] = {}
-    tasks: dict[str, tuple[TaskResult, ...]] = {}
+    """Serve and measure every system that the config compares; earlier measurements are read back unless `again`."""
     attempt = uuid.uuid4().hex if again else ""
     if again:
         for folder in store.build_folder(build_key).glob("loadtest-*"):
             shutil.rmtree(folder)
+    measurements: dict[str, Measurement] = {}
     for system in systems(config, artifacts, unit, show):
-        named = _measure.with_options(name=f"measure-{system.role}")
-        evaluation, loadtest = named(dict(config), build_key, dict(artifacts), system, attempt, show)
-        evaluations[system.role] = evaluation
-        if loadtest:
-            loadtests[system.role] = loadtest
-        if system.role in JUDGED:
-            asked[system.role] = prompts.results(config, system.unit, attempt)
-        tasks |= judges.task_results(config, system, attempt)
+        measure_system = _measure.with_options(name=f"measure-{system.role}")
+        measurements[system.role] = measure_system(config, build_key, dict(artifacts), system, attempt, show)
+    evaluations = {role: measurement.evaluation for role, measurement in measurements.items()}
     return Reports(
         evaluations=evaluations,
-        loadtests=loadtests,
-        prompts={role: results for role, results in asked.items() if results},
-        tasks=tasks,
-        judged=judges.judged(config, evaluations, attempt, show),
+        loadtests={role: entry.loadtest for role, entry in measurements.items() if entry.loadtest},
+        prompts={role: entry.prompts for role, entry in measurements.items() if entry.prompts},
+        tasks={role: entry.tasks for role, entry in measurements.items() if entry.tasks},
+        judged=llm_judges.reports(config, evaluations, attempt, show),
     )
 
 
 @task(retries=1, retry_delay_seconds=10, retry_condition_fn=stages.worth_retrying, timeout_seconds=6 * 3600,
       cache_policy=NO_CACHE, persist_result=False)  # fmt: skip
 def _measure(
-    config: dict[str, Any],
+    config: Config,
     build_key: str,
     artifacts: dict[Stage, Artifact],
     system: System,
     attempt: str,
     show: OnEvent,
-) -> tuple[Evaluation, LoadTest | None]:
-    """Evaluate and load-test one system on one vLLM start; no start when both are there already."""
+) -> Measurement:
+    """Measure one system on one vLLM start; no start when everything was measured before."""
     with ExitStack() as stack:
         server = _Lazy(build_key, system, show, stack)
         evaluation = _evaluate(config, artifacts, system, attempt, server, show)
-        judges.run_tasks(config, system, attempt, server, show)
-        loadtest = None
-        if system.role in JUDGED:
-            prompts.ask(config, system.unit, attempt, lambda: _where(config, system, server()), show)
-            loadtest = _loadtest(config, build_key, artifacts, system, server, show)
-    return evaluation, loadtest
+        tasks = lm_eval.task_results(config, system, attempt, server, show)
+        if system.role not in GATED:
+            return Measurement(evaluation, tasks)
+        results = prompts.prompt_results(config, system.unit, attempt, lambda: _where(config, system, server()), show)
+        return Measurement(evaluation, tasks, results, _loadtest(config, build_key, artifacts, system, server, show))
 
 
 class _Lazy:
-    """A server that starts when it is first asked for."""
+    """A server that starts at the first call."""
 
     def __init__(self, build_key: str, system: System, show: OnEvent, stack: ExitStack) -> None:
         self._arguments = (build_key, system, show)
@@ -111,58 +116,52 @@ class _Lazy:
         """The running server."""
         if self._server is None:
             build_key, system, show = self._arguments
-            settings = Config.model_validate(system.config)
+            config, folder = system.config, store.build_folder(build_key) / f"serve-{system.role}"
             show({"event": "stage", "stage": "serve", "state": "running", "log": system.role})
             self._stack.enter_context(stages.device_slot(show))
-            to_serve = ToServe(
-                system.unit, system.model, settings.serve, settings.name, store.build_folder(build_key) / f"serve-{system.role}",
-                runtimes.environment_of(system.config),
-            )  # fmt: skip
+            environment = runtimes.environment_of(config.model_dump(mode="json"))
+            to_serve = ToServe(system.unit, system.model, config.serve, config.name, folder, environment)
             self._server = self._stack.enter_context(serve.running(to_serve, show))
         return self._server
 
 
 def _evaluate(
-    config: dict[str, Any],
+    config: Config,
     artifacts: dict[Stage, Artifact],
     system: System,
     attempt: str,
-    server: _Lazy,
+    server: Callable[[], Server],
     show: OnEvent,
 ) -> Evaluation:
-    trained = system.role in ("merged", "candidate")
-    needed: tuple[str, ...] = ("prepare", "finetune") if trained else ("prepare",)
-    inputs = {name: artifacts[name] for name in needed}  # type: ignore[index]
-    parents = {"unit": system.unit.digest, **{name: artifact.digest for name, artifact in inputs.items()}}
-    metrics = [scorer["metric"] for scorer in config["evaluate"]["scorers"]]
+    inputs: tuple[Stage, ...] = ("prepare", "finetune") if system.role in ("merged", "candidate") else ("prepare",)
+    parents = {"unit": system.unit.digest} | {str(name): artifacts[name].digest for name in inputs}
+    metrics = [scorer.metric for scorer in config.evaluate.scorers]
     scorers = plugins.versions(metrics)
-    key = digest_of(
-        {
-            "system": system.role,
-            "inputs": parents,
-            "config": {name: value for name, value in config["evaluate"].items() if name not in judges.BESIDE_SCORERS},
-            "scorers": scorers,
-            "seed": config["seed"],
-            "confidence": config["gate"]["confidence"],
-            "source": code.source_digest("pipeline.evaluation.evaluate"),
-            "attempt": attempt,
+
+    def make(folder: Path) -> stages.Origin:
+        show({"event": "stage", "stage": "evaluate", "state": "running", "log": system.role})
+        settings = {
+            "evaluate": config.evaluate.model_dump(mode="json"),
+            "gate": config.gate.model_dump(mode="json"),
+            **_where(config, system, server()),
         }
-    )[:32]
-    if store.find("evaluate", key) is None:
-        running = server()
-        with store.making("evaluate", key) as partial:
-            show({"event": "stage", "stage": "evaluate", "state": "running", "log": system.role})
-            settings = {"evaluate": config["evaluate"], "gate": config["gate"], **_where(config, system, running)}
-            request = program.Request(settings, stages.inputs_json(artifacts, needed), partial)
-            places = plugins.places(metrics)
-            detail = stages.run_program(
-                "pipeline.evaluation.evaluate", "control", config, request, show, pythonpath=places
-            )
-            made_by = {"vllm": system.unit.vllm_version, **scorers}
-            store.finish("evaluate", key, partial, parents=parents, made_by=made_by, detail=detail)
-    found = store.find("evaluate", key)
-    assert found is not None  # noqa: S101 - finished above
-    report = Evaluation.model_validate_json((found.payload / "report.json").read_text(encoding="utf-8"))
+        request = program.Request(settings, stages.inputs_json(artifacts, inputs), folder)
+        places = plugins.places(metrics)
+        detail = stages.run_program(EVALUATE, "control", config, request, show, pythonpath=places)
+        return stages.Origin(parents, {"vllm": system.unit.vllm_version, **scorers}, detail)
+
+    parts = {
+        "system": system.role,
+        "inputs": parents,
+        "config": config.evaluate.model_dump(mode="json", exclude=BESIDE_SCORERS),
+        "scorers": scorers,
+        "seed": config.seed,
+        "confidence": config.gate.confidence,
+        "source": code.source_digest(EVALUATE),
+        "attempt": attempt,
+    }
+    artifact = stages.kept("evaluate", digest_of(parts)[:32], make, server)
+    report = Evaluation.model_validate_json((artifact.payload / "report.json").read_text(encoding="utf-8"))
     scores = ", ".join(f"{name} {score.value:.3f}" for name, score in report.metrics.items())
     show({"event": "stage", "stage": "evaluate", "state": system.role, "seconds": report.seconds})
     show({"event": "message", "text": f"{system.role}: {scores} of {len(report.items)} items, {report.errors} failed"})
@@ -170,22 +169,24 @@ def _evaluate(
 
 
 def _loadtest(
-    config: dict[str, Any],
+    config: Config,
     build_key: str,
     artifacts: dict[Stage, Artifact],
     system: System,
-    server: _Lazy,
+    server: Callable[[], Server],
     show: OnEvent,
 ) -> LoadTest:
+    """The build's load test of a system, whose folder lies in the build's own: no other build may read it back."""
     folder = store.build_folder(build_key) / f"loadtest-{system.role}"
     file = folder / "payload" / "report.json"
-    done = folder / "result.json"
-    if not (done.is_file() and system.unit.digest in file.read_text(encoding="utf-8")):
-        running = server()
+    is_finished = (folder / "result.json").is_file() and system.unit.digest in file.read_text(encoding="utf-8")
+    if not is_finished:
+        address = _where(config, system, server())
         show({"event": "stage", "stage": "loadtest", "state": "running", "log": system.role})
-        settings = {"loadtest": config["loadtest"], "model_path": str(system.model), **_where(config, system, running)}
+        section = config.loadtest.model_dump(mode="json")
+        settings = {"loadtest": section, "model_path": str(system.model), **address}
         bench = runtimes.RUNTIMES[system.unit.runtime].loadtest
-        settings |= bench.settings(system.unit.runtime_digest, system.config["serve"])
+        settings |= bench.settings(system.unit.runtime_digest, system.config.serve.model_dump(mode="json"))
         request = program.Request(settings, stages.inputs_json(artifacts, ("prepare",)), folder)
         stages.run_program(bench.program, bench.environment, system.config, request, show)
     report = LoadTest.model_validate_json(file.read_text(encoding="utf-8"))
@@ -197,7 +198,7 @@ def _loadtest(
     return report
 
 
-def _where(config: Mapping[str, Any], system: System, server: Server) -> dict[str, Any]:
-    """What both stage programs are told of the server, and the config's seed."""
-    of_system = {"system": system.role, "unit_digest": system.unit.digest, "seed": config["seed"]}
+def _where(config: Config, system: System, server: Server) -> dict[str, Any]:
+    """The server's part of a stage's request, and the config's seed."""
+    of_system = {"system": system.role, "unit_digest": system.unit.digest, "seed": config.seed}
     return {**of_system, "url": server.url, "model": server.model}

@@ -1,4 +1,4 @@
-"""What a running build shows: a live bar in a terminal, plain lines elsewhere and in a Prefect run's log."""
+"""The progress of a running build: a live bar in a terminal, plain lines elsewhere and in a Prefect run's log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Pace:
-    """How long the rest takes, from what was done since the first event, not by a killed run."""
+    """The time that the rest takes, from the work since the first event; a killed run's earlier work doesn't count."""
 
     def __init__(self) -> None:
         self._unit = ""
@@ -26,14 +26,14 @@ class Pace:
         self._since = 0.0
 
     def rest_s(self, event: Event, now: float) -> float | None:
-        """Seconds to go, or None as long as nothing was seen to be done."""
-        done = float(event["done"])
-        if event["unit"] != self._unit or done < self._last:
-            self._unit, self._first, self._since = event["unit"], done, now
-        self._last = done
-        if done <= self._first or now <= self._since:
+        """Seconds to go, or None before any work was seen."""
+        position = float(event["done"])
+        if event["unit"] != self._unit or position < self._last:
+            self._unit, self._first, self._since = event["unit"], position, now
+        self._last = position
+        if position <= self._first or now <= self._since:
             return None
-        return max(0.0, float(event["total"]) - done) * (now - self._since) / (done - self._first)
+        return max(0.0, float(event["total"]) - position) * (now - self._since) / (position - self._first)
 
 
 class Plain:
@@ -43,14 +43,14 @@ class Plain:
         self._write = write
         self._stage = ""
         self._last = -SECONDS_BETWEEN_LINES
-        self._finished = ""
+        self._full_unit = ""
         self._pace = Pace()
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
         if event["event"] == "stage":
             self._stage = event["stage"]
-            self._last, self._finished = -SECONDS_BETWEEN_LINES, ""
+            self._last, self._full_unit = -SECONDS_BETWEEN_LINES, ""
             self._pace = Pace()
             self._write(stage_line(event))
         elif event["event"] == "message":
@@ -58,14 +58,14 @@ class Plain:
         elif event["event"] == "progress":
             now = time.monotonic()
             rest = self._pace.rest_s(event, now)
-            finished = event["unit"] if event["done"] >= event["total"] else ""
-            if now - self._last >= SECONDS_BETWEEN_LINES or (finished and finished != self._finished):
-                self._last, self._finished = now, finished
+            full_unit = event["unit"] if event["done"] >= event["total"] else ""
+            if now - self._last >= SECONDS_BETWEEN_LINES or (full_unit and full_unit != self._full_unit):
+                self._last, self._full_unit = now, full_unit
                 self._write(f"  {self._stage:<10} {figures(event, rest)}")
 
 
 class Live:
-    """Events as one rich progress bar for the stage that runs, with what finished above it."""
+    """Events as one rich progress bar for the stage that runs, with the finished stages above it."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -80,8 +80,8 @@ class Live:
         elif event["event"] == "message":
             self._above(f"  {self._stage:<10} {event['text']}")
         elif event["event"] == "progress":
-            shown = figures(event, self._pace.rest_s(event, time.monotonic()))
-            self._progress.update(self._task, completed=event["done"], total=event["total"], figures=shown)
+            text = figures(event, self._pace.rest_s(event, time.monotonic()))
+            self._progress.update(self._task, completed=event["done"], total=event["total"], figures=text)
 
     def _next_stage(self, event: Event) -> None:
         self._stage = event["stage"]
@@ -99,15 +99,15 @@ class Live:
 def stage_line(event: Event) -> str:
     """One line on a stage's state."""
     took = f"{event['seconds']:7.1f} s" if event.get("seconds") else " " * 9
-    what = event.get("log") or event.get("key", "")[:12]
-    return f"  {event['stage']:<10} {event['state']:<8}{took}  {what}".rstrip()
+    detail = event.get("log") or event.get("key", "")[:12]
+    return f"  {event['stage']:<10} {event['state']:<8}{took}  {detail}".rstrip()
 
 
 def figures(event: Event, rest_s: float | None) -> str:
-    """How far a stage is, its current figures, and how long the rest takes."""
+    """The position of a stage, its current figures, and the time that the rest takes."""
     metrics = dict(event.get("metrics") or {})
     speeds = [f"{metrics.pop(name):.4g} {name}" for name in list(metrics) if "/" in name]
-    values = [f"{name} {value:.4g}" for name, value in metrics.items()]
+    values = [f"{name} {metric:.4g}" for name, metric in metrics.items()]
     left = [f"{duration(rest_s)} left"] if rest_s else []
     return "  ".join([f"{event['done']:.0f}/{event['total']:.0f} {event['unit']}", *values, *speeds, *left])
 

@@ -1,61 +1,54 @@
-"""Must-pass prompts asked of a system while it is served; the results are kept by the digests of the served unit and the file."""
+"""Must-pass prompts sent to a system while it is served; kept by the digests of the served unit and the prompts file."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flows import stages
 from flows.stages import OnEvent
-from pipeline import program, store
+from pipeline import program
 from pipeline.artifacts import PromptResult, ServedUnit
+from pipeline.config.schema import Config
 from pipeline.digests import digest_of
-from pipeline.errors import ConfigError
 from pipeline.file_digests import remembered
 from pipeline.plan import code
 
-
-def ask(
-    config: Mapping[str, Any], unit: ServedUnit, attempt: str, where: Callable[[], dict[str, Any]], show: OnEvent
-) -> None:
-    """Ask a system what the config's file holds, unless it was asked before; `where` starts its server and tells of it."""
-    if not config["evaluate"]["prompts"]:
-        return
-    key, digest = _key(config, unit, attempt)
-    if store.find("prompts", key) is None:
-        of_server = where()
-        with store.making("prompts", key) as partial:
-            show({"event": "stage", "stage": "prompts", "state": "running", "log": of_server["system"]})
-            request = program.Request({"evaluate": config["evaluate"], "digest": digest, **of_server}, {}, partial)
-            detail = stages.run_program("pipeline.evaluation.prompts", "control", config, request, show)
-            parents = {"unit": unit.digest, "prompts": digest}
-            store.finish("prompts", key, partial, parents=parents, made_by={"vllm": unit.vllm_version}, detail=detail)
+PROGRAM = "pipeline.evaluation.prompts"
 
 
-def results(config: Mapping[str, Any], unit: ServedUnit, attempt: str) -> tuple[PromptResult, ...]:
-    """What was kept of a system that was asked, in the file's order; nothing where the config names no prompts."""
-    file = config["evaluate"]["prompts"]
-    if not file:
+def prompt_results(
+    config: Config, unit: ServedUnit, attempt: str, where: Callable[[], dict[str, Any]], show: OnEvent
+) -> tuple[PromptResult, ...]:
+    """The results of the prompts of the config's file, in the file's order; () where the config names no file.
+
+    `where` starts the system's server and describes it; it is called only when the prompts were not sent before.
+    """
+    if not config.evaluate.prompts:
         return ()
-    found = store.find("prompts", _key(config, unit, attempt)[0])
-    if found is None:  # a check on nothing would be a pass
-        raise ConfigError("changed while the build ran", file=file, remedy="run the same command again")
-    return tuple(map(PromptResult.model_validate, json.loads((found.payload / "prompts.json").read_text("utf-8"))))
+    digest = remembered(Path(config.evaluate.prompts))
+
+    def make(folder: Path) -> stages.Origin:
+        server = where()
+        show({"event": "stage", "stage": "prompts", "state": "running", "log": server["system"]})
+        settings = {"evaluate": config.evaluate.model_dump(mode="json"), "digest": digest, **server}
+        detail = stages.run_program(PROGRAM, "control", config, program.Request(settings, {}, folder), show)
+        return stages.Origin({"unit": unit.digest, "prompts": digest}, {"vllm": unit.vllm_version}, detail)
+
+    artifact = stages.kept("prompts", _key(config, unit, digest, attempt), make, where)
+    return tuple(map(PromptResult.model_validate, json.loads((artifact.payload / "prompts.json").read_text("utf-8"))))
 
 
-def _key(config: Mapping[str, Any], unit: ServedUnit, attempt: str) -> tuple[str, str]:
-    """The key of a system's results, and the digest of the file."""
-    digest = remembered(Path(config["evaluate"]["prompts"]))
-    key = digest_of(
-        {
-            "unit": unit.digest,
-            "prompts": digest,
-            "config": {name: config["evaluate"][name] for name in ("max_tokens", "concurrency")},
-            "seed": config["seed"],
-            "source": code.source_digest("pipeline.evaluation.prompts"),
-            "attempt": attempt,
-        }
-    )
-    return key[:32], digest
+def _key(config: Config, unit: ServedUnit, file_digest: str, attempt: str) -> str:
+    """The key of a system's results."""
+    parts = {
+        "unit": unit.digest,
+        "prompts": file_digest,
+        "config": {"max_tokens": config.evaluate.max_tokens, "concurrency": config.evaluate.concurrency},
+        "seed": config.seed,
+        "source": code.source_digest(PROGRAM),
+        "attempt": attempt,
+    }
+    return digest_of(parts)[:32]

@@ -19,12 +19,14 @@ def retrain(
 ) -> dict[str, Any]:
     """Build from the config if its data, base model, settings or tunegate itself changed since the last time.
 
-    Returns what the build found, now or then.
+    Returns the build's summary, of now or of that time.
     """
-    resolved = resolve.resolve(Path(config), overrides or [], Path(data_dir) if data_dir else None)
-    planned = plan.make(resolved, resolve.sources(resolved), hardware.device().name)
-    if planned.finished:
-        runs.take_over(planned.finished, resolved)
-        get_run_logger().info("nothing changed since build %s (%s)", planned.key[:12], planned.finished["outcome"])
-        return dict(planned.finished)
+    config_json = resolve.resolve(Path(config), overrides or [], Path(data_dir) if data_dir else None)
+    build_plan = plan.make(config_json, resolve.sources(config_json), hardware.device().name)
+    if build_plan.finished:
+        runs.take_over(build_plan.finished, config_json)
+        get_run_logger().info(
+            "nothing changed since build %s (%s)", build_plan.key[:12], build_plan.finished["outcome"]
+        )
+        return dict(build_plan.finished)
     return build(config, data_dir, overrides)

@@ -1,4 +1,4 @@
-"""One pipeline stage as a Prefect task: its environment, the GPU slot, retries, the cache and live progress."""
+"""One pipeline stage as a Prefect task: its environment, the GPU slot, retries, the store and live progress."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,97 +19,126 @@ from prefect.tasks import Task
 from flows import jobs
 from pipeline import file_digests, hardware, program, store
 from pipeline.artifacts import Artifact
+from pipeline.config.schema import Config
 from pipeline.environments import interpreters
 from pipeline.errors import Problem, RegistryError, ServingError, StageFailed, TunegateError
-from pipeline.kubernetes import manifests
+from pipeline.kubernetes import manifests, place
 from pipeline.plan import plan
 from pipeline.plan.steps import Step, section
 
-# A gated model or dataset needs the user's token; no other stage program sees a secret unless its caller names it.
+# A gated model or dataset needs the user's token. Every other secret reaches a stage program only when its caller names it.
 SECRETS_OF = {
     "pipeline.model.base": ("HF_TOKEN",), "pipeline.data.prepare": ("HF_TOKEN",), "pipeline.evaluation.lm_eval_tasks": ("HF_TOKEN",),
 }  # fmt: skip
-GIVEN_BACK_S = 5.0  # what a GPU may take to have the memory of an ended process back
+GIVEN_BACK_S = 5.0  # a GPU may take so long to free the memory of an ended process
 OnEvent = Callable[[program.Event], None]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """A finished artefact's record beside its digest: its inputs' digests, the deciding versions, the stage program's result."""
+
+    parents: dict[str, str]
+    made_by: dict[str, str]
+    detail: dict[str, Any]
+
+
 def worth_retrying(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """A crashed stage or a server that did not come up or answer may do better next time; a user's mistake won't."""
+    """A crashed stage, or a server that did not come up or answer, may do better next time; a user's mistake won't."""
     try:
         state.result()
     except (StageFailed, ServingError, RegistryError, TimeoutError):
         return True
-    except Exception:  # noqa: BLE001 - whatever it was, trying again doesn't mend it
+    except Exception:  # noqa: BLE001 - trying again mends no other error
         return False
     return False
 
 
 def run(
-    step: Step, config: Mapping[str, Any], inputs: Mapping[str, Artifact], sources: Mapping[str, str], on_event: OnEvent
+    step: Step, config: Config, inputs: Mapping[str, Artifact], sources: Mapping[str, str], on_event: OnEvent
 ) -> Artifact:
-    """Return the step's artefact: from the store, or made now by its stage program as a named Prefect task."""
-    made_by = plan.versions(step, config)
+    """Return the step's artefact: from the store, or made now by its stage program as a Prefect task of its name."""
+    config_json = config.model_dump(mode="json")
+    made_by = plan.versions(step, config_json)
     digests = {name: artifact.digest for name, artifact in inputs.items()}
-    device = manifests.device_of(config, step.stage, hardware.device().name)
-    key = plan.key_of(step, config, plan.inputs_of(step, digests, sources, device), made_by)
-    found = store.find(step.stage, key)
-    if found is not None:
+    device = place.device_of(config_json, step.stage, hardware.device().name)
+    key = plan.key_of(step, config_json, plan.inputs_of(step, digests, sources, device), made_by)
+    artifact = store.find(step.stage, key)
+    if artifact is not None:
         on_event({"event": "stage", "stage": step.stage, "state": "cached", "seconds": 0.0, "key": key})
-        return found
-    named = _make.with_options(
+        return artifact
+    make = _make.with_options(
         name=step.stage,
         retries=step.retries,
         retry_delay_seconds=10,
         retry_condition_fn=worth_retrying,
         timeout_seconds=timedelta(hours=step.timeout_hours).total_seconds(),
     )
-    records = inputs_json(inputs, tuple(inputs))
-    key = named(step, dict(config), records, key, digests, made_by, on_event)
-    artifact = store.find(step.stage, key)
-    if artifact is None:
-        raise StageFailed(
-            f"the {step.stage} artefact {key} is gone from the store", remedy="run the same command again"
-        )
-    return artifact
+    return make(step, config, inputs_json(inputs, tuple(inputs)), key, digests, made_by, on_event)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def _make(
     step: Step,
-    config: dict[str, Any],
+    config: Config,
     inputs: dict[str, Any],
     key: str,
     parents: dict[str, str],
     made_by: dict[str, str],
     on_event: OnEvent,
-) -> str:
-    """Run the stage program under the key's lock and put what it made into the store."""
-    with store.making(step.stage, key) as partial:
-        if store.peek(step.stage, key):  # another run made it while this one waited
-            return key
-        started = time.monotonic()
+) -> Artifact:
+    """Make the step's artefact, and show how that went."""
+    starts: list[float] = []  # empty when another run made it while this one waited
+    config_json = config.model_dump(mode="json")
+    sections = {name.rpartition(".")[2]: section(config_json, name) for name in step.sections}
+
+    def show_end(state: str) -> None:
+        on_event({"event": "stage", "stage": step.stage, "state": state, "seconds": time.monotonic() - starts[0]})
+
+    def make(folder: Path) -> Origin:
+        starts.append(time.monotonic())
         on_event(
-            {"event": "stage", "stage": step.stage, "state": "running", "log": str(partial / "log.txt"), "key": key}
+            {"event": "stage", "stage": step.stage, "state": "running", "log": str(folder / "log.txt"), "key": key}
         )
-        request = program.Request(
-            {name.rpartition(".")[2]: section(config, name) for name in step.sections}, inputs, partial
-        )
+        request = program.Request(sections, inputs, folder)
         try:
-            job = manifests.pod_of(config, step.stage)  # with a GPU of its own
-            with nullcontext() if job else device_slot(on_event):
+            pod = place.pod_of(config_json, step.stage)  # it has a GPU of its own
+            with nullcontext() if pod else device_slot(on_event):
                 detail = run_program(step.program, step.environment, config, request, on_event, step=step)
         except TunegateError:
-            on_event({"event": "stage", "stage": step.stage, "state": "failed", "seconds": time.monotonic() - started})
+            show_end("failed")
             raise
-        store.finish(step.stage, key, partial, parents=parents, made_by=made_by, detail=detail)
-        on_event({"event": "stage", "stage": step.stage, "state": "done", "seconds": time.monotonic() - started})
-    return key
+        return Origin(parents, made_by, detail)
+
+    artifact = kept(step.stage, key, make)
+    if starts:
+        show_end("done")
+    return artifact
+
+
+def kept(stage: str, key: str, make: Callable[[Path], Origin], before: Callable[[], object] | None = None) -> Artifact:
+    """The artefact of this key: from the store, or made now by `make` in the folder that it is given.
+
+    `before` starts whatever `make` needs, such as a server, and is called only when something is to be made. It comes
+    before the key's lock: a server holds the GPU's lock, and a run that holds a key's lock may wait for that one.
+    """
+    artifact = store.find(stage, key)
+    if artifact is not None:
+        return artifact
+    if before:
+        before()
+    with store.making(stage, key) as partial:
+        artifact = store.find(stage, key)  # another run may have made it while this one waited
+        if artifact is not None:
+            return artifact
+        origin = make(partial)
+        return store.finish(stage, key, partial, parents=origin.parents, made_by=origin.made_by, detail=origin.detail)
 
 
 def run_program(
     module: str,
     environment: str,
-    config: Mapping[str, Any],
+    config: Config,
     request: program.Request,
     on_event: OnEvent,
     *,
@@ -117,27 +146,28 @@ def run_program(
     pythonpath: tuple[Path, ...] = (),
     step: Step | None = None,
 ) -> dict[str, Any]:
-    """Run `python -m MODULE` in the named environment, with the secrets in `keep` and further folders to import from.
+    """Run `python -m MODULE` in an environment, with the secrets in `keep` and further folders to import from.
 
-    A child process, or on a cluster the job that the config gives this `step`.
+    It is a child process, or on a cluster the job that the config gives this `step`.
     """
-    found = interpreters.find(environment, interpreters.settings(config))
-    found = replace(found, pythonpath=(*found.pythonpath, *pythonpath))
-    environ = interpreters.child_environ(found, (*SECRETS_OF.get(module, ()), *keep))
-    for name in interpreters.secrets_named(config) - set(keep):
+    config_json = config.model_dump(mode="json")
+    interpreter = interpreters.find(environment, interpreters.settings(config_json))
+    interpreter = replace(interpreter, pythonpath=(*interpreter.pythonpath, *pythonpath))
+    environ = interpreters.child_environ(interpreter, (*SECRETS_OF.get(module, ()), *keep))
+    for name in interpreters.secrets_named(config_json) - set(keep):
         environ.pop(name, None)
-    if step and manifests.pod_of(config, step.stage):
-        return jobs.run(step, config, found, environ, SECRETS_OF.get(module, ()), request, on_event)
-    return program.run(interpreters.command(found, module), environ, request, on_event)
+    if step and place.pod_of(config_json, step.stage):
+        return jobs.run(step, config, interpreter, environ, SECRETS_OF.get(module, ()), request, on_event)
+    return program.run(interpreters.command(interpreter, module), environ, request, on_event)
 
 
 @contextmanager
 def device_slot(on_event: OnEvent) -> Iterator[None]:
     """One stage at a time on the GPUs, across all runs of this machine; a CPU is shared by the system itself.
 
-    It is one slot for all GPUs, also while a stage uses one of several: a served model may take them all. Memory that
-    somebody else holds is told, so that a stage that finds too little isn't a riddle. A flow's pod on a cluster has GPUs of its own,
-    and the locks lie on a volume that it shares with others: it holds none.
+    All GPUs are one slot, also while a stage uses one of several: a served model may take them all. A message tells of memory
+    that other processes hold, to explain a stage that finds too little. A flow's pod on a cluster holds no lock: its GPUs are
+    its own, and the locks lie on a volume that it shares with other pods.
     """
     if hardware.device().kind != "cuda":
         yield
@@ -152,10 +182,10 @@ def device_slot(on_event: OnEvent) -> Iterator[None]:
 def inputs_json(artifacts: Mapping[Any, Artifact], names: tuple[str, ...]) -> dict[str, Any]:
     """The records a program takes, as JSON by name.
 
-    Raises StageFailed for every one whose files aren't those it was recorded with: what is built on must be what was made.
+    Raises StageFailed for each whose files differ from its record: a stage must build on what was made.
     """
-    changed = [artifacts[name] for name in names if name in artifacts and not file_digests.is_intact(artifacts[name])]
-    if changed:
+    changes = [artifacts[name] for name in names if name in artifacts and not file_digests.is_intact(artifacts[name])]
+    if changes:
         raise StageFailed(
             [
                 Problem(
@@ -164,7 +194,7 @@ def inputs_json(artifacts: Mapping[Any, Artifact], names: tuple[str, ...]) -> di
                     allowed=f"files of the digest {artifact.digest[:12]}, as recorded",
                     remedy=f"rm -r {artifact.path}, then the same command makes it again",
                 )
-                for artifact in changed
+                for artifact in changes
             ]
         )
     return {name: artifacts[name].model_dump(mode="json") for name in names if name in artifacts}

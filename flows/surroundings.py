@@ -1,4 +1,4 @@
-"""What every command sets in its environment before Prefect and MLflow read it; the user's own settings win.
+"""The environment that every command sets before Prefect and MLflow read it; the user's own settings win.
 
 Both read it when they are imported, and both would report their use to their makers.
 """
@@ -18,7 +18,7 @@ QUIET = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-# A terminal shows what tunegate says, and of theirs what is wrong.
+# A terminal shows tunegate's own lines, and of Prefect's and MLflow's only warnings or errors.
 TERMINAL = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "PREFECT_LOGGING_LEVEL": "WARNING",
@@ -29,5 +29,5 @@ TERMINAL = {
 
 def set_environment() -> None:
     """Prefect's and MLflow's settings for a command: no telemetry, quiet, Prefect's files in our folder."""
-    for name, value in {**QUIET, **TERMINAL, "PREFECT_HOME": str(store.home() / "prefect")}.items():
-        os.environ.setdefault(name, value)
+    for name, setting in {**QUIET, **TERMINAL, "PREFECT_HOME": str(store.home() / "prefect")}.items():
+        os.environ.setdefault(name, setting)

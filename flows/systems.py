@@ -1,7 +1,7 @@
 """The systems that a build measures: base, merged, candidate and incumbent, each a folder with the unit that serves it.
 
-The incumbent is served as it was judged. Where that can't be any more, because vLLM or the machine is another by now, it is
-measured as it would be served today.
+The incumbent is served as it was judged. When vLLM or the machine changed since, so that this is impossible, it is measured
+as today's settings would serve it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from flows.stages import OnEvent
 from pipeline.artifacts import Artifact, Release, ServedUnit, Stage
@@ -22,43 +21,39 @@ from pipeline.serving import serve as serving
 
 @dataclass(frozen=True)
 class System:
-    """A model folder in a role, and the config that it is served with: the incumbent keeps the one it was judged with."""
+    """A model folder in a role, and the config that serves it: the incumbent keeps the config that it was judged with."""
 
     role: str
     model: Path
     unit: ServedUnit
-    config: Mapping[str, Any]
+    config: Config
 
 
-def systems(
-    config: Mapping[str, Any], artifacts: Mapping[Stage, Artifact], unit: ServedUnit, show: OnEvent
-) -> list[System]:
+def systems(config: Config, artifacts: Mapping[Stage, Artifact], unit: ServedUnit, show: OnEvent) -> list[System]:
     """The systems to measure, in order; merged is left out where it is itself the candidate."""
-    settings = Config.model_validate(config)
-    environment = runtimes.environment_of(config)
-    found = []
-    for role in settings.evaluate.compare:
+    environment = runtimes.environment_of(config.model_dump(mode="json"))
+    measurable = []
+    for role in config.evaluate.compare:
         model = artifacts["base" if role == "base" else "merge"].payload
-        other = serving.served_unit(model, settings.serve, settings.name, environment)
-        if other.digest != unit.digest:
-            found.append(System(role, model, other, config))
+        own_unit = serving.served_unit(model, config.serve, config.name, environment)
+        if own_unit.digest != unit.digest:
+            measurable.append(System(role, model, own_unit, config))
     candidate = artifacts["quantize" if "quantize" in artifacts else "merge"].payload
-    found.append(System("candidate", candidate, unit, config))
-    champion = versions.champion(settings.name)
+    measurable.append(System("candidate", candidate, unit, config))
+    champion = versions.champion(config.name)
     if champion and champion.unit.digest != unit.digest:
-        found.append(_incumbent(champion, settings, config, show))
-    return found
+        measurable.append(_incumbent(champion, config, show))
+    return measurable
 
 
-def _incumbent(champion: Release, settings: Config, config: Mapping[str, Any], show: OnEvent) -> System:
-    """The champion with the settings it was judged with, or with today's where those can't be had here."""
-    judged_with = versions.config_of(champion.run_id)
-    for serve, whole in ((judged_with.serve, judged_with.model_dump(mode="json")), (settings.serve, config)):
+def _incumbent(champion: Release, config: Config, show: OnEvent) -> System:
+    """The champion, served with the config that it was judged with, or with today's where that is impossible here."""
+    for own_config in (versions.config_of(champion.run_id), config):
         try:
-            environment = runtimes.environment_of(whole)
-            unit = serving.served_unit(champion.model_path, serve, settings.name, environment)
+            environment = runtimes.environment_of(own_config.model_dump(mode="json"))
+            unit = serving.served_unit(champion.model_path, own_config.serve, config.name, environment)
         except (EnvironmentMissing, ServingError) as error:
-            why = str(error.problems[0].what)
+            problem = error.problems[0]
             continue
         _must_be_the_champion(champion, unit)
         if unit.digest != champion.unit.digest:
@@ -67,13 +62,17 @@ def _incumbent(champion: Release, settings: Config, config: Mapping[str, Any], s
                 f"v{champion.version} can't be served as it was judged; it is measured with today's {', '.join(fields)}"
             )
             show({"event": "message", "text": text})
-        return System("incumbent", champion.model_path, unit, whole)
-    raise ServingError(f"v{champion.version}, the champion, can't be served here: {why}", key="serve")
+        return System("incumbent", champion.model_path, unit, own_config)
+    raise ServingError(
+        f"v{champion.version}, the champion, can't be served here: {problem.what}",
+        key="serve",
+        remedy=f"{problem.remedy or 'correct serve in the config'}; or promote another version: tunegate promote {champion.name}",
+    )
 
 
 def _must_be_the_champion(champion: Release, unit: ServedUnit) -> None:
-    """Raise RegistryError when the champion's folder isn't what was approved: a candidate would be held against something else."""
-    changed = [
+    """Raise RegistryError unless the champion's folder is as approved: the candidate is compared with the approved model."""
+    problems = [
         Problem(
             f"is {getattr(unit, part)[:12]}",
             file=str(champion.model_path),
@@ -84,5 +83,5 @@ def _must_be_the_champion(champion: Release, unit: ServedUnit) -> None:
         for part in ("weights", "tokenizer", "configuration")
         if getattr(unit, part) != getattr(champion.unit, part)
     ]
-    if changed:
-        raise RegistryError(changed)
+    if problems:
+        raise RegistryError(problems)

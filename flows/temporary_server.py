@@ -1,7 +1,7 @@
 """Prefect's server for one run in a terminal where no other answers: `python -m flows.temporary_server SOCKET`.
 
-It listens on the socket that it inherits by that number, in a session of its own: Ctrl-C reaches the run alone, which then has a server to
-tell how it ended. It ends when the other end of its standard input is closed: with the run, whatever ended that.
+It listens on the socket that it inherits by that number. It runs in a session of its own: Ctrl-C reaches the run alone, which can
+then still tell the server how it ended. The server ends when the run does: the other end of its standard input is closed then.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline import hardware
 from pipeline.environments import interpreters
 from pipeline.errors import Problem
-from pipeline.kubernetes import manifests
+from pipeline.kubernetes import place
 from pipeline.plan import doctor as environments_doctor
 from pipeline.plan import memory, plan, resolve
 
@@ -54,7 +54,7 @@ def _looked_at(config: Mapping[str, Any], planned: plan.Plan) -> str | None:
 def _too_large(config: Mapping[str, Any], planned: plan.Plan, path: Path) -> list[Problem]:
     """What can't fit into the memory here; nothing where a cluster's pod asks for GPUs of its own."""
     cluster = config["kubernetes"]
-    if cluster and manifests.devices(cluster["flow"]):
+    if cluster and place.devices(cluster["flow"]):
         return []
     return list(memory.too_large(config, planned.memory, hardware.device(), path))
 

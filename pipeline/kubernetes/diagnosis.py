@@ -1,6 +1,6 @@
 """Why a stage's job waits or failed, from its job's and pod's records: an error that names the setting and the next command.
 
-Pure: the records are the API's JSON. The reasons are those that kubelet, scheduler and job controller write.
+Pure: the records are the API's JSON, and kubelet, scheduler and job controller write the reasons.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KILLED = 137  # 128 + SIGKILL
 
 
 def is_over(job: Record | None, pod: Record | None) -> bool:
-    """Whether nothing more can come of it: its pod ended, or the job did or is gone."""
+    """Whether the job is over: its pod ended, or the job itself ended or is gone."""
     if job is None or _conditions(job, "Complete", "Failed"):
         return True
     return pod is not None and _status(pod).get("phase") in OVER
@@ -37,42 +37,42 @@ def went_well(job: Record | None, pod: Record | None) -> bool:
     )
 
 
-def denial(said: str, stage: str, namespace: str, describe: str) -> TunegateError:
-    """The error of a request that the API answered with 401 or 403: no right to it, a full quota, or an admission rule."""
-    if "exceeded quota" in said:
+def denial(message: str, stage: str, namespace: str, describe: str) -> TunegateError:
+    """The error of a request that the API answered with 401 or 403: a missing right, a full quota, or an admission rule."""
+    if "exceeded quota" in message:
         return ResourceError(
-            f"the namespace's quota has no room for the {stage} job: {said}",
+            f"the {stage} job exceeds the namespace's quota: {message}",
             key=f"kubernetes.jobs.{stage}.resources",
-            allowed="what the quota leaves",
+            allowed="the rest of the quota",
             remedy=f"kubectl describe quota -n {namespace}; ask for less, or wait until other jobs are over",
         )
-    if " cannot " in said or said.startswith("Unauthorized"):
+    if " cannot " in message or message.startswith("Unauthorized"):
         return EnvironmentMissing(
-            f"the flow's service account may not do this: {said}",
+            f"the flow's service account may not do this: {message}",
             key="kubernetes.service_account_name",
             remedy="tunegate manifests CONFIG | kubectl apply -f -",
         )
-    return StageFailed(f"the cluster doesn't admit the {stage} job: {said}", remedy=describe)
+    return StageFailed(f"the cluster doesn't admit the {stage} job: {message}", remedy=describe)
 
 
 def waits_for(pod: Record | None) -> str:
-    """What a pod that doesn't run yet waits for, in the cluster's words; empty when it doesn't say."""
+    """The thing that a pod waits for before it runs, in the cluster's words; empty when the cluster gives none."""
     if pod is None:
         return "its pod to be made"
-    unscheduled = next((found for found in _conditions(pod, "PodScheduled", status="False")), {})
-    if unscheduled:
-        return f"a node: {unscheduled.get('message') or unscheduled.get('reason', '')}"
+    condition = next(iter(_conditions(pod, "PodScheduled", status="False")), {})
+    if condition:
+        return f"a node: {condition.get('message') or condition.get('reason', '')}"
     waiting = _waiting(pod)
     return ": ".join(part for part in (waiting.get("reason"), waiting.get("message")) if part)
 
 
 def refusal(pod: Record | None, stage: str, describe: str) -> TunegateError | None:
-    """The error of a pod that will not start however long one waits."""
+    """The error of a pod that can't start; None for a pod that still may."""
     waiting = _waiting(pod) if pod else {}
     reason, message = waiting.get("reason", ""), waiting.get("message", "")
     if reason in NO_IMAGE:
         return EnvironmentMissing(
-            f"the node can't have the image: {message or reason}",
+            f"the node can't pull the image: {message or reason}",
             key="kubernetes.image",
             allowed="an image that the cluster's nodes can pull",
             remedy=f"correct kubernetes.image or kubernetes.image_pull_secrets; {describe}",
@@ -83,7 +83,7 @@ def refusal(pod: Record | None, stage: str, describe: str) -> TunegateError | No
 
 
 def impatience(pod: Record | None, stage: str, waited_s: float, describe: str) -> TunegateError:
-    """The error of a pod that found no node in time, with the scheduler's own count of why."""
+    """The error of a pod that found no node in time, with the scheduler's own reasons."""
     return ResourceError(
         f"the {stage} pod did not start within {waited_s:.0f} s; it waits for {waits_for(pod) or 'its container'}",
         key=f"kubernetes.jobs.{stage}",
@@ -96,12 +96,12 @@ def death(job: Record | None, pod: Record | None, stage: str, log: str, describe
     """The error of a job that ended without a result."""
     if job is None or job["metadata"].get("deletionTimestamp"):
         return StageFailed(f"the {stage} job was deleted while it ran", file=log, remedy="run the same command again")
-    failed = next(iter(_conditions(job, "Failed")), {})
-    if failed.get("reason") == "DeadlineExceeded":
+    failure = next(iter(_conditions(job, "Failed")), {})
+    if failure.get("reason") == "DeadlineExceeded":
         return StageFailed(f"the {stage} job took longer than the stage may take", file=log,
                            remedy=f"{describe}; running the same command again continues from the last finished step")  # fmt: skip
-    ended = _terminated(pod) if pod else {}
-    if ended.get("reason") == "OOMKilled" or (pod is not None and _status(pod).get("reason") == "OOMKilled"):
+    end = _terminated(pod) if pod else {}
+    if end.get("reason") == "OOMKilled" or (pod is not None and _status(pod).get("reason") == "OOMKilled"):
         return _no_memory(pod or {}, stage, log, describe)
     if pod is not None and (_status(pod).get("reason") == "Evicted" or _conditions(pod, "DisruptionTarget")):
         why = _status(pod).get("message") or next(iter(_conditions(pod, "DisruptionTarget")), {}).get("message", "")
@@ -109,20 +109,20 @@ def death(job: Record | None, pod: Record | None, stage: str, log: str, describe
                            remedy=f"{describe}; running the same command again continues from the last finished step")  # fmt: skip
     if pod is None:
         return StageFailed(
-            f"the {stage} job has no pod: {failed.get('message') or 'its node is gone'}", file=log, remedy=describe
+            f"the {stage} job has no pod: {failure.get('message') or 'its node is gone'}", file=log, remedy=describe
         )
-    status = ended.get("exitCode")
+    status = end.get("exitCode")
     if status == KILLED:
-        what = f"the {stage} program was killed (status 137), by its node or by somebody"
+        text = f"the {stage} program was killed (status 137), by its node or by somebody"
     elif status == 0:
-        what = (
+        text = (
             f"the {stage} program ended well, but its result can't be read here: is the volume the same in both pods?"
         )
     elif status is None:
-        what = f"the {stage} job ended without a status of its program"
+        text = f"the {stage} job ended without a status of its program"
     else:
-        what = f"the {stage} program ended with status {status}: {ended.get('message') or ended.get('reason', '')}"
-    return StageFailed(what, file=log, remedy=f"read the log; {describe}")
+        text = f"the {stage} program ended with status {status}: {end.get('message') or end.get('reason', '')}"
+    return StageFailed(text, file=log, remedy=f"read the log; {describe}")
 
 
 def _no_memory(pod: Record, stage: str, log: str, describe: str) -> TunegateError:
@@ -144,8 +144,8 @@ def _status(record: Record) -> Mapping[str, Any]:
 
 
 def _conditions(record: Record, *kinds: str, status: str = "True") -> list[Mapping[str, Any]]:
-    found = _status(record).get("conditions") or []
-    return [condition for condition in found if condition["type"] in kinds and condition["status"] == status]
+    conditions = _status(record).get("conditions") or []
+    return [condition for condition in conditions if condition["type"] in kinds and condition["status"] == status]
 
 
 def _states(pod: Record) -> Iterator[Mapping[str, Any]]:

@@ -1,21 +1,18 @@
 """Kubernetes manifests as plain JSON: a stage's job, the pod of a flow run, and what both need to be there.
 
-A job's command is the stage program itself, with the request that lies on the volume; the volume is mounted where mlruns lies in
-the flow's pod, so a path means the same in both. Nobody is root, root file systems are read-only, and secrets are named and never
-read. Standard library only.
+A job's command is the stage program itself, with the request that lies on the volume. The volume is mounted where mlruns lies in
+the flow's pod, so a path means the same in both. Containers don't run as root, root file systems are read-only, and secrets are
+named and never read. Standard library only.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.digests import digest_of
-from pipeline.errors import ConfigError, Problem
 
 Manifest = dict[str, Any]
 
@@ -26,56 +23,14 @@ CONFIGS = Path("/config")
 PLACES = {"TUNEGATE_HOME": str(HOME), "HF_HOME": str(HOME / "hub")}  # both on the volume
 # Set in a flow's pod alone: the claim mounted as its mlruns, its image, and the pod that its jobs go with.
 CLAIM, IMAGE, POD, POD_UID = "TUNEGATE_CLAIM", "TUNEGATE_IMAGE", "TUNEGATE_POD", "TUNEGATE_POD_UID"
-# What a flow's own run must be told beside the secrets that the config names.
+# The secrets of a flow's own run, beside those that the config names.
 SECRETS = ("HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 CONTAINER = "stage"
-FLOW_TTL_S = 900  # what a killed flow left running goes with its pod: not after a day on a GPU
-
-
-def pod_of(config: Mapping[str, Any], stage: str) -> Mapping[str, Any] | None:
-    """The pod that this stage gets for itself; None where it is a child process, as everywhere outside a cluster.
-
-    Raises ConfigError when its image or claim wouldn't be that of the flow's pod, which this process runs in.
-    """
-    cluster = config.get("kubernetes")
-    if not cluster or CLAIM not in os.environ or stage not in cluster["jobs"]:
-        return None
-    _raise_for_another(cluster)
-    return dict(cluster["jobs"][stage])
-
-
-def _raise_for_another(cluster: Mapping[str, Any]) -> None:
-    there = {"image": os.environ.get(IMAGE), "claim_name": os.environ[CLAIM]}
-    problems = [
-        Problem(
-            f"{cluster[name]} in the config, and this flow's pod has {found or 'none that it knows'}",
-            key=f"kubernetes.{name}",
-            allowed="the same for a flow and its stages: one code, one volume",
-            remedy="deploy again: tunegate manifests CONFIG | kubectl apply -f -, then"
-            " tunegate deploy CONFIG DATA --pool kubernetes",
-        )
-        for name, found in there.items()
-        if cluster[name] != found
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def device_of(config: Mapping[str, Any], stage: str, here: str) -> str:
-    """The device that decides the stage's result: `here`, or what its own pod asks for."""
-    pod = pod_of(config, stage)
-    if pod is None:
-        return here
-    return json.dumps({"asked": devices(pod), "node": dict(pod["node_selector"])}, sort_keys=True)
-
-
-def devices(pod: Mapping[str, Any]) -> dict[str, Any]:
-    """The devices that a pod of the config asks for, by their plugin's name, such as nvidia.com/gpu."""
-    return {name: count for name, count in pod["resources"]["limits"].items() if "/" in name}
+FLOW_TTL_S = 900  # the job of a killed flow goes with its pod, and must not hold a GPU for a day
 
 
 def named(prefix: str, name: str) -> str:
-    """`prefix`-`name` as a DNS label (at most 63 of a-z, 0-9, -), another one for each name: one that it changes gets its digest."""
+    """`prefix`-`name` as a DNS label (at most 63 of a-z, 0-9, -). A changed name gets its digest, so that names stay apart."""
     plain = re.sub(r"[^a-z0-9-]", "-", name.lower()).strip("-")
     whole = f"{prefix}-{plain}"
     return whole if plain == name and len(whole) <= 63 else f"{whole[:54].rstrip('-')}-{digest_of(name)[:8]}"
@@ -120,7 +75,7 @@ def stage_job(
 def flow_job(
     cluster: Mapping[str, Any], name: str, environ: Mapping[str, str], secrets: Sequence[str], shm_size: str = "1GiB"
 ) -> Manifest:
-    """The job of a run of the config `name`, as Prefect's worker takes it: with its places for what it knows only then."""
+    """The job of a run of the config `name`, as Prefect's worker takes it: with placeholders for the values that the worker fills in."""
     plain = {**cluster["env"], **environ, **PLACES, CLAIM: cluster["claim_name"], IMAGE: cluster["image"]}
     env = _variables(plain, cluster, [*SECRETS, *secrets])
     for variable, field in ((POD, "metadata.name"), (POD_UID, "metadata.uid")):
@@ -138,7 +93,7 @@ def flow_job(
 
 
 def base_job_template(job: Manifest) -> Manifest:
-    """The work pool's template around a flow's job: what a deployment may still choose is its command, variables and labels."""
+    """The work pool's template around a flow's job: a deployment may choose command, variables, labels and annotations."""
     namespace = job["metadata"]["namespace"]
     mapping = {"type": "object", "additionalProperties": {"type": "string"}, "default": {}}
     properties = {
@@ -156,9 +111,9 @@ def base_job_template(job: Manifest) -> Manifest:
 
 
 def needed(cluster: Mapping[str, Any], name: str, config_text: str) -> list[Manifest]:
-    """What must be there before the first run of the config `name`: the volume, the config, and the right to make jobs.
+    """The objects that the first run of the config `name` needs: the volume, the config, and the right to make jobs.
 
-    All but the config is shared by the configs of a namespace; the Secret is the user's.
+    The configs of a namespace share all but the ConfigMap; the Secret is the user's.
     """
     account = cluster["service_account_name"]
     claim: Manifest = {
@@ -229,12 +184,12 @@ def _pod(
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": quantity}},
         ],
     }
-    chosen = {
+    options = {
         "nodeSelector": dict(pod["node_selector"]),
         "tolerations": [dict(entry) for entry in pod["tolerations"]],
         "imagePullSecrets": [{"name": name} for name in cluster["image_pull_secrets"]],
     }
-    return spec | {name: value for name, value in chosen.items() if value}
+    return spec | {name: option for name, option in options.items() if option}
 
 
 def _container(cluster: Mapping[str, Any], pod: Mapping[str, Any], name: str, env: list[Manifest]) -> Manifest:
@@ -244,7 +199,7 @@ def _container(cluster: Mapping[str, Any], pod: Mapping[str, Any], name: str, en
         "imagePullPolicy": "IfNotPresent",  # a digest never means another image
         "workingDir": WORKDIR,
         "env": env,
-        "resources": {name: quantities for name, asked in pod["resources"].items() if (quantities := _text(asked))},
+        "resources": {name: quantities for name, amounts in pod["resources"].items() if (quantities := _text(amounts))},
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -254,8 +209,8 @@ def _container(cluster: Mapping[str, Any], pod: Mapping[str, Any], name: str, en
 
 
 def _variables(environ: Mapping[str, str], cluster: Mapping[str, Any], secrets: Sequence[str]) -> list[Manifest]:
-    """Plain variables, then the secrets by their place in the user's Secret; one that isn't in it stays unset."""
-    plain = [{"name": name, "value": value} for name, value in environ.items()]
+    """Plain variables, then the secrets by their place in the user's Secret; a secret that it lacks stays unset."""
+    plain = [{"name": name, "value": text} for name, text in environ.items()]
     keys = [{"name": cluster["secret_name"], "key": name, "optional": True} for name in dict.fromkeys(secrets)]
     return [*plain, *({"name": key["key"], "valueFrom": {"secretKeyRef": key}} for key in keys)]
 

@@ -13,7 +13,7 @@ from pipeline import hardware, store
 from pipeline.data import sources
 from pipeline.environments.install import GB
 from pipeline.errors import TunegateError
-from pipeline.kubernetes import manifests
+from pipeline.kubernetes.place import devices
 from pipeline.plan.doctor import Finding
 
 GATED = ("meta-llama/", "google/gemma")  # known to be; of others only the hub knows
@@ -33,7 +33,7 @@ def needs(config: Mapping[str, Any]) -> Iterator[Finding]:
 def _gpus(config: Mapping[str, Any]) -> Iterator[Finding]:
     """GPUs that training and serving want; a cluster's pod that asks for its own is taken at its word."""
     cluster, train = config["kubernetes"], config["finetune"]
-    if cluster and manifests.devices(cluster["flow"]):
+    if cluster and devices(cluster["flow"]):
         return
     there, optimizer = hardware.device(), train["optimizer"]
     if there.kind == "cpu":

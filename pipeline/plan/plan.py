@@ -18,7 +18,7 @@ from pipeline.environments import interpreters
 from pipeline.errors import ConfigError
 from pipeline.evaluation import plugins
 from pipeline.intervals.sample_size import DIFFERING, items_for_margin
-from pipeline.kubernetes import manifests
+from pipeline.kubernetes import place
 from pipeline.plan import memory as plan_memory
 from pipeline.plan.code import source_digest
 from pipeline.plan.steps import Step, all_steps, section
@@ -96,7 +96,7 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
     for step in all_steps(config):
         made_by[step.stage] = versions(step, config)
         if all(name in digests for name in step.inputs):
-            there = manifests.device_of(config, step.stage, device)
+            there = place.device_of(config, step.stage, device)
             key = key_of(step, config, inputs_of(step, digests, sources, there), made_by[step.stage])
             record = store.peek(step.stage, key)
         else:

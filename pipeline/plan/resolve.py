@@ -19,7 +19,7 @@ from pipeline.digests import digest_file, digest_of
 from pipeline.environments import interpreters
 from pipeline.errors import ConfigError, Problem
 from pipeline.files import write_json
-from pipeline.kubernetes import manifests
+from pipeline.kubernetes import place
 from pipeline.plan.code import source_digest
 
 # The modules that decide whether a config is right: a remembered config is read again when one changes.
@@ -66,7 +66,7 @@ def _short_of_gpus(config: Mapping[str, Any], path: Path) -> Iterator[Problem]:
         (flow, lambda: plan.raise_for_too_few_gpus(config)),
     )  # fmt: skip
     for pod, check in checks:
-        if pod and manifests.devices(pod):
+        if pod and place.devices(pod):
             continue
         try:
             check()

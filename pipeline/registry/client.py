@@ -1,6 +1,6 @@
-"""The connection to MLflow: where it is, its errors as ours, and where a run's files lie.
+"""The connection to MLflow: its address, its errors as RegistryErrors, and where a run's files lie.
 
-The store is SQLite under mlruns/, or whatever server MLFLOW_TRACKING_URI names. Only registry files use this.
+The store is SQLite under mlruns/, or the server that MLFLOW_TRACKING_URI names. Only registry files use this.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
-    # 7 tries would keep a user waiting 4 minutes for a server that isn't there
+    # its default of 7 tries keeps a user waiting 4 minutes for a server that is away
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    # weights go to the store behind the server directly where it can hand out signed addresses
+    # weights go directly to the store behind the server, where that hands out signed addresses
     "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-for _name, _value in SETTINGS.items():
-    os.environ.setdefault(_name, _value)
+for _name, _setting in SETTINGS.items():
+    os.environ.setdefault(_name, _setting)
 
 import mlflow  # noqa: E402 - its telemetry reads the environment when it is imported
 from mlflow.exceptions import MlflowException  # noqa: E402
@@ -53,7 +53,7 @@ def is_new() -> bool:
 
 @contextmanager
 def asking() -> Iterator[mlflow.MlflowClient]:
-    """A client to ask; what MLflow raises becomes a RegistryError: it was away, or it refused."""
+    """A client to ask. An error of MLflow becomes a RegistryError: the server was away, or it refused."""
     try:
         yield _client(tracking_uri())
     except MlflowException as error:
@@ -71,11 +71,11 @@ def _client(uri: str) -> mlflow.MlflowClient:
 
 def _problem(error: Exception, *, away: bool) -> RegistryError:
     where = shown(tracking_uri())
-    what = shown(str(error)).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__
+    cause = shown(str(error)).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__
     if away:
         return RegistryError(
             Problem(
-                f"MLflow did not answer: {what}",
+                f"MLflow did not answer: {cause}",
                 file=where,
                 allowed="a reachable MLflow server or a SQLite file",
                 remedy="check MLFLOW_TRACKING_URI, or unset it to use mlruns/mlflow.db",
@@ -83,7 +83,7 @@ def _problem(error: Exception, *, away: bool) -> RegistryError:
         )
     return RegistryError(
         Problem(
-            f"MLflow refused: {what}",
+            f"MLflow refused: {cause}",
             file=where,
             remedy="look at the record in MLflow; tunegate up shows its page",
         )
@@ -91,12 +91,12 @@ def _problem(error: Exception, *, away: bool) -> RegistryError:
 
 
 def artifact_uri(run_id: str) -> str:
-    """Where a run keeps its files, as MLflow says it."""
+    """The address of a run's files, as MLflow gives it."""
     with asking() as client:
         return str(client.get_run(run_id).info.artifact_uri)
 
 
 def local_folder(uri: str) -> Path | None:
     """The folder that a URI names on this machine, or None for a remote store."""
-    parsed = urlparse(uri)
-    return Path(unquote(parsed.path)) if parsed.scheme in ("", "file") else None
+    address = urlparse(uri)
+    return Path(unquote(address.path)) if address.scheme in ("", "file") else None

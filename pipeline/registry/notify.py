@@ -1,4 +1,4 @@
-"""Who hears that a review waits: a webhook that gets a JSON POST. Its address is secret, so never printed."""
+"""The webhook that hears that a review waits, by a JSON POST. Its address is secret, so never printed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ TIMEOUT_S = 10.0
 TRIES = 3
 
 
-def review_waits(finished: Mapping[str, Any], settings: NotifyConfig) -> bool:
-    """POST what finished to the webhook; returns whether it was told. A deaf webhook never fails a build.
+def review_waits(summary: Mapping[str, Any], settings: NotifyConfig) -> bool:
+    """POST a build's summary to the webhook; returns whether that took it. A deaf webhook never fails a build.
 
-    The body holds `text` (what chat webhooks show) beside name, version, run_id, unit_digest and page.
+    The body holds `text` (which chat webhooks show) beside name, version, run_id, unit_digest and page.
     """
     if not settings.webhook_env:
         return False
@@ -29,16 +29,16 @@ def review_waits(finished: Mapping[str, Any], settings: NotifyConfig) -> bool:
     if not url:
         log.warning("nobody was told that a review waits: %s of notify.webhook_env isn't set", settings.webhook_env)
         return False
-    what = f"{finished['name']} version {finished['version']}"
-    text = f"{what} passed its gate and waits for review: {finished['page']}"
-    why = _post(url, {"text": text, **finished})
+    version = f"{summary['name']} version {summary['version']}"
+    text = f"{version} passed its gate and waits for review: {summary['page']}"
+    why = _post(url, {"text": text, **summary})
     if why:
         log.warning("nobody was told that a review waits: the webhook of %s %s", settings.webhook_env, why)
     return why is None
 
 
 def _post(url: str, body: Mapping[str, Any]) -> str | None:
-    """What went wrong, in words that don't hold the address; None when the webhook took it."""
+    """The failure, in words without the address; None when the webhook took the body."""
     try:
         with httpx.Client(timeout=TIMEOUT_S, transport=httpx.HTTPTransport(retries=TRIES - 1)) as client:
             answer = client.post(url, json=body)

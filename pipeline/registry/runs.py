@@ -1,4 +1,4 @@
-"""One MLflow run for each served unit of a build: its settings, curves, numbers, plots and the pages that a reviewer reads."""
+"""One MLflow run for each served unit of a build: its settings, curves, numbers, plots and the pages for a reviewer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ from pipeline.plan import plan
 from pipeline.registry.client import artifact_uri, asking, local_folder, tracking_uri
 from pipeline.report import render
 
-BUILD, UNIT_DIGEST, VERDICT, DESCRIBED = (f"tunegate.{name}" for name in ("build", "unit_digest", "verdict", "config"))
-CONFIG, RECORD, NOTE = "config.json", "build.json", "mlflow.note.content"
-# MLflow's own limits: entries in a batch, and the characters of a parameter's and a tag's value
+# Tags, by which people search in MLflow
+BUILD = "tunegate.build"
+UNIT_DIGEST = "tunegate.unit_digest"
+VERDICT = "tunegate.verdict"
+DESCRIBED = "tunegate.config"
+NOTE = "mlflow.note.content"
+# Files of a run
+CONFIG, RECORD = "config.json", "build.json"
+# MLflow's own limits: entries of a batch, and characters of a parameter's and a tag's text
 BATCH, METRIC_BATCH = 100, 1000
 PARAM_LENGTH, TAG_LENGTH, KEY_LENGTH = 6000, 5000, 250
 
@@ -40,39 +46,39 @@ class Point:
 
 
 def open_run(
-    name: str, build_key: str, config: Mapping[str, Any], made: Mapping[str, str | None] = MappingProxyType({})
+    name: str, build_key: str, config: Mapping[str, Any], digests: Mapping[str, str | None] = MappingProxyType({})
 ) -> str:
-    """The MLflow run that this build goes on with, or a new one with the config as parameters.
+    """The MLflow run that this build continues, or a new one with the config as parameters.
 
-    `made` has the digest of each artefact that the store holds, by stage, and None for one still to be made. A run that
-    is a unit's is gone on with only when it holds these very artefacts: what is made anew may come out as another unit.
+    `digests` has the digest of each artefact that the store holds, by stage, and None for one still to be made. A run that
+    belongs to a unit is continued only if it recorded exactly these artefacts: a rebuilt one may become another unit.
     Raises RegistryError when MLflow can't be reached, or when its experiment was deleted.
     """
-    found = _runs(name, build_key)
-    same = [run for run in found if UNIT_DIGEST in run.data.tags and _holds(run, made)]
-    unfinished = [run for run in found if UNIT_DIGEST not in run.data.tags]
-    return _started(name, build_key, config, next(iter(same + unfinished), None))
+    runs = _runs(name, build_key)
+    same = [run for run in runs if UNIT_DIGEST in run.data.tags and _holds(run, digests)]
+    without_unit = [run for run in runs if UNIT_DIGEST not in run.data.tags]
+    return _started(name, build_key, config, next(iter(same + without_unit), None))
 
 
 def run_of_unit(run_id: str, name: str, build_key: str, config: Mapping[str, Any], unit_digest: str) -> str:
-    """The run for this unit of the build: the one it has, else `run_id` unless that is another unit's, else a new one.
+    """The run of this unit: its own, else `run_id` unless that belongs to another unit, else a new one.
 
-    A version's numbers and pages lie in its run, and no other unit's may take their place.
+    A version's numbers and pages lie in its run; another unit's must never replace them.
     """
     with asking() as client:
-        holds = client.get_run(run_id).data.tags.get(UNIT_DIGEST)
-        if holds == unit_digest:
+        digest_of_run = client.get_run(run_id).data.tags.get(UNIT_DIGEST)
+        if digest_of_run == unit_digest:
             return run_id
         own = next((run for run in _runs(name, build_key) if run.data.tags.get(UNIT_DIGEST) == unit_digest), None)
-        if holds is None and own is None:
+        if digest_of_run is None and own is None:
             client.set_tag(run_id, UNIT_DIGEST, unit_digest)
             return run_id
-        chosen = _started(name, build_key, config, own)
-        client.set_tag(chosen, UNIT_DIGEST, unit_digest)
-        if holds is None:
-            client.set_tag(run_id, NOTE, f"Made again what the run {chosen} holds; the build went on there.")
+        unit_run = _started(name, build_key, config, own)
+        client.set_tag(unit_run, UNIT_DIGEST, unit_digest)
+        if digest_of_run is None:
+            client.set_tag(run_id, NOTE, f"Made again what the run {unit_run} holds; the build went on there.")
     close_run(run_id, "FINISHED")
-    return chosen
+    return unit_run
 
 
 def _runs(name: str, build_key: str) -> list[Run]:
@@ -81,8 +87,8 @@ def _runs(name: str, build_key: str) -> list[Run]:
         return list(client.search_runs([_experiment(name)], f"tags.`{BUILD}` = '{build_key}'"))
 
 
-def _holds(run: Run, made: Mapping[str, str | None]) -> bool:
-    return all(digest and run.data.tags.get(_mark(stage)) == digest for stage, digest in made.items())
+def _holds(run: Run, digests: Mapping[str, str | None]) -> bool:
+    return all(digest and run.data.tags.get(_mark(stage)) == digest for stage, digest in digests.items())
 
 
 def _mark(stage: str) -> str:
@@ -97,10 +103,10 @@ def _started(name: str, build_key: str, config: Mapping[str, Any], run: Run | No
             run_id, tags = str(run.info.run_id), run.data.tags
             client.update_run(run_id, status="RUNNING")
         else:
-            made = client.create_run(_experiment(name), run_name=f"{name}-{build_key[:8]}", tags={BUILD: build_key})
-            run_id, tags = str(made.info.run_id), {}
+            new = client.create_run(_experiment(name), run_name=f"{name}-{build_key[:8]}", tags={BUILD: build_key})
+            run_id, tags = str(new.info.run_id), {}
         if DESCRIBED not in tags:  # a killed build may have got no further than the run's id
-            for params in _batches([Param(key, str(value)[:PARAM_LENGTH]) for key, value in _flat(config)], BATCH):
+            for params in _batches([Param(key, str(setting)[:PARAM_LENGTH]) for key, setting in _flat(config)], BATCH):
                 client.log_batch(run_id, params=params)
             client.log_dict(run_id, dict(config), CONFIG)
             client.set_tag(run_id, DESCRIBED, CONFIG)
@@ -109,29 +115,28 @@ def _started(name: str, build_key: str, config: Mapping[str, Any], run: Run | No
 
 
 def refresh(run_id: str, config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Take over what isn't judged (plan.NOT_JUDGED), such as the proxy's port, from the config; return what changed.
+    """Take over the config's sections that aren't judged (plan.NOT_JUDGED), such as the proxy's port; return the changed ones.
 
     Only the run's file is written, which promotion reads: MLflow's parameters stay, and so does the build's own record of
-    what was judged. Raises RegistryError when MLflow can't be reached.
+    its config. Raises RegistryError when MLflow can't be reached.
     """
     local = local_folder(artifact_uri(run_id))
     is_lost = local is not None and not (local / CONFIG).is_file()
-    described = {} if is_lost else json.loads(read_text(run_id, CONFIG))
-    kept = dict(config) if is_lost else described
-    now = {**kept, **{name: config[name] for name in plan.NOT_JUDGED if name in config}}
-    changed = tuple(name for name in now if now[name] != described.get(name))
-    if changed and local is not None:
+    on_record = {} if is_lost else json.loads(read_text(run_id, CONFIG))
+    now = {**(config if is_lost else on_record), **{name: config[name] for name in plan.NOT_JUDGED if name in config}}
+    changes = tuple(name for name in now if now[name] != on_record.get(name))
+    if changes and local is not None:
         local.mkdir(parents=True, exist_ok=True)
         write_json(local / CONFIG, now)
-    elif changed:
+    elif changes:
         with asking() as client:
             client.log_dict(run_id, now, CONFIG)
-    return changed
+    return changes
 
 
-def take_over(finished: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
-    """`refresh` what promotion reads of a finished build (store.peek_build); one without a version is left alone."""
-    return refresh(str(finished["run_id"]), config) if finished["version"] else ()
+def take_over(summary: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, ...]:
+    """`refresh` the run of a finished build, given its summary (store.peek_build); a build without a version is left alone."""
+    return refresh(str(summary["run_id"]), config) if summary["version"] else ()
 
 
 def log_points(run_id: str, points: Sequence[Point]) -> None:
@@ -144,18 +149,18 @@ def log_points(run_id: str, points: Sequence[Point]) -> None:
 def log_artifact(run_id: str, artifact: Artifact) -> None:
     """Record a stage's artefact in the run: digest and versions as tags, numbers as metrics, plots as files.
 
-    One that the run has already is left alone.
+    An artefact that the run has already is left alone.
     """
     stage = artifact.stage
     mark = _mark(stage)
-    details = [(key, value) for key, value in _flat(artifact.detail) if value is not None]
+    details = [(key, detail) for key, detail in _flat(artifact.detail) if detail is not None]
     tags = [
-        RunTag(f"tunegate.{stage}.{_safe(key)}"[:KEY_LENGTH], value[:TAG_LENGTH])
-        for key, value in details
-        if isinstance(value, str)
+        RunTag(f"tunegate.{stage}.{_safe(key)}"[:KEY_LENGTH], detail[:TAG_LENGTH])
+        for key, detail in details
+        if isinstance(detail, str)
     ]
     tags.append(RunTag(f"tunegate.{stage}.made_by", json.dumps(artifact.made_by)[:TAG_LENGTH]))
-    numbers = [(f"{stage}/{key}", float(value), 0) for key, value in details if isinstance(value, int | float)]
+    numbers = [(f"{stage}/{key}", float(detail), 0) for key, detail in details if isinstance(detail, int | float)]
     with asking() as client:
         if client.get_run(run_id).data.tags.get(mark) == artifact.digest:
             return
@@ -174,7 +179,7 @@ def close_run(run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"]) -> N
 
 
 def record_build(run_id: str, build: Build) -> None:
-    """Put all that a reviewer needs into the run: scores, verdict, digests, items, plots, card, one page."""
+    """Put everything for a reviewer into the run: scores, verdict, digests, items, plots, card, one page."""
     _log_numbers(run_id, _measurements(build))
     card = render.model_card(build)
     tags = {
@@ -185,12 +190,12 @@ def record_build(run_id: str, build: Build) -> None:
     with TemporaryDirectory() as folder:
         _write_pages(build, card, Path(folder))
         with asking() as client:
-            client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            client.log_batch(run_id, tags=[RunTag(key, text) for key, text in tags.items()])
             client.log_artifacts(run_id, folder)
 
 
 def _write_pages(build: Build, card: str, root: Path) -> None:
-    """Everything that a reviewer may open, as files."""
+    """All files that a reviewer may open."""
     texts = {
         "model_card.md": card,
         "report.html": render.html(build),
@@ -212,7 +217,7 @@ def _write_pages(build: Build, card: str, root: Path) -> None:
 
 
 def read_text(run_id: str, name: str) -> str:
-    """One of the run's text files; raises RegistryError when it isn't there."""
+    """One of the run's text files; raises RegistryError when it is gone."""
     local = local_folder(artifact_uri(run_id))
     try:
         if local:
@@ -228,10 +233,10 @@ def read_text(run_id: str, name: str) -> str:
 
 
 def _experiment(name: str) -> str:
-    """The id of the experiment of that name, made if it isn't there; another run may make it just then."""
+    """The id of the experiment of that name, made where it is missing; another run may make it just then."""
     with asking() as client:
-        found = client.get_experiment_by_name(name)
-        if found is None:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
             local = tracking_uri().startswith("sqlite:")
             place = (store.home() / "artifacts" / name).as_uri() if local else None
             try:
@@ -239,17 +244,17 @@ def _experiment(name: str) -> str:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                found = client.get_experiment_by_name(name)
-    if found is None:
+                experiment = client.get_experiment_by_name(name)
+    if experiment is None:
         raise RegistryError(f"the MLflow experiment {name} is gone again", key=name, remedy="tunegate run CONFIG")
-    if found.lifecycle_stage == "deleted":
+    if experiment.lifecycle_stage == "deleted":
         raise RegistryError(
             f"the MLflow experiment {name} was deleted",
             key=name,
             allowed="an active experiment",
-            remedy=f"mlflow experiments restore --experiment-id {found.experiment_id}",
+            remedy=f"mlflow experiments restore --experiment-id {experiment.experiment_id}",
         )
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 def _measurements(build: Build) -> Iterator[tuple[str, float, int]]:
@@ -269,7 +274,7 @@ def _measurements(build: Build) -> Iterator[tuple[str, float, int]]:
 
 def _log_numbers(run_id: str, numbers: Iterable[tuple[str, float, int]]) -> None:
     now = int(time.time() * 1000)
-    log_points(run_id, [Point(name, value, step, now) for name, value, step in numbers])
+    log_points(run_id, [Point(name, number, step, now) for name, number, step in numbers])
 
 
 def _batches(entries: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -277,9 +282,9 @@ def _batches(entries: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield entries[start : start + size]
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested mappings as dotted keys; lists stay whole, as JSON."""
-    for key, inner in value.items():
+    for key, inner in tree.items():
         if isinstance(inner, Mapping):
             yield from _flat(inner, f"{prefix}{key}.")
         else:

@@ -1,8 +1,7 @@
 """Registered versions, one for each passing served unit, and people's decisions on them.
 
-An approval is a tag on the version that names the digest of the served unit;
-aliases (`candidate`, `champion`) only point. Limit: MLflow knows no roles, so who may write there may forge
-a decision.
+An approval is a tag on the version that names the digest of the served unit; aliases (`candidate`, `champion`) only point.
+Limit: MLflow knows no roles, so anybody who may write there may forge a decision.
 """
 
 from __future__ import annotations
@@ -28,10 +27,15 @@ from pipeline.report import render
 
 log = logging.getLogger(__name__)
 
-UNIT, APPROVAL, FOLDER, PLACE, OURS, DECISION = (
-    f"tunegate.{name}" for name in ("unit", "approval", "model_digest", "model_path", "registered", "decision")
-)
-# What MLflow's database holds of a description, and what a person may reasonably say
+# Tags of a version, by which people search in MLflow
+UNIT = "tunegate.unit"
+APPROVAL = "tunegate.approval"
+DECISION = "tunegate.decision"  # followed by its time: all decisions stay
+FOLDER = "tunegate.model_digest"
+PLACE = "tunegate.model_path"
+# Tag of a registered model
+OURS = "tunegate.registered"
+# Characters: MLflow's database holds so many of a description; a longer reason is refused
 DESCRIPTION, REASON = 5000, 2000
 
 
@@ -68,11 +72,11 @@ def register(run_id: str, build: Build) -> str:
             key=build.name,
             remedy="tunegate run CONFIG",
         )
-    known = note_verdict(run_id, build)
-    if known:
-        if known.approval is None:
-            _point("candidate", build.name, known.version)
-        return known.version
+    earlier = note_verdict(run_id, build)
+    if earlier:
+        if earlier.approval is None:
+            _point("candidate", build.name, earlier.version)
+        return earlier.version
     place, model_digest = weights.put(run_id, build)
     _make_registered_model(build.name)
     tags = {
@@ -85,68 +89,66 @@ def register(run_id: str, build: Build) -> str:
     }
     source = f"{artifact_uri(run_id)}/{place}"
     with asking() as client:
-        made = client.create_model_version(build.name, source, run_id, tags=tags, description=_description(build))
-    _point("candidate", build.name, str(made.version))
-    return str(made.version)
+        entry = client.create_model_version(build.name, source, run_id, tags=tags, description=_description(build))
+    _point("candidate", build.name, str(entry.version))
+    return str(entry.version)
 
 
 def note_verdict(run_id: str, build: Build) -> Version | None:
-    """Write the newest verdict on the build's version, if it has one: judged again, it may pass or no longer pass.
+    """Write the newest verdict on the build's version, if it has one: measured again, it may pass or no longer pass.
 
-    Returns the version as it was found.
+    Returns the version as it was before.
     """
-    known = _of_this_build(run_id, build)
-    if known and build.verdict:
+    earlier = _of_this_build(run_id, build)
+    if earlier and build.verdict:
         with asking() as client:
-            client.set_model_version_tag(known.name, known.version, VERDICT, build.verdict.outcome)
-    return known
+            client.set_model_version_tag(earlier.name, earlier.version, VERDICT, build.verdict.outcome)
+    return earlier
 
 
 def versions(name: str) -> list[Version]:
     """Every version of a model that tunegate registered, newest first; [] for a name never registered."""
     with asking() as client:
-        found = list(client.search_model_versions(f"name = '{_quotable(name)}'"))
+        entries = list(client.search_model_versions(f"name = '{_quotable(name)}'"))
     pointing: dict[str, list[str]] = {}
-    for alias, number in sorted(_aliases(name).items() if found else ()):
+    for alias, number in sorted(_aliases(name).items() if entries else ()):
         pointing.setdefault(number, []).append(alias)
-    records = [
-        _record(version, tuple(pointing.get(str(version.version), ()))) for version in found if UNIT in version.tags
-    ]
+    records = [_record(entry, tuple(pointing.get(str(entry.version), ()))) for entry in entries if UNIT in entry.tags]
     return sorted((record for record in records if record), key=lambda record: int(record.version), reverse=True)
 
 
 def names() -> list[str]:
     """The names of the models that tunegate registered, sorted."""
-    found: list[str] = []
+    models: list[str] = []
     token: str | None = None
     while True:
         with asking() as client:
             page_of = client.search_registered_models(f"tags.`{OURS}` = 'true'", max_results=100, page_token=token)
-        found += [model.name for model in page_of]
+        models += [model.name for model in page_of]
         token = page_of.token
         if not token:
-            return sorted(found)
+            return sorted(models)
 
 
 def version(name: str, number: str) -> Version:
-    """One version; raises ReviewError naming those that are there."""
-    known = versions(name)
-    found = next((record for record in known if record.version == number), None)
-    if found is None:
+    """One version; raises ReviewError with the numbers of the registered ones."""
+    records = versions(name)
+    match = next((record for record in records if record.version == number), None)
+    if match is None:
         raise ReviewError(
-            f"no version {number}",
+            f"version {number} is not registered",
             key=name,
-            allowed=", ".join(record.version for record in known) or "none",
+            allowed=", ".join(record.version for record in records) or "none is registered",
             remedy=f"tunegate review {name}",
         )
-    return found
+    return match
 
 
 def decide(name: str, number: str, decision: Literal["approved", "rejected"], reviewer: str, reason: str) -> Approval:
     """Record a person's decision on the digest of a version; all stay in its tags, the newest counts.
 
-    Raises ReviewError for an unknown version, a missing reviewer, a rejection without a reason, or an
-    approval of what the gate doesn't pass.
+    Raises ReviewError for an unknown version, a missing reviewer, a rejection without a reason, or an approval of a version
+    whose verdict isn't a pass.
     """
     target = version(name, number)
     problems = []
@@ -174,7 +176,7 @@ def decide(name: str, number: str, decision: Literal["approved", "rejected"], re
         )
     if problems:
         raise ReviewError(problems)
-    made = Approval(
+    approval = Approval(
         decision=decision,
         reviewer=reviewer.strip(),
         reason=reason.strip(),
@@ -182,24 +184,26 @@ def decide(name: str, number: str, decision: Literal["approved", "rejected"], re
         at=datetime.now(UTC),
     )
     with store.lock(f"decide/{name}"), asking() as client:  # MLflow fails two that write at once
-        client.set_model_version_tag(name, number, f"{DECISION}.{made.at:%Y%m%dT%H%M%S.%fZ}", made.model_dump_json())
-        client.set_model_version_tag(name, number, APPROVAL, made.model_dump_json())
+        client.set_model_version_tag(
+            name, number, f"{DECISION}.{approval.at:%Y%m%dT%H%M%S.%fZ}", approval.model_dump_json()
+        )
+        client.set_model_version_tag(name, number, APPROVAL, approval.model_dump_json())
         if "candidate" in target.aliases:
             client.delete_registered_model_alias(name, "candidate")
-    return made
+    return approval
 
 
 def release(name: str, number: str | None = None) -> Release:
-    """The approved version as what `promote` may serve; without `number` the newest approved one.
+    """The approved version, as `promote` may serve it; without `number` the newest approved one.
 
     Raises ReviewError when none is approved, or when the approval names another digest than the version.
     """
-    found = [version(name, number)] if number else versions(name)
-    if not found:
+    records = [version(name, number)] if number else versions(name)
+    if not records:
         raise ReviewError("no version is registered", key=name, remedy="tunegate run CONFIG")
-    chosen = next((record for record in found if record.approval and record.approval.decision == "approved"), None)
-    if chosen is None or chosen.approval is None:
-        newest = found[0]
+    latest = next((record for record in records if record.approval and record.approval.decision == "approved"), None)
+    if latest is None or latest.approval is None:
+        newest = records[0]
         by = (
             f"rejected by {newest.approval.reviewer}: {newest.approval.reason}"
             if newest.approval
@@ -211,13 +215,13 @@ def release(name: str, number: str | None = None) -> Release:
             allowed="an approved version",
             remedy=f"tunegate review {name}",
         )
-    if chosen.approval.unit_digest != chosen.unit.digest:
+    if latest.approval.unit_digest != latest.unit.digest:
         raise ReviewError(
-            f"the approval of version {chosen.version} names another served unit",
+            f"the approval of version {latest.version} names another served unit",
             key=name,
             remedy=f"tunegate review {name}, then approve it anew",
         )
-    return _release(chosen, chosen.approval)
+    return _release(latest, latest.approval)
 
 
 def waiting(name: str) -> list[Version]:
@@ -228,18 +232,22 @@ def waiting(name: str) -> list[Version]:
 def champion(name: str) -> Release | None:
     """The release that the alias `champion` points to, or None without one; it serves even if it was rejected since.
 
-    Raises RegistryError when the alias points to what can't be read or was never decided on: a candidate would be held
-    against nothing.
+    Raises RegistryError when the alias points to a version that can't be read or was never decided on: a candidate would be
+    compared with nothing.
     """
-    found = next((record for record in versions(name) if "champion" in record.aliases), None)
-    if found and found.approval:
-        return _release(found, found.approval)
+    target = next((record for record in versions(name) if "champion" in record.aliases), None)
+    if target and target.approval:
+        return _release(target, target.approval)
     number = _aliases(name).get("champion")
     if number is None:
         return None
-    edited = "whose tags can't be read: they were edited, or a newer tunegate wrote them"
+    why = (
+        "which nobody decided on"
+        if target
+        else "whose tags can't be read: they were edited, or a newer tunegate wrote them"
+    )
     raise RegistryError(
-        f"the alias champion points to version {number}, {'which nobody decided on' if found else edited}",
+        f"the alias champion points to version {number}, {why}",
         key=name,
         allowed="an approved version that this tunegate can read",
         remedy=f"tunegate promote {name} --version N with an approved one, or use the tunegate that registered version {number}",
@@ -247,14 +255,14 @@ def champion(name: str) -> Release | None:
 
 
 def set_champion(name: str, number: str) -> None:
-    """Point the alias `champion` to a version; MLflow moves it in one step, so there is one at most."""
+    """Point the alias `champion` to a version; MLflow moves it in one step, so at most one version has it."""
     _point("champion", name, number)
 
 
 def model_path(record: Version) -> Path:
     """The version's model folder on this machine; a remote one is downloaded once.
 
-    Raises RegistryError when it is gone or isn't what was judged.
+    Raises RegistryError when it is gone or changed since it was judged.
     """
     label = f"{record.name} version {record.version}"
     return weights.fetch(record.run_id, record.place, record.model_digest, label)
@@ -269,11 +277,11 @@ def config_of(run_id: str) -> Config:
 
 
 def page(name: str, number: str | None, run_id: str) -> str:
-    """Where a person reads about a version, or about a run that has none: a server's URL, else a file."""
+    """The page on a version, or on a run without one: a server's URL, else a file."""
     root = os.environ.get("MLFLOW_TRACKING_URI", "")
-    served = store.home() / "services" / "mlflow-url"
-    if not root.startswith("http") and served.is_file():
-        root = served.read_text(encoding="utf-8").strip()
+    note = store.home() / "services" / "mlflow-url"
+    if not root.startswith("http") and note.is_file():
+        root = note.read_text(encoding="utf-8").strip()
     if root.startswith("http"):
         with asking() as client:
             experiment = client.get_run(run_id).info.experiment_id
@@ -302,7 +310,7 @@ def _of_this_build(run_id: str, build: Build) -> Version | None:
 
 
 def _aliases(name: str) -> dict[str, str]:
-    """Every alias of a model with the version it points to, whoever made it; {} for a name never registered."""
+    """Every alias of a model, also one set by hand, with its version; {} for a name never registered."""
     with asking() as client:
         try:
             return {alias: str(number) for alias, number in client.get_registered_model(name).aliases.items()}
@@ -312,37 +320,37 @@ def _aliases(name: str) -> dict[str, str]:
             return {}
 
 
-def _record(found: Any, aliases: tuple[str, ...]) -> Version | None:
-    """An MLflow version as ours; one whose tags can't be read (edited, or newer) is left out, and said so."""
+def _record(entry: Any, aliases: tuple[str, ...]) -> Version | None:
+    """An MLflow version as a Version; None, and a warning, when its tags can't be read: edited, or of a newer tunegate."""
     try:
         return Version(
-            name=found.name,
-            version=str(found.version),
-            run_id=found.run_id,
-            unit=ServedUnit.model_validate_json(found.tags[UNIT]),
-            build_key=found.tags[BUILD],
-            model_digest=found.tags[FOLDER],
-            place=found.tags.get(PLACE, weights.UNNAMED),
-            verdict=found.tags[VERDICT],
-            approval=Approval.model_validate_json(found.tags[APPROVAL]) if APPROVAL in found.tags else None,
+            name=entry.name,
+            version=str(entry.version),
+            run_id=entry.run_id,
+            unit=ServedUnit.model_validate_json(entry.tags[UNIT]),
+            build_key=entry.tags[BUILD],
+            model_digest=entry.tags[FOLDER],
+            place=entry.tags.get(PLACE, weights.UNNAMED),
+            verdict=entry.tags[VERDICT],
+            approval=Approval.model_validate_json(entry.tags[APPROVAL]) if APPROVAL in entry.tags else None,
             aliases=aliases,
-            created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
+            created=datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC),
         )
     except (ValidationError, KeyError) as error:
         log.warning(
             "%s version %s in MLflow is left out, its tags can't be read: %s",
-            found.name,
-            found.version,
+            entry.name,
+            entry.version,
             error,
         )
         return None
 
 
 def _quotable(name: str) -> str:
-    """The name if it can stand in a filter; raises ReviewError for one that no model can have."""
+    """The name if it can stand in a filter; raises ReviewError for a name that MLflow refuses."""
     if "'" in name or not name:
         raise ReviewError(
-            f"{name!r} is no model's name", allowed="letters, digits, . _ and -", remedy="tunegate review"
+            f"{name!r} is not a valid model name", allowed="letters, digits, . _ and -", remedy="tunegate review"
         )
     return name
 

@@ -110,7 +110,7 @@ def test_an_incumbent_of_other_weights_than_approved_is_caught_before_it_is_meas
     unit = serving.served_unit(candidate, config.serve, config.name, ENVIRONMENT)
     artifacts = {"quantize": SimpleNamespace(payload=candidate)}
     with pytest.raises(RegistryError, match=r"unit\.weights(?s:.*)as v1 was approved") if stale else nullcontext():
-        found = systems.systems(config.model_dump(mode="json"), artifacts, unit, lambda _event: None)
+        found = systems.systems(config, artifacts, unit, lambda _event: None)
         assert [system.role for system in found] == ["candidate", "incumbent"]
 
 

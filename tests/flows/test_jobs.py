@@ -1,4 +1,4 @@
-"""Stages as jobs, against an API on a real wire whose pods run the stage program (fake_cluster.py); no cluster proved any of it."""
+"""Stages as jobs, against an API on a real wire whose pods run the stage program (fake_cluster.py). No real cluster proved them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from support import programs as children
 from support.data_samples import conversation, payload, settings, write
 from support.released import a_config
 
-from flows import jobs as kubernetes
-from flows import stages
-from pipeline import hardware, program, store
+from flows import jobs, stages
+from pipeline import program, store
+from pipeline.config.schema import Config
 from pipeline.data.splits import SPLITS
 from pipeline.environments import interpreters
 from pipeline.errors import ConfigError, DataError, EnvironmentMissing, ResourceError, StageFailed
@@ -53,9 +53,9 @@ class World:
         self.step = Step("prepare", "pipeline.data.prepare", "control", (), ("data",), (), timeout_hours=2)
 
     def config(self, **cluster):
-        """A resolved config whose stages are jobs."""
-        jobs = {"prepare": {"resources": {"limits": {"memory": "2Gi"}}}}
-        return a_config(kubernetes={"image": IMAGE, "jobs": jobs, **cluster}).model_dump(mode="json")
+        """A config whose stages are jobs."""
+        pods = {"prepare": {"resources": {"limits": {"memory": "2Gi"}}}}
+        return a_config(kubernetes={"image": IMAGE, "jobs": pods, **cluster})
 
     def reach(self, port: int) -> None:
         """Be in a pod of the cluster at this port."""
@@ -87,9 +87,9 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv(manifests.CLAIM, "tunegate")
     monkeypatch.setenv(manifests.IMAGE, IMAGE)
-    monkeypatch.setattr(kubernetes, "ACCOUNT", tmp_path / "account")
-    monkeypatch.setattr(kubernetes, "POLL_S", 0.02)
-    monkeypatch.setattr(kubernetes, "RESULT_S", 0.2)
+    monkeypatch.setattr(jobs, "ACCOUNT", tmp_path / "account")
+    monkeypatch.setattr(jobs, "POLL_S", 0.02)
+    monkeypatch.setattr(jobs, "RESULT_S", 0.2)
     return World(tmp_path, monkeypatch)
 
 
@@ -336,7 +336,7 @@ def test_a_quota_and_a_rule_are_no_missing_right(world, cluster_of, why, kind, w
 
 def test_a_server_of_another_certificate_gets_no_token(world, cluster_of, tmp_path, monkeypatch):
     """The cluster's own authority alone is trusted."""
-    monkeypatch.setattr(kubernetes, "TRIES", 1)
+    monkeypatch.setattr(jobs, "TRIES", 1)
     with cluster_of(), cluster(tmp_path / "other") as other, pytest.raises(StageFailed, match="CERTIFICATE"):
         world.run(other, WELL)
     assert other.asked == []
@@ -361,30 +361,20 @@ def test_outside_a_pod_with_the_volume_a_stage_is_a_child_process(world, cluster
     assert server.asked == []
 
 
-def test_a_job_on_another_node_has_a_key_of_its_own(world, monkeypatch):
-    """What a CPU pod's flow trains on a GPU isn't taken for what a CPU trained."""
-    config = world.config(jobs={"finetune": {"resources": {"limits": {"nvidia.com/gpu": 1, "memory": "9Gi"}}}})
-    here = hardware.device().name
-    assert manifests.device_of(config, "quantize", here) == here
-    assert "nvidia.com/gpu" in manifests.device_of(config, "finetune", here)
-    monkeypatch.delenv(manifests.CLAIM)
-    assert manifests.device_of(config, "finetune", here) == here
-
-
 @pytest.mark.slow
 def test_the_data_stage_makes_its_artefact_in_a_pod(world, cluster_of, tmp_path):
     """The whole way of a build's step: lock, request, job of the train environment, log, result, store."""
     base = tmp_path / "base"
     children.tiny(base / "payload")
     rows = write(tmp_path / "rows.jsonl", [conversation(number) for number in range(40)])
-    config = {**world.config(), **settings(rows, sequence_len=64, max_near_duplicate_rate=1.0)}
-    (step,) = (step for step in steps.steps(config) if step.stage == "prepare")
+    sections = settings(rows, sequence_len=64, max_near_duplicate_rate=1.0)
+    config = Config.model_validate({**world.config().model_dump(mode="json"), **sections})
+    (step,) = (step for step in steps.steps(config.model_dump(mode="json")) if step.stage == "prepare")
     inputs = {"base": children.artifact(base, "base", {})}
     with cluster_of() as server:
         world.reach(server.server_port)
-        key = stages._make.fn(step, config, inputs, "k", {}, {}, world.events.append)
-    made = store.find("prepare", key)
-    assert made is not None
+        made = stages._make.fn(step, config, inputs, "k", {}, {}, world.events.append)
+    assert store.find("prepare", "k") == made
     assert {split: len(rows) for split, rows in payload(made.path).items()}.keys() == set(SPLITS)
     assert made.detail["rows"]["train"] > 20
     assert [event["state"] for event in world.events if event["event"] == "stage"] == ["running", "done"]

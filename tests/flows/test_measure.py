@@ -39,7 +39,7 @@ def measured(world: SimpleNamespace, **serve: object) -> list[systems.System]:
     config = world.config.model_copy(update={"serve": world.config.serve.model_copy(update=serve)})
     unit = serving.served_unit(world.candidate, config.serve, config.name, ENVIRONMENT)
     artifacts = {"quantize": SimpleNamespace(payload=world.candidate)}
-    return systems.systems(config.model_dump(mode="json"), artifacts, unit, world.said.append)
+    return systems.systems(config, artifacts, unit, world.said.append)
 
 
 def test_the_incumbent_is_served_as_it_was_judged(world: SimpleNamespace) -> None:
@@ -80,7 +80,7 @@ def test_settings_that_can_not_be_had_any_more_are_todays(
 
     monkeypatch.setattr(runtimes, "environment_of", environment)
     _, incumbent = measured(world, max_num_seqs=3)
-    assert incumbent.config["serve"]["max_num_seqs"] == 3
+    assert incumbent.config.serve.max_num_seqs == 3
 
 
 def test_again_measures_anew(world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_again_measures_anew(world: SimpleNamespace, monkeypatch: pytest.MonkeyP
 
     def measured(_config, _key, _artifacts, system, attempt, _show):
         attempts.append((system.role, attempt))
-        return report.model_copy(update={"system": system.role}), None
+        return measure.Measurement(report.model_copy(update={"system": system.role}), ())
 
     monkeypatch.setattr(measure, "_measure", SimpleNamespace(with_options=lambda **_: measured))
     old = store.build_folder("0" * 32) / "loadtest-candidate"
@@ -100,7 +100,7 @@ def test_again_measures_anew(world: SimpleNamespace, monkeypatch: pytest.MonkeyP
     artifacts = {"quantize": SimpleNamespace(payload=world.candidate)}
     for again in (False, True):
         old.mkdir(parents=True, exist_ok=True)
-        measure.measure(world.config.model_dump(mode="json"), "0" * 32, artifacts, unit, world.said.append, again=again)
+        measure.measure(world.config, "0" * 32, artifacts, unit, world.said.append, again=again)
         assert old.exists() is not again
     assert [role for role, _ in attempts] == ["candidate", "incumbent"] * 2
     first, _, anew, other = (attempt for _, attempt in attempts)

@@ -39,7 +39,7 @@ def test_inputs_are_handed_on_as_they_were_made(made: dict[str, Artifact]) -> No
 def test_a_stage_sees_no_secret_but_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also one whose variable isn't called like a secret, as the config says that it is one."""
     judge = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "api_key_env": "JUDGE_KEY"}
-    config = a_config(evaluate={"judges": [judge]}, notify={"webhook_env": "HOOK"}).model_dump(mode="json")
+    config = a_config(evaluate={"judges": [judge]}, notify={"webhook_env": "HOOK"})
     code = "import json, os; print(json.dumps({'event': 'message', 'text': ' '.join(os.environ)}))"
     monkeypatch.setattr(interpreters, "command", lambda found, _module: [str(found.interpreter), "-c", code])
     for name in ("JUDGE_KEY", "HOOK", "PLAIN"):

@@ -6,12 +6,14 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 from support import plugin
 from support.holdout import NAME, answers_file, report, request, rows, write_holdout
 from support.programs import artifact
+from support.released import a_config
 from support.stored import all_artifacts
 from support.wire import fake_vllm
 
@@ -185,9 +187,8 @@ def test_a_new_version_is_measured_anew(tmp_path, installed, monkeypatch):
     monkeypatch.setattr(
         stages.interpreters, "find", lambda *_: stages.interpreters.Environment("control", Path(sys.executable))
     )
-    asked = {"scorers": [{"metric": "my_safety"}], "max_tokens": 8, "concurrency": 2, "tasks": [], "judges": []}
-    secrets = {"promote": {"api_key_env": "A_KEY"}, "notify": {"webhook_env": None}}
-    config = {"evaluate": asked, "gate": {"confidence": 0.95}, "seed": 1, **secrets}
+    evaluate_section = {"scorers": [{"metric": "my_safety"}], "max_tokens": 8, "concurrency": 2}
+    config = a_config(evaluate=evaluate_section, promote={"api_key_env": "A_KEY"}, seed=1)
     system = systems.System("base", tmp_path, unit, config)
     with fake_vllm(NAME) as url:
         server = type("Server", (), {"url": url, "model": NAME})
@@ -199,7 +200,7 @@ def test_a_new_version_is_measured_anew(tmp_path, installed, monkeypatch):
 
         for version in ("1.0", "1.0", "1.1"):
             installed(POLITE, version=version)
-            measure._evaluate(config, {"prepare": prepared}, system, "", start, lambda _event: None)
+            measure._evaluate(config, {"prepare": prepared}, system, "", cache(start), lambda _event: None)
     assert starts == ["my_safety-scorer 1.0", "my_safety-scorer 1.1"]
     made = {artifact.made_by["my_safety"] for artifact in all_artifacts()}
     assert made == set(starts)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support import programs
+from support.released import a_config
 
 from flows import ledger as flow
 from pipeline import program
@@ -234,5 +235,5 @@ def test_a_ledger_that_cannot_be_had_loses_no_verdict(monkeypatch, kind):
 
         monkeypatch.setattr(flow, "_asked", asked)
         with ends:
-            assert flow.ledger_of({}, "key", {}, None, {}, said.append) == ()
+            assert flow.ledger_of(a_config(), "key", {}, None, {}, said.append) == ()
     assert [event["text"] for event in said] == ["no loss ledger: it doesn't fit"]

@@ -379,7 +379,7 @@ def test_the_newest_approved_version_is_released(home, tmp_path):
 @pytest.mark.parametrize(
     ("number", "decision", "reviewer", "reason", "said"),
     [
-        ("9", "approved", "tests", "", "no version 9"),
+        ("9", "approved", "tests", "", "version 9 is not registered"),
         ("1", "approved", "  ", "", "a decision needs a reviewer"),
         ("1", "rejected", "tests", " ", "a rejection needs a reason"),
         ("1", "approved", "tests", "x" * 2001, "the reason has 2001 characters"),
