@@ -232,6 +232,11 @@ def metric_names(items: Sequence[Item]) -> list[str]:
     return [*names, F1_MACRO] if "accuracy" in names else names
 
 
+def scored_by(metric: str) -> str:
+    """The score of single items that a metric rests on: accuracy for macro-F1, else its own."""
+    return "accuracy" if metric == F1_MACRO else metric
+
+
 def metrics(items: Sequence[Item], confidence: float) -> dict[str, Interval]:
     """Every metric with its interval; a field that only some expected answers have is averaged over those."""
     return {name: metric(items, name, confidence) for name in metric_names(items)} if items else {}
