@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.evaluation.scoring import parse_json, same_json
+from pipeline.evaluation.scorers import parse_json, same_json
 
 CPU_LIMIT_S = 1.0
 SHOWN = 120  # characters of a value in a report

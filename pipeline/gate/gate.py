@@ -29,7 +29,7 @@ from pipeline.artifacts import Check, Interval, Item, Outcome, Reports, Verdict
 from pipeline.config.gate import GateConfig, MetricCheck, SliceCheck
 from pipeline.digests import digest_of
 from pipeline.errors import GateFailed
-from pipeline.evaluation import scoring, slices
+from pipeline.evaluation import scorers, scoring, slices
 from pipeline.gate import load
 from pipeline.gate import policy as gate_policy
 from pipeline.gate.decide import Question, decide
@@ -265,7 +265,7 @@ def _slice_questions(check: SliceCheck, reports: Reports, policy: GateConfig) ->
     if against not in reports.evaluations:
         yield _not_applicable(whole, rule, limit)
         return
-    score = scoring.scored_by(check.metric)
+    score = scorers.scored_by(check.metric)
     pairs = [
         pair
         for pair in zip(reports.evaluations["candidate"].items, reports.evaluations[against].items, strict=True)
