@@ -80,7 +80,7 @@ def run(request: program.Request) -> dict[str, Any]:
     if problems := scoring.unfit(config.scorers, ((row.id, row.expected) for row in rows)):
         raise DataError(problems)
     score = scoring.item_scorer(config.scorers)
-    started = time.monotonic()
+    start = time.monotonic()
     answers = asyncio.run(_answer(request, config, rows, score))
     items = [answers.items.get(row.id) or answered(row, None, FAILED, score) for row in rows]
     report = Evaluation(
@@ -90,7 +90,7 @@ def run(request: program.Request) -> dict[str, Any]:
         metrics=scoring.metrics(items, GateConfig(**request.config["gate"]).confidence),
         items=tuple(items),
         errors=len(answers.failures),
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - start,
     )
     files.write_json(request.payload / "report.json", report.model_dump(mode="json"))
     _write_failures(request.folder / "extra", answers.failures)

@@ -39,7 +39,7 @@ def run(request: program.Request) -> dict[str, Any]:
     Raises ConfigError when lm-eval can't load it, it needs code from elsewhere, or a metric isn't there.
     """
     entry = TaskConfig(**request.config["task"])
-    started = time.monotonic()
+    start = time.monotonic()
     _prepare(entry, request.folder)
     manager, catalogue = _load(entry)
     api, arguments = _endpoint(request, catalogue["tasks"])
@@ -54,7 +54,7 @@ def run(request: program.Request) -> dict[str, Any]:
         "metrics": {
             f"{record.task}/{record.metric}": sum(record.values) / len(record.values) for record in task_results
         },
-        "seconds": time.monotonic() - started,
+        "seconds": time.monotonic() - start,
     }
 
 
@@ -69,10 +69,11 @@ def records(
     candidates = [record for task, documents in samples.items() for record in _of_task(task, documents, results)]
     for task in samples:
         present = [record.metric for record in candidates if record.task == task]
-        missing = [metric for metric in metrics if metric not in present] if present else ["any metric"]
-        if missing:
+        missing = [metric for metric in metrics if metric not in present]
+        if missing or not present:
+            absent = f"{', '.join(missing)} is not" if present else "no metric is"
             raise ConfigError(
-                f"{task}: {', '.join(missing)} is not a mean over its documents",
+                f"{task}: {absent} a mean over its documents",
                 key="evaluate.tasks.metrics",
                 allowed=", ".join(present) or "a task with a metric that is a mean over its documents, such as acc",
                 remedy="name those in evaluate.tasks.metrics, or take another task",

@@ -59,11 +59,11 @@ class Level:
 
     def record(self) -> LoadLevel:
         """The level in the artefact's terms; bench counts a failed request with 0 output tokens."""
-        completed = [[index for index, tokens in enumerate(run["output_lens"]) if tokens] for run in self.runs]
+        indices_of_runs = [[index for index, tokens in enumerate(run["output_lens"]) if tokens] for run in self.runs]
         samples: dict[str, list[tuple[float, ...]]] = {
             name: [] for name in ("ttft_ms", "e2el_ms", "output_tokens", "gaps", "itl_ms")
         }
-        for run, indices in zip(self.runs, completed, strict=True):
+        for run, indices in zip(self.runs, indices_of_runs, strict=True):
             samples["ttft_ms"].append(tuple(round(run["ttfts"][index] * 1000, 3) for index in indices))
             # until the last byte; not every version of vLLM lists it by itself
             ends = (run["ttfts"][index] + sum(run["itls"][index]) for index in indices)
@@ -106,8 +106,8 @@ def run(request: program.Request) -> dict[str, Any]:
             figures = asyncio.run(_bench(target, prompts, config, size=users, count=config.num_prompts))
             level.runs.append(figures)
             requests = (repeat * len(levels) + number) * config.num_prompts
-            shown = {name: float(figures[name]) for name in ("output_throughput", "p95_e2el_ms")}
-            program.progress(requests, total, "requests", max_concurrency=users, **shown)
+            progress = {name: float(figures[name]) for name in ("output_throughput", "p95_e2el_ms")}
+            program.progress(requests, total, "requests", max_concurrency=users, **progress)
     report = LoadTest(
         system=request.config["system"],
         unit_digest=request.config["unit_digest"],

@@ -138,11 +138,11 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int:
 
 def _cause(trained_ids: list[int], served_ids: list[int]) -> str:
     if len(served_ids) > 1 and served_ids[1:] == trained_ids:
-        doubled = "twice" if served_ids[0] == served_ids[1] else "where training had none"
-        return f"the server puts the BOS token {served_ids[0]} in front {doubled}; "
+        how_often = "twice" if served_ids[0] == served_ids[1] else "where training had none"
+        return f"the server puts the BOS token {served_ids[0]} in front {how_often}; "
     if len(trained_ids) > 1 and trained_ids[1:] == served_ids:
-        doubled = "twice" if trained_ids[0] == trained_ids[1] else "where the server has none"
-        return f"training put the BOS token {trained_ids[0]} in front {doubled}; "
+        how_often = "twice" if trained_ids[0] == trained_ids[1] else "where the server has none"
+        return f"training put the BOS token {trained_ids[0]} in front {how_often}; "
     return ""
 
 

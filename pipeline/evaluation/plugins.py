@@ -40,12 +40,12 @@ def problems(metrics: Iterable[str]) -> list[Problem]:
     for index, name in enumerate(metrics):
         if name in SCORERS:
             continue
-        installed, key = _installed(), f"evaluate.scorers[{index}].metric"
-        if name not in installed:
-            names = ", ".join([*SCORERS, *sorted(installed)])
+        entries, key = _installed(), f"evaluate.scorers[{index}].metric"
+        if name not in entries:
+            names = ", ".join([*SCORERS, *sorted(entries)])
             import difflib
 
-            close = difflib.get_close_matches(name, [*SCORERS, *installed], n=1, cutoff=0.6)
+            close = difflib.get_close_matches(name, [*SCORERS, *entries], n=1, cutoff=0.6)
             faults.append(
                 Problem(
                     f"{name} is not a scorer",
@@ -54,8 +54,8 @@ def problems(metrics: Iterable[str]) -> list[Problem]:
                     remedy=f"correct it, or install the package that registers it in {GROUP} into the control environment",
                 )
             )
-        elif len({_made_by(entry) for entry in installed[name]}) > 1:
-            owners = " and ".join(sorted(_made_by(entry) for entry in installed[name]))
+        elif len({_made_by(entry) for entry in entries[name]}) > 1:
+            owners = " and ".join(sorted(_made_by(entry) for entry in entries[name]))
             faults.append(
                 Problem(
                     f"several packages register a scorer {name}",
@@ -96,10 +96,10 @@ def scorer(name: str) -> Callable[[Prompt, str, str | None], dict[str, float]]:
         if not functions:
             functions.append(_load(name))
         try:
-            returned = functions[0]([dict(message) for message in prompt], reference, answer or "")
+            output = functions[0]([dict(message) for message in prompt], reference, answer or "")
         except Exception as error:
             raise ScorerBroken(name, f"raised {type(error).__name__}: {error}") from error
-        scores = _scores(name, returned)
+        scores = _scores(name, output)
         if not names:
             names.extend(scores)
         if names != list(scores):

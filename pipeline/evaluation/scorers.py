@@ -61,10 +61,10 @@ def accuracy(reference: str, answer: str) -> float:
 def token_f1(reference: str, answer: str) -> float:
     """Word overlap as SQuAD's evaluation has it: case, punctuation and English articles folded away."""
     truth, guess = _squad_words(reference), _squad_words(answer)
-    shared = sum((Counter(truth) & Counter(guess)).values())
+    overlap = sum((Counter(truth) & Counter(guess)).values())
     if not truth or not guess:
         return float(truth == guess)
-    return 2 * shared / (len(truth) + len(guess))
+    return 2 * overlap / (len(truth) + len(guess))
 
 
 def _squad_words(text: str) -> list[str]:

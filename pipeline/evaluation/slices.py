@@ -34,5 +34,5 @@ def split(items: Sequence[Item], by: str, min_items: int) -> dict[str, list[int]
         parts.setdefault(OTHER if name is None else name, []).append(index)
     large = {name: indices for name, indices in parts.items() if len(indices) >= min_items and name != OTHER}
     rest = sorted(index for name, indices in parts.items() if name not in large for index in indices)
-    ordered = dict(sorted(large.items(), key=lambda part: (-len(part[1]), part[0])))
-    return {**ordered, OTHER: rest} if rest else ordered
+    by_size = dict(sorted(large.items(), key=lambda part: (-len(part[1]), part[0])))
+    return {**by_size, OTHER: rest} if rest else by_size

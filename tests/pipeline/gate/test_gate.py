@@ -293,7 +293,9 @@ def test_more_right_answers_never_make_a_verdict_worse():
 def test_surer_policies_decide_less():
     """What passes at 99 % passes at 90 %, and the interval is wider."""
     reports = {"candidate": evaluation("candidate", hits(172, 200))}
-    sure, unsure = (verdict_of(reports, {}, FLOOR.model_copy(update={"confidence": level}), UNIT) for level in (0.99, 0.9))
+    sure, unsure = (
+        verdict_of(reports, {}, FLOOR.model_copy(update={"confidence": level}), UNIT) for level in (0.99, 0.9)
+    )
     assert (sure.outcome, unsure.outcome) == ("inconclusive", "pass")
 
 
@@ -643,7 +645,9 @@ def test_slices_of_which_none_is_large_enough_are_open():
     """A check that looked at nothing passes nothing."""
     reports = versus([1.0] * 200, [1.0] * 200, customer=[str(n // 4) for n in range(200)])
     floor, by = (MetricCheck(metric="exact_match", min=0.5),), SliceCheck(by="customer", metric="exact_match")
-    verdict = verdict_of(reports, {}, GateConfig(metrics=floor, slices=(by.model_copy(update={"min_items": 300}),)), UNIT)
+    verdict = verdict_of(
+        reports, {}, GateConfig(metrics=floor, slices=(by.model_copy(update={"min_items": 300}),)), UNIT
+    )
     assert verdict.outcome == "inconclusive"
     grouped = GateConfig(metrics=floor, slices=(by.model_copy(update={"min_items": 4}),), cluster_by="customer")
     assert "200 of 200 items are in parts too small" in verdict_of(reports, {}, grouped, UNIT).checks[-1].why
