@@ -216,7 +216,7 @@ def simulate(kind: str, size: int, gap: float, simulations: int, seed: int) -> C
         ours, theirs = chosen.draw(rng, size, gap)
         both = {"candidate": evaluation("candidate", ours), "incumbent": evaluation("incumbent", theirs)}
         reports = Reports.model_construct(evaluations=both, loadtests={}, tasks={}, prompts={}, judged=())
-        found[gate.judge(reports, chosen.policy, UNIT).outcome] += 1
+        found[gate.verdict_of(reports, chosen.policy, UNIT).outcome] += 1
     return found
 
 

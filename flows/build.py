@@ -165,7 +165,7 @@ def decide(reports: Reports, config: Config, unit: ServedUnit, show: OnEvent) ->
 
 @task(name="gate", cache_policy=NO_CACHE, persist_result=False)
 def _gate(reports: Reports, settings: Config, unit_digest: str) -> Verdict:
-    return gate.judge(reports, settings.gate, unit_digest)
+    return gate.verdict_of(reports, settings.gate, unit_digest)
 
 
 @task(name="register", retries=2, retry_delay_seconds=10, retry_condition_fn=stages.worth_retrying,

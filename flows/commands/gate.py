@@ -23,7 +23,7 @@ def gate_again(options: argparse.Namespace) -> int:
     finished = _chosen(options.name, options.build)
     made = tables.read_build(str(finished["build_key"]))
     policy = file.load_policy(options.policy) if options.policy else Config.model_validate(made.config).gate
-    verdict = gate.judge(made.reports, policy, made.unit.digest)
+    verdict = gate.verdict_of(made.reports, policy, made.unit.digest)
     if options.json:
         print(verdict.model_dump_json(indent=1))
     else:

@@ -1,4 +1,4 @@
-"""What the answer to a must-pass prompt has to be: promptfoo's deterministic assertions, by its names, not- negating each.
+"""Conditions on the answer to a must-pass prompt: promptfoo's deterministic assertions by its names; not- negates each.
 
 Regular expressions are Python's `re` and may match anywhere in the answer, as promptfoo's (which are JavaScript's) do. One
 that backtracks without end, also as a JSON Schema's pattern, can't hang a build: an assertion that takes more than
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from pipeline.evaluation.scoring import parse_json, same_json
+from pipeline.evaluation.scorers import parse_json, same_json
 
 CPU_LIMIT_S = 1.0
 SHOWN = 120  # characters of a value in a report
@@ -63,9 +63,11 @@ class Assertion:
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of assertion: the values it takes, in words; what is wrong with one that it doesn't; and what misses it.
+    """A type of assertion.
 
-    `misses` takes value and answer and returns None where the answer is as asked, else why not, which may be "".
+    - `allowed`: the values that it takes, in words.
+    - `fault`: why it doesn't take a value; None where it does.
+    - `misses`: from value and answer, why the assertion doesn't hold, which may be ""; None where it holds.
     """
 
     allowed: str
@@ -75,16 +77,16 @@ class Kind:
 
 def broken(assertion: Assertion, answer: str) -> str | None:
     """The assertion, with why it doesn't hold for this answer; None where it holds."""
-    negated = assertion.type.startswith(NEGATION)
+    is_negated = assertion.type.startswith(NEGATION)
     kind = KINDS[assertion.type.removeprefix(NEGATION)]
     try:
         with _cpu_limit(CPU_LIMIT_S):
-            missed = kind.misses(assertion.value, answer)
+            fault = kind.misses(assertion.value, answer)
     except TimeoutError:
         return f"{assertion}: took more than {CPU_LIMIT_S:g} s of processor time on this answer"
-    if negated:
-        return str(assertion) if missed is None else None
-    return None if missed is None else f"{assertion}: {missed}" if missed else str(assertion)
+    if is_negated:
+        return str(assertion) if fault is None else None
+    return None if fault is None else f"{assertion}: {fault}" if fault else str(assertion)
 
 
 @contextmanager
@@ -120,7 +122,7 @@ def _equals(value: Any, answer: str) -> str | None:
     try:
         return None if same_json(value, parse_json(answer)) else ""
     except ValueError as error:
-        return f"no JSON: {error}"
+        return f"not JSON: {error}"
 
 
 def _contains_all(values: list[str], answer: str, *, fold: bool) -> str | None:
@@ -142,7 +144,7 @@ def _is_json(schema: Any, answer: str) -> str | None:
     try:
         value = parse_json(answer)
     except ValueError as error:
-        return f"no JSON: {error}"
+        return f"not JSON: {error}"
     if schema is None:
         return None
     from jsonschema.exceptions import best_match
@@ -166,12 +168,12 @@ def _validator(schema: Any) -> Any:
 
 
 def _text_fault(value: Any) -> str | None:
-    return None if isinstance(value, str) and value else f"{_said(value)} is no text"
+    return None if isinstance(value, str) and value else f"{_repr(value)} is not a text"
 
 
 def _texts_fault(value: Any) -> str | None:
     if not isinstance(value, list) or not value:
-        return f"{_said(value)} is no list of texts"
+        return f"{_repr(value)} is not a list of texts"
     return next((fault for part in value if (fault := _text_fault(part))), None)
 
 
@@ -185,7 +187,7 @@ def _pattern_fault(value: Any) -> str | None:
     try:
         re.compile(value)
     except re.error as error:
-        return f"{value} is no regular expression: {error}"
+        return f"{value} is not a regular expression: {error}"
     return None
 
 
@@ -193,21 +195,21 @@ def _schema_fault(value: Any) -> str | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        return f"{_said(value)} is no JSON Schema"
+        return f"{_repr(value)} is not a JSON Schema"
     from jsonschema import SchemaError
 
     try:
         _validator(value)
     except SchemaError as error:
-        return f"is no JSON Schema: {error.json_path}: {error.message}"
+        return f"is not a JSON Schema: {error.json_path}: {error.message}"
     return None
 
 
 def _no_value_fault(value: Any) -> str | None:
-    return None if value is None else f"{_said(value)}: it takes no value"
+    return None if value is None else f"{_repr(value)}: it takes no value"
 
 
-def _said(value: Any) -> str:
+def _repr(value: Any) -> str:
     return "nothing" if value is None else repr(value)
 
 

@@ -66,12 +66,12 @@ async def post(http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> dict
 def _answer(response: httpx.Response) -> dict[str, Any]:
     """The answer's JSON object; raises RequestFailed for anything else, such as a page that a proxy puts in its place."""
     try:
-        found = response.json()
+        answer = response.json()
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        answer = None
+    if not isinstance(answer, dict):
         raise RequestFailed(f"HTTP {response.status_code} without a JSON object: {response.text.strip()[:100]!r}")
-    return found
+    return answer
 
 
 async def complete(http: httpx.AsyncClient, model: str, messages: Sequence[Message], **options: Any) -> dict[str, Any]:
@@ -108,10 +108,10 @@ async def detokenize(http: httpx.AsyncClient, model: str, tokens: Sequence[int])
 
 def _reason(response: httpx.Response) -> str:
     try:
-        found = response.json()["error"]["message"]
+        reason = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        found = response.text
-    return str(found).strip()[:300] or response.reason_phrase
+        reason = response.text
+    return str(reason).strip()[:300] or response.reason_phrase
 
 
 def _gone(http: httpx.AsyncClient, error: httpx.TransportError) -> ServingError:

@@ -1,20 +1,19 @@
 """Stage program: greedy answers of a served model on the holdout, scored item by item.
 
-Talks HTTP to a running vLLM; runs in the control environment. Request: config `evaluate`, `gate` (for the
-confidence), `system`, `url`, `model`, `unit_digest`, optionally `seed` and `api_key_env`; inputs `prepare`
-and, where the system was trained, `finetune`. Payload: report.json, an Evaluation; extra/failed.json: the
-requests that failed, and how.
+Talks HTTP to a running vLLM; runs in the control environment.
 
-Finished answers are kept in items.jsonl, so that a killed run goes on where it was. A failed request is tried
-again a little, then counted and scored 0. Greedy answers can still differ from run to run: vLLM's sums depend
-on what else is in the batch.
+- Request: config `evaluate`, `gate` (for the confidence), `system`, `url`, `model`, `unit_digest`, optionally `seed`; inputs
+  `prepare` and, where the system was trained, `finetune`.
+- Payload: report.json, an Evaluation. extra/failed.json: the requests that failed, and how.
+
+Finished answers are kept in items.jsonl, so that a killed run goes on where it was. A failed request is tried again a little, then
+counted and scored 0. Limit: greedy answers can differ from run to run, because vLLM's sums depend on the rest of the batch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +30,8 @@ from pipeline.errors import ConfigError, DataError, ServingError
 from pipeline.evaluation import parity, scoring
 from pipeline.evaluation.client import Message, RequestFailed, complete, connect, shown
 from pipeline.evaluation.plugins import ScorerBroken
+from pipeline.evaluation.resumable import Resumable
 
-FAILURES_BEFORE_GIVING_UP = 20
 FAILED = "error"
 
 
@@ -51,47 +50,29 @@ class Row:
         return shown(self.prompt)
 
 
-@dataclass
-class Answers:
-    """The answers so far: items by id, those of a killed run among them, and why the failed ones failed."""
+def means(answers: Resumable[Item]) -> dict[str, float]:
+    """Failed requests so far, and the mean of the first score, in which they count 0."""
+    failures = len(answers.failures)
+    first = next(iter(next(iter(answers.items.values())).scores), None) if answers.items else None
+    if first is None:
+        return {"errors": failures}
+    scores = [item.scores[first] for item in answers.items.values()]
+    return {"errors": failures, first: sum(scores) / (len(scores) + failures)}
 
-    file: Path
-    total: int
-    items: dict[str, Item] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
 
-    def keep(self, item: Item) -> None:
-        """Take a finished item in and append it to the file in one write."""
-        self.items[item.id] = item
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(item.model_dump_json() + "\n")
-        self._tell()
-
-    def fail(self, item: Item, reason: str) -> None:
-        """Take an item without an answer in; it isn't written, so the next run asks again.
-
-        Raises ServingError when nothing ever succeeded: a server that answers nobody is no result.
-        """
-        self.items[item.id] = item
-        self.failed[item.id] = reason
-        self._tell()
-        if len(self.failed) == len(self.items) >= min(self.total, FAILURES_BEFORE_GIVING_UP):
-            raise ServingError(
-                f"all of the first {len(self.failed)} requests failed, the last with: {reason}",
-                remedy="read the server's log; too long prompts need a higher serve.max_model_len",
-            )
-
-    def _tell(self) -> None:
-        first = next(iter(next(iter(self.items.values())).scores), None)
-        means = {first: sum(item.scores[first] for item in self.items.values()) / len(self.items)} if first else {}
-        program.progress(len(self.items), self.total, "items", errors=len(self.failed), **means)
+def nothing_answered(failures: int, reason: str) -> ServingError:
+    """The error when a server answers nothing: that isn't a result."""
+    return ServingError(
+        f"all of the first {failures} requests failed, the last with: {reason}",
+        remedy="read the server's log; too long prompts need a higher serve.max_model_len",
+    )
 
 
 def run(request: program.Request) -> dict[str, Any]:
     """Score one served system; see the module docstring.
 
-    Raises ModelError when training and serving disagree on tokens or a trained answer never ends, DataError
-    or ConfigError when holdout and scorers don't go together or a user's own scorer fails, ServingError when the server is gone.
+    Raises ModelError when training and serving disagree on tokens, or a trained answer never ends. Raises DataError or ConfigError
+    when holdout and scorers don't fit, or a user's own scorer fails. Raises ServingError when the server is gone.
     """
     config = EvaluateConfig(**request.config["evaluate"])
     holdout = Path(request.inputs["prepare"]["path"], "payload", "holdout.jsonl")
@@ -99,20 +80,20 @@ def run(request: program.Request) -> dict[str, Any]:
     if problems := scoring.unfit(config.scorers, ((row.id, row.expected) for row in rows)):
         raise DataError(problems)
     score = scoring.item_scorer(config.scorers)
-    started = time.monotonic()
+    start = time.monotonic()
     answers = asyncio.run(_answer(request, config, rows, score))
-    items = [answers.items[row.id] for row in rows]
+    items = [answers.items.get(row.id) or answered(row, None, FAILED, score) for row in rows]
     report = Evaluation(
         system=request.config["system"],
         unit_digest=request.config["unit_digest"],
         holdout_digest=digest_file(holdout),
         metrics=scoring.metrics(items, GateConfig(**request.config["gate"]).confidence),
         items=tuple(items),
-        errors=len(answers.failed),
-        seconds=time.monotonic() - started,
+        errors=len(answers.failures),
+        seconds=time.monotonic() - start,
     )
     files.write_json(request.payload / "report.json", report.model_dump(mode="json"))
-    _write_failures(request.folder / "extra", answers.failed)
+    _write_failures(request.folder / "extra", answers.failures)
     means = {name: interval.value for name, interval in report.metrics.items()}
     return {"items": len(items), "errors": report.errors, "seconds": report.seconds, "metrics": means}
 
@@ -133,8 +114,8 @@ def read_holdout(file: Path) -> list[Row]:
                 )
             rows.append(Row(row["id"], tuple(messages[:-1]), messages[-1]["content"], row.get("columns", {})))
     if len({row.id for row in rows}) < max(1, len(rows)):
-        what = "two rows share an id" if rows else "the holdout is empty"
-        raise DataError(what, file=str(file), remedy="raise data.holdout_size, then run the prepare stage again")
+        fault = "two rows share an id" if rows else "the holdout is empty"
+        raise DataError(fault, file=str(file), remedy="raise data.holdout_size, then run the prepare stage again")
     return rows
 
 
@@ -143,14 +124,12 @@ async def _answer(
     config: EvaluateConfig,
     rows: list[Row],
     score: scoring.Score,
-) -> Answers:
+) -> Resumable[Item]:
     """Preflight, then ask for everything that isn't answered yet, `concurrency` requests at a time."""
     model, seed = request.config["model"], int(request.config.get("seed", 0))
-    api_key = os.environ.get(request.config.get("api_key_env") or "")
-    answers = Answers(request.folder / "items.jsonl", len(rows))
-    wanted = {row.id for row in rows}
-    answers.items = {item.id: item for item in read_items(answers.file) if item.id in wanted}
-    async with connect(request.config["url"], api_key, config.concurrency) as http:
+    answers = Resumable[Item](request.folder / "items.jsonl", len(rows), means, nothing_answered)
+    answers.resume(Item, {row.id for row in rows})
+    async with connect(request.config["url"], None, config.concurrency) as http:
         await preflight(http, model, request, config)
         if answers.items:
             program.message(f"{len(answers.items)} of {len(rows)} answers were kept from an earlier run")
@@ -159,11 +138,11 @@ async def _answer(
         async def work() -> None:
             for row in todo:
                 try:
-                    said = await complete(http, model, row.prompt, max_tokens=config.max_tokens, seed=seed)
+                    completion = await complete(http, model, row.prompt, max_tokens=config.max_tokens, seed=seed)
                 except RequestFailed as error:
-                    answers.fail(answered(row, None, FAILED, score), str(error))
+                    answers.fail(row.id, str(error))
                 else:
-                    choice = said["choices"][0]
+                    choice = completion["choices"][0]
                     text, reason = choice["message"]["content"] or "", choice["finish_reason"] or ""
                     answers.keep(answered(row, text, reason, score))
 
@@ -172,17 +151,19 @@ async def _answer(
 
 
 async def preflight(http: httpx.AsyncClient, model: str, request: program.Request, config: EvaluateConfig) -> None:
-    """For a system that was trained: token parity, and that an answer ends."""
+    """For a trained system: check token parity, and that an answer ends."""
     if "finetune" not in request.inputs:
-        program.message("token parity: not applicable, this system has no training of its own to hold against")
+        program.message("token parity: not applicable, this system was not trained here")
         return
-    seen = parity.read_seen(Path(request.inputs["finetune"]["path"], "extra", "seen_tokens.jsonl"))
+    conversations = parity.read_seen(Path(request.inputs["finetune"]["path"], "extra", "seen_tokens.jsonl"))
     try:
-        await parity.check_tokens(http, model, seen)
-        await parity.check_ending(http, model, seen, config.max_tokens)
+        await parity.check_tokens(http, model, conversations)
+        await parity.check_ending(http, model, conversations, config.max_tokens)
     except RequestFailed as error:
         raise ServingError(f"the check before scoring got no answer: {error}", remedy="read the server's log") from None
-    program.message(f"token parity: {len(seen)} trained conversations have the same ids as served, and an answer ends")
+    program.message(
+        f"token parity: {len(conversations)} trained conversations have the same ids as served, and an answer ends"
+    )
 
 
 def answered(row: Row, answer: str | None, finish_reason: str, score: scoring.Score) -> Item:
@@ -207,15 +188,10 @@ def answered(row: Row, answer: str | None, finish_reason: str, score: scoring.Sc
     )
 
 
-def read_items(file: Path) -> list[Item]:
-    """The items that a killed run finished."""
-    return [Item.model_validate_json(line) for line in files.finished_lines(file)]
-
-
-def _write_failures(extra: Path, failed: dict[str, str]) -> None:
+def _write_failures(extra: Path, failures: dict[str, str]) -> None:
     extra.mkdir(parents=True, exist_ok=True)
-    files.write_json(extra / "failed.json", failed)
-    for identity, reason in list(failed.items())[:3]:
+    files.write_json(extra / "failed.json", failures)
+    for identity, reason in list(failures.items())[:3]:
         program.message(f"request {identity} failed: {reason}")
 
 

@@ -1,13 +1,13 @@
 """Stage program: an LLM judge compares the candidate's answers with another system's, in both orders.
 
 Talks to any OpenAI-compatible endpoint; runs in the control environment. Request: config `judge` (an entry of
-evaluate.judges), `gate` (for the confidence) and `seed`; inputs `pairs`, the items as judge_prompt.Pair. Payload: report.json,
-a JudgeReport; extra/failed.json: the items without a usable verdict, and why.
+evaluate.judges), `gate` (for the confidence) and `seed`; inputs `pairs`, the items as llm_judge_prompt.Pair. Payload:
+report.json, a JudgeReport; extra/failed.json: the items without a usable verdict, and why.
 
 Each item is asked about twice, the candidate's answer once as A and once as B, greedily and with the seed: a judge that prefers
 a place rather than an answer ends at a win rate of 0.5 and an agreement of 0, in plain sight. Verdicts are kept in
-judged.jsonl, so that a killed run goes on where it was. The key comes from the variable that the config names, and nothing
-that is written holds it.
+judged.jsonl, so that a killed run goes on where it was. The key comes from the variable that the config names; it is
+written nowhere.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -28,48 +26,23 @@ from pipeline.config.schema import JudgeConfig
 from pipeline.errors import ConfigError, Problem, ServingError
 from pipeline.evaluation.client import RequestFailed, connect, post
 from pipeline.evaluation.llm_judge_prompt import Opinion, Pair, messages, opinion
+from pipeline.evaluation.resumable import Resumable
 from pipeline.intervals.proportions import wilson
 from pipeline.intervals.scores import mean_interval
 
-FAILURES_BEFORE_GIVING_UP = 20
 HIDDEN = "[key]"
 
 Side = Literal["candidate", "other", "tie"]
 
 
-@dataclass
-class Verdicts:
-    """The verdicts so far by item, those of a killed run among them, and why items have none."""
-
-    file: Path
-    total: int
-    items: dict[str, Judgement] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def keep(self, judgement: Judgement) -> None:
-        """Take an item's verdict in and append it to the file."""
-        self.items[judgement.id] = judgement
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(judgement.model_dump_json() + "\n")
-        self._tell()
-
-    def fail(self, identity: str, reason: str) -> None:
-        """Take an item without a verdict in; it isn't written, so the next run asks again.
-
-        Raises ServingError when nothing ever succeeded: a judge that says nothing usable is no result.
-        """
-        self.failed[identity] = reason
-        self._tell()
-        if not self.items and len(self.failed) >= min(self.total, FAILURES_BEFORE_GIVING_UP):
-            raise ServingError(
-                f"the judge gave no usable verdict on the first {len(self.failed)} items, the last: {reason}",
-                key="evaluate.judges",
-                allowed='{"reason": "…", "winner": "A" or "B" or "tie"}',
-                remedy="raise max_tokens, or take a model that follows instructions",
-            )
-
-    def _tell(self) -> None:
-        program.progress(len(self.items) + len(self.failed), self.total, "items", failed=len(self.failed))
+def nothing_usable(failures: int, reason: str) -> ServingError:
+    """The error when a judge says nothing usable: that isn't a result."""
+    return ServingError(
+        f"the judge gave no usable verdict on the first {failures} items, the last: {reason}",
+        key="evaluate.judges",
+        allowed='{"reason": "…", "winner": "A" or "B" or "tie"}',
+        remedy="raise max_tokens, or take a model that follows instructions",
+    )
 
 
 def run(request: program.Request) -> dict[str, Any]:
@@ -85,11 +58,11 @@ def run(request: program.Request) -> dict[str, Any]:
     except ServingError as error:  # an endpoint may repeat the key that it refuses
         raise ServingError([Problem(**_without(key, vars(problem))) for problem in error.problems]) from None
     items = [verdicts.items[pair.id] for pair in pairs if pair.id in verdicts.items]
-    report = made(config, items, len(verdicts.failed), GateConfig(**request.config["gate"]).confidence)
+    report = report_of(config, items, len(verdicts.failures), GateConfig(**request.config["gate"]).confidence)
     files.write_json(request.payload / "report.json", report.model_dump(mode="json"))
     extra = request.folder / "extra"
     extra.mkdir(parents=True, exist_ok=True)
-    files.write_json(extra / "failed.json", verdicts.failed)
+    files.write_json(extra / "failed.json", verdicts.failures)
     return {
         "items": len(items),
         "failed": report.failed,
@@ -113,30 +86,32 @@ def api_key(variable: str | None, environ: Mapping[str, str]) -> str | None:
             f"{variable} holds a blank, a line end or another character that no key has",
             key="evaluate.judges.api_key_env",
             allowed="printable characters without blanks",
-            remedy=f"export {variable} anew; a file with Windows' line ends leaves one behind",
+            remedy=f"export {variable} anew without it; a file with Windows' line ends leaves one behind",
         )
     return environ[variable]
 
 
-def made(config: JudgeConfig, items: list[Judgement], failed: int, confidence: float) -> JudgeReport:
+def report_of(config: JudgeConfig, items: list[Judgement], failures: int, confidence: float) -> JudgeReport:
     """The report of these verdicts: win rate as a mean of item scores, agreement as a share (Wilson's interval)."""
-    agreed = sum(item.candidate_first == item.candidate_second for item in items)
+    agreements = sum(item.candidate_first == item.candidate_second for item in items)
     return JudgeReport(
         against=config.against,
         model=config.model,
         win_rate=mean_interval([item.score for item in items], confidence),
-        agreement=wilson(agreed, len(items), confidence),
+        agreement=wilson(agreements, len(items), confidence),
         items=tuple(items),
-        failed=failed,
+        failed=failures,
     )
 
 
-async def _ask(request: program.Request, config: JudgeConfig, key: str | None, pairs: list[Pair]) -> Verdicts:
+async def _ask(
+    request: program.Request, config: JudgeConfig, key: str | None, pairs: list[Pair]
+) -> Resumable[Judgement]:
     """Ask about everything that isn't judged yet, `concurrency` items at a time."""
-    verdicts = Verdicts(request.folder / "judged.jsonl", len(pairs))
-    wanted = {pair.id for pair in pairs}
-    kept = [Judgement.model_validate_json(line) for line in files.finished_lines(verdicts.file)]
-    verdicts.items = {item.id: item for item in kept if item.id in wanted}
+    verdicts = Resumable[Judgement](
+        request.folder / "judged.jsonl", len(pairs), lambda so_far: {"failed": len(so_far.failures)}, nothing_usable
+    )
+    verdicts.resume(Judgement, {pair.id for pair in pairs})
     if verdicts.items:
         program.message(f"{len(verdicts.items)} of {len(pairs)} verdicts were kept from an earlier run")
     todo = iter([pair for pair in pairs if pair.id not in verdicts.items])
@@ -173,30 +148,28 @@ async def _judged(http: httpx.AsyncClient, config: JudgeConfig, pair: Pair, seed
 async def _opinion(
     http: httpx.AsyncClient, config: JudgeConfig, pair: Pair, seed: int, *, candidate_first: bool
 ) -> Opinion:
-    asked = messages(pair, config.criteria, reference=config.reference, candidate_first=candidate_first)
+    conversation = messages(pair, config.criteria, reference=config.reference, candidate_first=candidate_first)
     body = {
         "model": config.model,
-        "messages": asked,
+        "messages": conversation,
         "temperature": 0.0,
         "seed": seed,
         "max_tokens": config.max_tokens,
     }
     answer = await post(http, "/chat/completions", body)
     try:
-        said = str(answer["choices"][0]["message"]["content"] or "")
+        text = str(answer["choices"][0]["message"]["content"] or "")
     except (KeyError, IndexError, TypeError):
         raise RequestFailed(f"no chat completion: {str(answer)[:200]}") from None
-    found = opinion(said)
-    if found is None:
-        raise RequestFailed(f"no verdict in: {said[:200]!r}")
-    return found
+    verdict = opinion(text)
+    if verdict is None:
+        raise RequestFailed(f"no verdict in: {text[:200]!r}")
+    return verdict
 
 
 def _without(key: str | None, words: Mapping[str, Any]) -> dict[str, Any]:
-    """The same words with the key taken out."""
-    return {
-        name: value.replace(key, HIDDEN) if key and isinstance(value, str) else value for name, value in words.items()
-    }
+    """The same words without the key."""
+    return {name: text.replace(key, HIDDEN) if key and isinstance(text, str) else text for name, text in words.items()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What an LLM judge is shown of one item, and how its verdict is read.
+"""The prompt of an LLM judge for one item, and the verdict in its answer.
 
 The task, the reference and both answers are untrusted text. Each stands between marks that carry a code made from all of
-them, which none of them can therefore contain: text that claims to end its part, or to be an instruction, stays inside it.
+them, so none of them can contain it: text that claims to end its part, or to be an instruction, stays inside it.
 """
 
 from __future__ import annotations
@@ -52,30 +52,30 @@ def messages(pair: Pair, criteria: str, *, reference: bool, candidate_first: boo
     answers = (pair.candidate, pair.other) if candidate_first else (pair.other, pair.candidate)
     parts |= {"answer A": answers[0], "answer B": answers[1]}
     code = digest_of([criteria, parts])[:16]
-    shown = "\n\n".join(f"[begin {name} {code}]\n{text}\n[end {name} {code}]" for name, text in parts.items())
-    asked = f"{shown}\n\nWhich answer is better? One JSON object with reason and winner."
+    parts_shown = "\n\n".join(f"[begin {name} {code}]\n{text}\n[end {name} {code}]" for name, text in parts.items())
+    question = f"{parts_shown}\n\nWhich answer is better? One JSON object with reason and winner."
     return [
         {"role": "system", "content": SYSTEM.format(criteria=criteria, code=code)},
-        {"role": "user", "content": asked},
+        {"role": "user", "content": question},
     ]
 
 
-def opinion(said: str) -> Opinion | None:
+def opinion(answer: str) -> Opinion | None:
     """The verdict in a judge's answer: JSON alone, in a fence, after its thoughts or within prose; None where there is none.
 
-    Two objects are none: it can't be known which one is meant.
+    Two objects count as none, because either could be meant.
     """
-    text = THOUGHT.sub("", said)
-    fenced = FENCED.findall(text)
-    text = fenced[0] if len(fenced) == 1 else text
+    text = THOUGHT.sub("", answer)
+    fences = FENCED.findall(text)
+    text = fences[0] if len(fences) == 1 else text
     try:
-        found = json.loads(text[text.index("{") : text.rindex("}") + 1])
-        return Opinion(reason=str(found.get("reason", "")), winner=_winner(found["winner"]))
+        verdict = json.loads(text[text.index("{") : text.rindex("}") + 1])
+        return Opinion(reason=str(verdict.get("reason", "")), winner=_winner(verdict["winner"]))
     except (ValueError, KeyError, TypeError):
         return None
 
 
-def _winner(said: object) -> Winner:
+def _winner(word: object) -> Winner:
     """A, B or tie however it is spelt; raises KeyError for anything else."""
-    known: dict[str, Winner] = {"a": "A", "b": "B", "tie": "tie"}
-    return known[str(said).strip().casefold()]
+    winners: dict[str, Winner] = {"a": "A", "b": "B", "tie": "tie"}
+    return winners[str(word).strip().casefold()]

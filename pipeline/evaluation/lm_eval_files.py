@@ -1,4 +1,4 @@
-"""Task files of a user's own for lm-eval: read without lm-eval, judged before anything runs, and digested.
+"""Task files of a user's own for lm-eval: read without lm-eval, checked before anything runs, and digested.
 
 A task file is settings and data. `!function` and a metric or a dataset from elsewhere would run code, which is never done, so
 they are refused; lm-eval's own tasks come with the locked environment and may have code. Data is JSON, CSV, Parquet or text
@@ -55,11 +55,11 @@ def digest(task: str) -> str:
     """
     if not is_path(task):
         return digest_of(task)
-    found = {str(path): digest_file(path) for file in read(Path(task)) for path in file.files}
-    return digest_of(found)
+    digests = {str(path): digest_file(path) for file in read(Path(task)) for path in file.files}
+    return digest_of(digests)
 
 
-def judged(tasks: Sequence[Mapping[str, Any]], judges: Environment) -> str:
+def tasks_digest(tasks: Sequence[Mapping[str, Any]], environment: Environment) -> str:
     """One digest for all tasks of a config. Raises ConfigError with all that is wrong with them, also with names."""
     digests: list[str] = []
     problems: list[Problem] = []
@@ -69,12 +69,12 @@ def judged(tasks: Sequence[Mapping[str, Any]], judges: Environment) -> str:
             digests.append(digest(entry["task"]))
         except ConfigError as error:
             problems += error.problems
-        if not is_path(entry["task"]) and not knows(judges, entry["task"]):
+        if not is_path(entry["task"]) and not knows(environment, entry["task"]):
             problems.append(
                 Problem(
-                    f"lm-eval has no task {entry['task']}",
+                    f"{entry['task']} is not a task of lm-eval",
                     key=key,
-                    allowed=_near(entry["task"], judges),
+                    allowed=_near(entry["task"], environment),
                     remedy="correct the name; a file of your own is named with a / or .yaml, such as ./task.yaml",
                 )
             )
@@ -90,48 +90,48 @@ def read(path: Path) -> list[TaskFile]:
     """
     problems: list[Problem] = []
     places = sorted([*path.glob("*.yaml"), *path.glob("*.yml")]) if path.is_dir() else [path]
-    found = [file for place in places if (file := _read(place, problems, alone=place == path))]
-    if not found and not problems:
+    task_files = [file for place in places if (file := _read(place, problems, alone=place == path))]
+    if not task_files and not problems:
         problems.append(
             Problem("no task file here", file=str(path), allowed="*.yaml with a key task", remedy="correct the path")
         )
     if problems:
         raise ConfigError(problems)
-    return found
+    return task_files
 
 
-def knows(judges: Environment, name: str) -> bool:
+def knows(environment: Environment, name: str) -> bool:
     """Whether the installed lm-eval may call a task, group or tag so: the word stands in one of its files."""
     word = re.compile(rb"(?<![\w.-])" + re.escape(name.encode()) + rb"(?![\w.-])")
-    return any(word.search(text) for text in _shipped(judges))
+    return any(word.search(text) for text in _shipped(environment))
 
 
-def _near(name: str, judges: Environment) -> str:
+def _near(name: str, environment: Environment) -> str:
     import difflib
 
-    known = {match.decode() for text in _shipped(judges) for match in NAMED.findall(text)}
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    names = {match.decode() for text in _shipped(environment) for match in NAMED.findall(text)}
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else "what `lm-eval ls tasks` prints in the environment judges"
 
 
-def _shipped(judges: Environment) -> Iterator[bytes]:
+def _shipped(environment: Environment) -> Iterator[bytes]:
     """The text of each task file that comes with lm-eval, and of what they include under any name."""
-    for place in interpreters.places(judges):
+    for place in interpreters.places(environment):
         for folder, _, files in os.walk(place / "lm_eval" / "tasks"):
             yield from (Path(folder, file).read_bytes() for file in files if not file.endswith(".py"))
 
 
 def _read(path: Path, problems: list[Problem], *, alone: bool) -> TaskFile | None:
-    """One file as a task; None where it is none, such as a template in a folder."""
-    before, seen = len(problems), list[Path]()
-    settings = _with_includes(path, seen, problems)
+    """One file as a task; None for another file, such as a template in a folder."""
+    before, paths = len(problems), list[Path]()
+    settings = _with_includes(path, paths, problems)
     if len(problems) > before:
         return None
     if not isinstance(settings.get("task"), str) or "class" in settings:
         if alone:
             problems.append(
                 Problem(
-                    "is no task",
+                    "is not a task",
                     file=str(path),
                     allowed="a key task with the task's name",
                     remedy="name each task of a group by itself, or their folder",
@@ -140,18 +140,18 @@ def _read(path: Path, problems: list[Problem], *, alone: bool) -> TaskFile | Non
         return None
     problems += _code(settings, path)
     data = list(_data_files(settings, path, problems))
-    return TaskFile(path, settings, (*seen, *data)) if len(problems) == before else None
+    return TaskFile(path, settings, (*paths, *data)) if len(problems) == before else None
 
 
-def _with_includes(path: Path, seen: list[Path], problems: list[Problem]) -> dict[str, Any]:
-    """The settings of a file over those that it includes, as lm-eval merges them; `seen` gets every file read."""
-    if path in seen:
+def _with_includes(path: Path, paths: list[Path], problems: list[Problem]) -> dict[str, Any]:
+    """The settings of a file over those that it includes, as lm-eval merges them; `paths` gets every file read."""
+    if path in paths:
         problems.append(Problem("includes itself", file=str(path), key="include", remedy="delete one include"))
         return {}
-    seen.append(path)
+    paths.append(path)
     try:
         text = path.read_text(encoding="utf-8")
-        tagged = list(_tagged(yaml.compose(text, yaml.SafeLoader)))
+        tags = list(_tagged(yaml.compose(text, yaml.SafeLoader)))
         settings = yaml.load(text, Loader=_Plain)  # noqa: S506 - a SafeLoader that makes nothing of a tag
     except OSError as error:
         problems.append(Problem(f"can't be read: {error.strerror}", file=str(path), remedy="correct the path"))
@@ -160,29 +160,29 @@ def _with_includes(path: Path, seen: list[Path], problems: list[Problem]) -> dic
         line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else None
         problems.append(Problem("not YAML", file=str(path), line=line, remedy="correct it"))
         return {}
-    for tag, line in tagged:
-        what = f"{tag} runs code of the file's author, which is never done"
-        problems.append(Problem(what, file=str(path), line=line, allowed="settings and data", remedy=CODE_REMEDY))
+    for tag, line in tags:
+        fault = f"{tag} runs code of the file's author, which is never done"
+        problems.append(Problem(fault, file=str(path), line=line, allowed="settings and data", remedy=CODE_REMEDY))
     if not isinstance(settings, dict):
         problems.append(
             Problem("holds no keys", file=str(path), allowed="a task's settings", remedy="correct the path")
         )
         return {}
-    merged: dict[str, Any] = {}
+    settings_below: dict[str, Any] = {}
     includes = settings.pop("include", [])
-    for other in includes if isinstance(includes, list) else [includes]:
-        merged |= _with_includes((path.parent / str(other)).resolve(), seen, problems)
-    return merged | settings
+    for include in includes if isinstance(includes, list) else [includes]:
+        settings_below |= _with_includes((path.parent / str(include)).resolve(), paths, problems)
+    return settings_below | settings
 
 
 def _tagged(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
     """Every tag that isn't plain YAML, with its line."""
-    waiting, done = [node] if node else [], set[int]()
+    waiting, visited_ids = [node] if node else [], set[int]()
     while waiting:
         node = waiting.pop()
-        if id(node) in done:
+        if id(node) in visited_ids:
             continue
-        done.add(id(node))
+        visited_ids.add(id(node))
         if node.tag not in yaml.SafeLoader.yaml_constructors:
             yield (
                 f"{node.tag} {node.value}" if isinstance(node, yaml.ScalarNode) else node.tag,
@@ -197,13 +197,13 @@ def _tagged(node: yaml.Node | None) -> Iterator[tuple[str, int]]:
 def _code(settings: Mapping[str, Any], path: Path) -> Iterator[Problem]:
     """Settings by which lm-eval would run code that isn't its own."""
     metrics = settings.get("metric_list") or []
-    asked = [
+    switches = [
         ("unsafe_code", settings.get("unsafe_code")),
         ("dataset_kwargs.trust_remote_code", (settings.get("dataset_kwargs") or {}).get("trust_remote_code")),
-        ("metric_list.hf_evaluate", any(isinstance(each, dict) and each.get("hf_evaluate") for each in metrics)),
+        ("metric_list.hf_evaluate", any(isinstance(metric, dict) and metric.get("hf_evaluate") for metric in metrics)),
     ]
-    for key, value in asked:
-        if value:
+    for key, setting in switches:
+        if setting:
             yield Problem("runs code from elsewhere, which is never done", str(path), key=key, remedy=CODE_REMEDY)
 
 
@@ -212,8 +212,8 @@ def _data_files(settings: Mapping[str, Any], path: Path, problems: list[Problem]
     source, options = str(settings.get("dataset_path", "")), settings.get("dataset_kwargs") or {}
     if HUB_ID.fullmatch(source) and not (path.parent / source).exists():
         return
-    asked = options.get("data_files") if source in LOADERS else None
-    if not asked:
+    data_files = options.get("data_files") if source in LOADERS else None
+    if not data_files:
         problems.append(
             Problem(
                 f"dataset_path: {source or 'nothing'} is no data that can be read here",
@@ -228,11 +228,11 @@ def _data_files(settings: Mapping[str, Any], path: Path, problems: list[Problem]
         problems.append(
             Problem("isn't followed", str(path), key="dataset_kwargs.data_dir", remedy="write it into data_files")
         )
-    for name in _flat(asked):
+    for name in _flat(data_files):
         place = Path(name).expanduser()
-        found = sorted(path.parent.glob(name)) if not place.is_absolute() else [place]
-        found = [file.resolve() for file in found if file.is_file()]
-        if not found:
+        matches = sorted(path.parent.glob(name)) if not place.is_absolute() else [place]
+        paths = [file.resolve() for file in matches if file.is_file()]
+        if not paths:
             problems.append(
                 Problem(
                     f"no such data file: {name}",
@@ -242,11 +242,11 @@ def _data_files(settings: Mapping[str, Any], path: Path, problems: list[Problem]
                     remedy="correct the path",
                 )
             )
-        yield from found
+        yield from paths
 
 
-def _flat(asked: Any) -> list[str]:
+def _flat(data_files: Any) -> list[str]:
     """data_files as datasets takes them: a name, a list of names, or either by split."""
-    if isinstance(asked, dict):
-        return [name for part in asked.values() for name in _flat(part)]
-    return [str(name) for name in asked] if isinstance(asked, list) else [str(asked)]
+    if isinstance(data_files, dict):
+        return [name for part in data_files.values() for name in _flat(part)]
+    return [str(name) for name in data_files] if isinstance(data_files, list) else [str(data_files)]

@@ -39,20 +39,22 @@ def run(request: program.Request) -> dict[str, Any]:
     Raises ConfigError when lm-eval can't load it, it needs code from elsewhere, or a metric isn't there.
     """
     entry = TaskConfig(**request.config["task"])
-    started = time.monotonic()
+    start = time.monotonic()
     _prepare(entry, request.folder)
-    manager, loaded = _load(entry)
-    api, arguments = _endpoint(request, loaded["tasks"])
-    program.message(f"lm-eval {version('lm_eval')}: {', '.join(loaded['tasks'])} by {api}")
+    manager, catalogue = _load(entry)
+    api, arguments = _endpoint(request, catalogue["tasks"])
+    program.message(f"lm-eval {version('lm_eval')}: {', '.join(catalogue['tasks'])} by {api}")
     shutil.rmtree(request.payload)  # what a killed run left
-    results, samples = _evaluate(entry, manager, loaded, api, arguments, request)
-    found = records(results, samples, entry.metrics)
-    files.write_json(request.payload / "records.json", [record.model_dump(mode="json") for record in found])
+    results, samples = _evaluate(entry, manager, catalogue, api, arguments, request)
+    task_results = records(results, samples, entry.metrics)
+    files.write_json(request.payload / "records.json", [record.model_dump(mode="json") for record in task_results])
     return {
         "endpoint": api,
-        "documents": sum(len(record.ids) for record in {record.task: record for record in found}.values()),
-        "metrics": {f"{record.task}/{record.metric}": sum(record.values) / len(record.values) for record in found},
-        "seconds": time.monotonic() - started,
+        "documents": sum(len(record.ids) for record in {record.task: record for record in task_results}.values()),
+        "metrics": {
+            f"{record.task}/{record.metric}": sum(record.values) / len(record.values) for record in task_results
+        },
+        "seconds": time.monotonic() - start,
     }
 
 
@@ -64,24 +66,25 @@ def records(
     A metric such as bleu, which exists for all documents together only, has no value a document. Raises ConfigError when one
     of `metrics` isn't there, or none at all.
     """
-    found = [record for task, logged in samples.items() for record in _of_task(task, logged, results)]
+    candidates = [record for task, documents in samples.items() for record in _of_task(task, documents, results)]
     for task in samples:
-        there = [record.metric for record in found if record.task == task]
-        missing = [metric for metric in metrics if metric not in there] if there else ["any metric"]
-        if missing:
+        present = [record.metric for record in candidates if record.task == task]
+        missing = [metric for metric in metrics if metric not in present]
+        if missing or not present:
+            absent = f"{', '.join(missing)} is not" if present else "no metric is"
             raise ConfigError(
-                f"{task} has no value a document of {', '.join(missing)}",
+                f"{task}: {absent} a mean over its documents",
                 key="evaluate.tasks.metrics",
-                allowed=", ".join(there) or "a task with a metric that is a mean over its documents, such as acc",
-                remedy="ask for those, or take another task",
+                allowed=", ".join(present) or "a task with a metric that is a mean over its documents, such as acc",
+                remedy="name those in evaluate.tasks.metrics, or take another task",
             )
-    return [record for record in found if not metrics or record.metric in metrics]
+    return [record for record in candidates if not metrics or record.metric in metrics]
 
 
-def _of_task(task: str, logged: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> list[TaskResult]:
-    first = [sample for sample in logged if sample["filter"] == logged[0]["filter"]]
+def _of_task(task: str, documents: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> list[TaskResult]:
+    first = [sample for sample in documents if sample["filter"] == documents[0]["filter"]]
     ids = tuple(f"{sample['doc_id']}-{sample['doc_hash'][:12]}" for sample in first)
-    found = []
+    task_results = []
     for metric in first[0]["metrics"]:
         values = [sample.get(metric) for sample in first]
         whole = results["results"][task].get(f"{metric},{first[0]['filter']}")
@@ -90,12 +93,12 @@ def _of_task(task: str, logged: Sequence[Mapping[str, Any]], results: Mapping[st
         numbers = tuple(float(value) for value in values)  # type: ignore[arg-type]
         if math.isclose(sum(numbers) / len(numbers), float(whole), rel_tol=1e-9, abs_tol=1e-12):
             higher = bool(results["higher_is_better"][task].get(metric, True))
-            found.append(TaskResult(task=task, metric=metric, higher_is_better=higher, ids=ids, values=numbers))
-    return found
+            task_results.append(TaskResult(task=task, metric=metric, higher_is_better=higher, ids=ids, values=numbers))
+    return task_results
 
 
 def _prepare(entry: TaskConfig, folder: Path) -> None:
-    """The process as lm-eval is to find it, before it is imported.
+    """Set the process up before lm-eval is imported.
 
     The server is on this machine, past any proxy. A task of one's own reads its data beside its file, and no network.
     """
@@ -109,7 +112,7 @@ def _prepare(entry: TaskConfig, folder: Path) -> None:
 
 
 def _load(entry: TaskConfig) -> tuple[Any, dict[str, Any]]:
-    """lm-eval's manager and what it loads: `tasks` and, of a named group, `groups` and `group_map`."""
+    """lm-eval's manager and its tasks, loaded: `tasks` and, of a named group, `groups` and `group_map`."""
     import evaluate
     from lm_eval.api.registry import metric_registry
     from lm_eval.tasks import TaskManager
@@ -119,14 +122,18 @@ def _load(entry: TaskConfig) -> tuple[Any, dict[str, Any]]:
 
     def refuse(name: str, *_: Any, **__: Any) -> None:
         foreign.append(name)
-        raise ConfigError(f"metric {name} is code of the hub")
+        raise ConfigError(
+            f"metric {name} is code of the hub, which is never run",
+            key="metric_list",
+            remedy="score by a metric of lm-eval's own",
+        )
 
     evaluate.load = refuse
     own = lm_eval_files.is_path(entry.task)
-    wanted = [str(file.path) for file in lm_eval_files.read(Path(entry.task))] if own else [entry.task]
+    names = [str(file.path) for file in lm_eval_files.read(Path(entry.task))] if own else [entry.task]
     manager = TaskManager(include_defaults=not own)
     try:
-        loaded: dict[str, Any] = dict(manager.load(wanted))
+        catalogue: dict[str, Any] = dict(manager.load(names))
     except Exception as error:
         if not foreign:
             raise ConfigError(
@@ -136,12 +143,12 @@ def _load(entry: TaskConfig) -> tuple[Any, dict[str, Any]]:
             ) from error
     if foreign:
         raise ConfigError(
-            f"{entry.task} wants the metric {', '.join(foreign)}, which isn't lm-eval's own",
+            f"{entry.task} uses the metric {', '.join(foreign)}, which isn't lm-eval's own",
             key="metric_list",
             allowed=", ".join(sorted(metric_registry)),
             remedy="score by one of those; code of the hub is never run",
         )
-    return manager, loaded
+    return manager, catalogue
 
 
 def _sandbox_templates() -> None:
@@ -155,7 +162,7 @@ def _sandbox_templates() -> None:
 
 
 def _endpoint(request: program.Request, tasks: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """lm-eval's name for the API that fits the tasks' kind, and what it is told of the server."""
+    """lm-eval's name for the API that fits the tasks' kind, and its arguments for this server."""
     kinds = {str(task.OUTPUT_TYPE) for task in tasks.values()}
     if len(kinds) > 1 and "generate_until" in kinds:
         raise ConfigError(
@@ -163,26 +170,26 @@ def _endpoint(request: program.Request, tasks: Mapping[str, Any]) -> tuple[str, 
             key="evaluate.tasks.task",
             remedy="name its tasks one by one: those that generate go to another endpoint",
         )
-    told = request.config
+    config = request.config
     common = {
-        "model": told["model"], "num_concurrent": told["concurrency"], "max_retries": ATTEMPTS, "timeout": TIMEOUT_S,
-        "seed": told["seed"], "max_length": told["max_model_len"],
+        "model": config["model"], "num_concurrent": config["concurrency"], "max_retries": ATTEMPTS, "timeout": TIMEOUT_S,
+        "seed": config["seed"], "max_length": config["max_model_len"],
     }  # fmt: skip
     if kinds == {"generate_until"}:
-        chat = {"base_url": f"{told['url']}/v1/chat/completions", "tokenizer_backend": "none"}
+        chat = {"base_url": f"{config['url']}/v1/chat/completions", "tokenizer_backend": "none"}
         return "local-chat-completions", {**common, **chat}
     plain = {
-        "base_url": f"{told['url']}/v1/completions",
+        "base_url": f"{config['url']}/v1/completions",
         "tokenizer_backend": "huggingface",
         "tokenized_requests": True,
     }
-    return "local-completions", {**common, **plain, "tokenizer": told["model_path"]}
+    return "local-completions", {**common, **plain, "tokenizer": config["model_path"]}
 
 
 def _evaluate(
     entry: TaskConfig,
     manager: Any,
-    loaded: Mapping[str, Any],
+    catalogue: Mapping[str, Any],
     api: str,
     arguments: dict[str, Any],
     request: program.Request,
@@ -191,14 +198,14 @@ def _evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    inner = {name for children in loaded.get("group_map", {}).values() for name in children}
-    groups = [group for name, group in loaded.get("groups", {}).items() if name not in inner]
+    inner = {name for children in catalogue.get("group_map", {}).values() for name in children}
+    groups = [group for name, group in catalogue.get("groups", {}).items() if name not in inner]
     chat, seed = api == "local-chat-completions", request.config["seed"]
     tracker = EvaluationTracker(output_path=str(request.payload))
     results = simple_evaluate(
         model=api,
         model_args=arguments,
-        tasks=groups or list(loaded["tasks"].values()),
+        tasks=groups or list(catalogue["tasks"].values()),
         num_fewshot=entry.num_fewshot,
         limit=entry.limit,
         apply_chat_template=chat,
@@ -213,10 +220,14 @@ def _evaluate(
     )
     samples: dict[str, Any] = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)
-    for name, logged in samples.items():
-        tracker.save_results_samples(task_name=name, samples=logged)
+    for name, documents in samples.items():
+        tracker.save_results_samples(task_name=name, samples=documents)
     if not any(request.payload.rglob("results_*.json")):  # lm-eval only logs that it couldn't write
-        raise StageFailed("lm-eval wrote no results", file=str(request.folder / "log.txt"), remedy="read the log")
+        raise StageFailed(
+            "lm-eval wrote no results",
+            file=str(request.folder / "log.txt"),
+            remedy="read the log file, then run the same command again",
+        )
     return results, samples
 
 

@@ -8,7 +8,7 @@ and drops the system's: here each request is a holdout conversation, as evaluati
 model itself or by `max_tokens`.
 
 Runs in the serve environment. Request: config `loadtest`, `system`, `url`, `model`, `unit_digest`,
-`model_path` (for its tokenizer), optionally `seed` and `api_key_env`; input `prepare`. Payload: report.json,
+`model_path` (for its tokenizer), optionally `seed`; input `prepare`. Payload: report.json,
 a LoadTest.
 
 Evaluation has just sent the same prompts, so vLLM's prefix cache would answer from memory. Every run of a
@@ -43,7 +43,7 @@ METRICS = tuple(f"p{p}_{name}_ms" for name in LATENCIES for p in PERCENTILES) + 
 
 @dataclass(frozen=True)
 class Target:
-    """Whom the load is put on."""
+    """The server under load."""
 
     url: str
     model: str
@@ -52,25 +52,25 @@ class Target:
 
 @dataclass
 class Level:
-    """What the runs of one level have given so far."""
+    """The runs of one level so far."""
 
     max_concurrency: int
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def record(self) -> LoadLevel:
         """The level in the artefact's terms; bench counts a failed request with 0 output tokens."""
-        finished = [[index for index, tokens in enumerate(run["output_lens"]) if tokens] for run in self.runs]
+        indices_of_runs = [[index for index, tokens in enumerate(run["output_lens"]) if tokens] for run in self.runs]
         samples: dict[str, list[tuple[float, ...]]] = {
             name: [] for name in ("ttft_ms", "e2el_ms", "output_tokens", "gaps", "itl_ms")
         }
-        for run, done in zip(self.runs, finished, strict=True):
-            samples["ttft_ms"].append(tuple(round(run["ttfts"][index] * 1000, 3) for index in done))
+        for run, indices in zip(self.runs, indices_of_runs, strict=True):
+            samples["ttft_ms"].append(tuple(round(run["ttfts"][index] * 1000, 3) for index in indices))
             # until the last byte; not every version of vLLM lists it by itself
-            ends = (run["ttfts"][index] + sum(run["itls"][index]) for index in done)
+            ends = (run["ttfts"][index] + sum(run["itls"][index]) for index in indices)
             samples["e2el_ms"].append(tuple(round(end * 1000, 3) for end in ends))
-            samples["output_tokens"].append(tuple(run["output_lens"][index] for index in done))
-            samples["gaps"].append(tuple(len(run["itls"][index]) for index in done))
-            samples["itl_ms"].append(tuple(round(gap * 1000, 3) for index in done for gap in run["itls"][index]))
+            samples["output_tokens"].append(tuple(run["output_lens"][index] for index in indices))
+            samples["gaps"].append(tuple(len(run["itls"][index]) for index in indices))
+            samples["itl_ms"].append(tuple(round(gap * 1000, 3) for index in indices for gap in run["itls"][index]))
         return LoadLevel(
             max_concurrency=self.max_concurrency,
             completed=sum(run["completed"] for run in self.runs),
@@ -91,10 +91,7 @@ def run(request: program.Request) -> dict[str, Any]:
     config = LoadtestConfig(**request.config["loadtest"])
     prompts = read_prompts(Path(request.inputs["prepare"]["path"], "payload", "holdout.jsonl"))
     random.Random(int(request.config.get("seed", 0))).shuffle(prompts)  # noqa: S311 - an order, no secret
-    # bench takes the key and, through aiohttp, proxies from the environment.
-    os.environ["NO_PROXY"] = "*"
-    if key := os.environ.get(request.config.get("api_key_env") or ""):
-        os.environ["OPENAI_API_KEY"] = key
+    os.environ["NO_PROXY"] = "*"  # bench takes proxies from the environment, through aiohttp
     program.message("load test: importing vLLM's bench")
     target = Target(request.config["url"], request.config["model"], _tokenizer(request.config["model_path"]))
     widest = max(config.max_concurrency)
@@ -106,11 +103,11 @@ def run(request: program.Request) -> dict[str, Any]:
     for repeat in range(config.repeats):
         for number, level in enumerate(levels.values(), start=1):
             users = level.max_concurrency
-            found = asyncio.run(_bench(target, prompts, config, size=users, count=config.num_prompts))
-            level.runs.append(found)
-            done = (repeat * len(levels) + number) * config.num_prompts
-            figures = {name: float(found[name]) for name in ("output_throughput", "p95_e2el_ms")}
-            program.progress(done, total, "requests", max_concurrency=users, **figures)
+            figures = asyncio.run(_bench(target, prompts, config, size=users, count=config.num_prompts))
+            level.runs.append(figures)
+            requests = (repeat * len(levels) + number) * config.num_prompts
+            progress = {name: float(figures[name]) for name in ("output_throughput", "p95_e2el_ms")}
+            program.progress(requests, total, "requests", max_concurrency=users, **progress)
     report = LoadTest(
         system=request.config["system"],
         unit_digest=request.config["unit_digest"],
@@ -156,9 +153,9 @@ async def _bench(
     from vllm.benchmarks.datasets import SampleRequest
     from vllm.benchmarks.serve import TaskType, benchmark
 
-    asked = [
+    requests = [
         SampleRequest(
-            prompt="",  # what is sent are the messages
+            prompt="",  # the messages are sent instead
             prompt_len=0,  # the server's usage says it
             expected_output_len=config.max_tokens,
             chat_messages=prompts[index % len(prompts)],
@@ -166,7 +163,7 @@ async def _bench(
         )
         for index in range(count)
     ]
-    found: dict[str, Any] = await benchmark(
+    figures: dict[str, Any] = await benchmark(
         task_type=TaskType.GENERATION,
         endpoint_type="openai-chat",
         api_url=f"{target.url}/v1/chat/completions",
@@ -174,7 +171,7 @@ async def _bench(
         model_id=target.model,
         model_name=target.model,
         tokenizer=target.tokenizer,
-        input_requests=asked,
+        input_requests=requests,
         logprobs=None,
         request_rate=float("inf"),
         burstiness=1.0,
@@ -191,13 +188,13 @@ async def _bench(
         extra_body={"temperature": 0.0, "cache_salt": uuid.uuid4().hex},
         ready_check_timeout_sec=0,
     )
-    if not found["completed"]:
-        reasons = sorted({reason.strip().splitlines()[-1] for reason in found["errors"] if reason.strip()})
+    if not figures["completed"]:
+        reasons = sorted({reason.strip().splitlines()[-1] for reason in figures["errors"] if reason.strip()})
         raise ServingError(
             f"all {count} requests at concurrency {size} failed: {'; '.join(reasons) or 'no reason given'}",
             remedy="read the server's log; the same command again repeats the load test",
         )
-    return found
+    return figures
 
 
 if __name__ == "__main__":

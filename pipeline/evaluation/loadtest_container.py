@@ -1,4 +1,4 @@
-"""Stage program: pipeline.evaluation.loadtest in a container of the serving image, so that no serve environment is needed here.
+"""Stage program: pipeline.evaluation.loadtest in a container of the serving image, which needs no serve environment here.
 
 vLLM's bench comes with the image. The container reads this package, the holdout and the tokenizer, and writes into one
 folder; it is on the host's network, because the server listens on this machine's loopback.
@@ -42,9 +42,9 @@ def run(request: program.Request) -> dict[str, Any]:
 
 
 def _lay_out(request: program.Request, work: Path) -> None:
-    """Put what the container reads into `work`, readable for its user, who is another, whatever umask and modes hold here."""
+    """Copy the container's input into `work`, readable for its user whatever umask and modes hold here."""
     package, holdout = Path(__file__).parents[1], Path("payload", "holdout.jsonl")
-    copies = {work / "source" / "pipeline" / found.relative_to(package): found for found in package.rglob("*.py")}
+    copies = {work / "source" / "pipeline" / source.relative_to(package): source for source in package.rglob("*.py")}
     copies[work / "data" / holdout] = Path(request.inputs["prepare"]["path"]) / holdout
     for copy, original in copies.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -87,17 +87,19 @@ def _run(request: program.Request, work: Path) -> None:
         )
         try:
             container.start()
-            reported = [_relay(line) for line in _lines(container.logs(stdout=True, stderr=False, stream=True))]
+            errors = [_relay(line) for line in _lines(container.logs(stdout=True, stderr=False, stream=True))]
             status = int(container.wait()["StatusCode"])
             words = container.logs(stdout=False, stderr=True).decode(errors="replace").strip()
         finally:
             container.remove(force=True)
     sys.stderr.write(words + "\n")
-    for event in filter(None, reported):
+    for event in filter(None, errors):
         raise from_json(event)
     if status:
         raise StageFailed(
-            f"the load test's container ended with status {status}: {' | '.join(words.splitlines()[-3:])}"
+            f"the load test's container ended with status {status}: {' | '.join(words.splitlines()[-3:])}",
+            file=str(request.folder / "log.txt"),
+            remedy="read the log; status 137 is most often too little memory: raise serve.container.memory",
         )
 
 

@@ -4,8 +4,8 @@ A scorer is a callable `(prompt, expected, answer) -> float | dict[str, float]`:
 holdout's answer, the model's; scores lie between 0 and 1. A dict's scores stand under NAME/KEY and their mean under NAME, as
 json_field_match has it; every item must have the same keys. It is called once an item, one at a time.
 
-Which there are is read from metadata: nothing is imported until the first answer is scored, in the control environment.
-Standard library only.
+The names come from metadata: nothing is imported until the first answer is scored, in the control environment.
+Standard library only, because `tunegate check` imports this module.
 """
 
 from __future__ import annotations
@@ -16,85 +16,90 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError, Problem
+from pipeline.evaluation.scorers import SCORERS
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 GROUP = "tunegate.scorers"
-BUILT_IN = ("exact_match", "accuracy", "json_valid", "json_field_match", "token_f1", "rougeL")
 
 Prompt = Sequence[Mapping[str, str]]
 
 
 class ScorerBroken(Exception):
-    """A scorer of a user's own raised, or returned what is no score; the message names it."""
+    """A scorer of a user's own raised, or didn't return scores; the message names it."""
 
-    def __init__(self, name: str, what: str) -> None:
-        super().__init__(f"{_described(name)} {what}")
+    def __init__(self, name: str, fault: str) -> None:
+        super().__init__(f"{_described(name)} {fault}")
         self.name = name
 
 
 def problems(metrics: Iterable[str]) -> list[Problem]:
-    """What is wrong with the scorers of these names, in the order of `evaluate.scorers`."""
-    found = []
+    """Names that aren't scorers, or are ambiguous, in the order of `evaluate.scorers`."""
+    faults = []
     for index, name in enumerate(metrics):
-        if name in BUILT_IN:
+        if name in SCORERS:
             continue
-        installed, key = _installed(), f"evaluate.scorers[{index}].metric"
-        if name not in installed:
-            known = ", ".join([*BUILT_IN, *sorted(installed)])
+        entries, key = _installed(), f"evaluate.scorers[{index}].metric"
+        if name not in entries:
+            names = ", ".join([*SCORERS, *sorted(entries)])
             import difflib
 
-            close = difflib.get_close_matches(name, [*BUILT_IN, *installed], n=1, cutoff=0.6)
-            found.append(
+            close = difflib.get_close_matches(name, [*SCORERS, *entries], n=1, cutoff=0.6)
+            faults.append(
                 Problem(
-                    f"there is no scorer {name}",
+                    f"{name} is not a scorer",
                     key=key,
-                    allowed=f"did you mean {close[0]}? There are {known}" if close else known,
+                    allowed=f"did you mean {close[0]}? There are {names}" if close else names,
                     remedy=f"correct it, or install the package that registers it in {GROUP} into the control environment",
                 )
             )
-        elif len({_made_by(entry) for entry in installed[name]}) > 1:
-            owners = " and ".join(sorted(_made_by(entry) for entry in installed[name]))
-            found.append(
-                Problem(f"several packages register a scorer {name}", key=key, allowed=owners, remedy="uninstall one")
+        elif len({_made_by(entry) for entry in entries[name]}) > 1:
+            owners = " and ".join(sorted(_made_by(entry) for entry in entries[name]))
+            faults.append(
+                Problem(
+                    f"several packages register a scorer {name}",
+                    key=key,
+                    allowed=owners,
+                    remedy="uninstall one of them from the control environment",
+                )
             )
-    return found
+    return faults
 
 
 def versions(metrics: Sequence[str]) -> dict[str, str]:
-    """For each scorer that isn't built in the package and version that made it; raises ConfigError where there is none."""
-    if wrong := problems(metrics):
-        raise ConfigError(wrong)
-    return {name: _made_by(_installed()[name][0]) for name in metrics if name not in BUILT_IN}
+    """Package and version of each scorer that isn't built in; raises ConfigError for a name without a package."""
+    if faults := problems(metrics):
+        raise ConfigError(faults)
+    return {name: _made_by(_installed()[name][0]) for name in metrics if name not in SCORERS}
 
 
 def places(metrics: Sequence[str]) -> tuple[Path, ...]:
     """The folders that these scorers' packages lie in, for another process that is to find the same ones."""
-    owners = [_installed()[name][0].dist for name in metrics if name not in BUILT_IN]
+    owners = [_installed()[name][0].dist for name in metrics if name not in SCORERS]
     return tuple(dict.fromkeys(Path(str(owner.locate_file(""))) for owner in owners if owner))
 
 
 def scorer(name: str) -> Callable[[Prompt, str, str | None], dict[str, float]]:
     """A function that scores (prompt, expected, answer) by the entry point of that name; None, a failed request, scores 0.
 
-    It raises ScorerBroken: when it can't be imported, raises, or returns what is no score or another item's keys.
+    It raises ScorerBroken: when it can't be imported, raises, or returns anything but scores with the keys of the first item.
     """
-    loaded: list[Callable[[list[dict[str, str]], str, str], object]] = []
+    functions: list[Callable[[list[dict[str, str]], str, str], object]] = []
     names: list[str] = []
 
-    def score(prompt: Prompt, expected: str, answer: str | None) -> dict[str, float]:
+    def score(prompt: Prompt, reference: str, answer: str | None) -> dict[str, float]:
         if answer is None and names:
             return dict.fromkeys(names, 0.0)
         if not prompt:
-            raise ScorerBroken(name, "needs a prompt, and there is none where it was asked")
-        if not loaded:
-            loaded.append(_load(name))
+            raise ScorerBroken(name, "needs a prompt, and was called without one")
+        if not functions:
+            functions.append(_load(name))
         try:
-            said = loaded[0]([dict(message) for message in prompt], expected, answer or "")
+            output = functions[0]([dict(message) for message in prompt], reference, answer or "")
         except Exception as error:
             raise ScorerBroken(name, f"raised {type(error).__name__}: {error}") from error
-        scores = _scores(name, said)
+        scores = _scores(name, output)
         if not names:
             names.extend(scores)
         if names != list(scores):
@@ -108,10 +113,10 @@ def _installed() -> dict[str, list[EntryPoint]]:
     """The entry points of the group by name, of all packages that this process can import."""
     from importlib.metadata import entry_points  # here because `tunegate check` imports this module and seldom asks
 
-    found: dict[str, list[EntryPoint]] = {}
+    by_name: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
-        found.setdefault(entry.name, []).append(entry)
-    return found
+        by_name.setdefault(entry.name, []).append(entry)
+    return by_name
 
 
 def _made_by(entry: EntryPoint) -> str:
@@ -126,22 +131,22 @@ def _described(name: str) -> str:
 def _load(name: str) -> Callable[[list[dict[str, str]], str, str], object]:
     versions([name])
     try:
-        loaded = _installed()[name][0].load()
+        function = _installed()[name][0].load()
     except Exception as error:
         raise ScorerBroken(name, f"can't be imported: {type(error).__name__}: {error}") from error
-    if not callable(loaded):
-        raise ScorerBroken(name, f"is no function but {loaded!r:.80}")
-    return loaded  # type: ignore[no-any-return]
+    if not callable(function):
+        raise ScorerBroken(name, f"is not a function but {function!r:.80}")
+    return function  # type: ignore[no-any-return]
 
 
-def _scores(name: str, said: object) -> dict[str, float]:
+def _scores(name: str, scores: object) -> dict[str, float]:
     """The returned value as scores by metric."""
-    if not isinstance(said, dict):
-        return {name: _score(name, said, "")}
-    if not said or not all(isinstance(key, str) and key for key in said):
-        raise ScorerBroken(name, f"returned {said!r:.80}, whose keys are no names")
-    each = {f"{name}/{key}": _score(name, value, f" for {key}") for key, value in sorted(said.items())}
-    return {name: sum(each.values()) / len(each), **each}
+    if not isinstance(scores, dict):
+        return {name: _score(name, scores, "")}
+    if not scores or not all(isinstance(key, str) and key for key in scores):
+        raise ScorerBroken(name, f"returned {scores!r:.80}, whose keys are not names")
+    parts = {f"{name}/{key}": _score(name, score, f" for {key}") for key, score in sorted(scores.items())}
+    return {name: sum(parts.values()) / len(parts), **parts}
 
 
 def _score(name: str, value: object, where: str) -> float:

@@ -1,7 +1,7 @@
-"""Stage program: must-pass prompts asked of a served model, greedily, and which assertions its answers break.
+"""Stage program: greedy answers of a served model to must-pass prompts, and the assertions that they break.
 
 Talks HTTP to a running vLLM; runs in the control environment. Request: config `evaluate` (prompts, max_tokens, concurrency),
-`digest` of the prompts file, `url`, `model`, optionally `seed` and `api_key_env`; no inputs. Payload: prompts.json, a
+`digest` of the prompts file, `url`, `model`, optionally `seed`; no inputs. Payload: prompts.json, a
 PromptResult for each prompt in the file's order.
 
 Answers are kept in answers.jsonl, so that a killed run goes on where it was. A request that fails for good breaks its prompt.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,15 @@ def run(request: program.Request) -> dict[str, Any]:
     prompts = read(file)
     if digest_file(file) != request.config["digest"]:
         raise ConfigError("changed while the build ran", file=str(file), remedy="run the same command again")
-    answers, failed = asyncio.run(_ask(request, config, prompts))
-    if len(failed) == len(prompts):
+    answers, failures = asyncio.run(_ask(request, config, prompts))
+    if len(failures) == len(prompts):
         raise ServingError(
-            f"all {len(failed)} must-pass prompts got no answer, the last with: {list(failed.values())[-1]}",
-            remedy="read the server's log",
+            f"all {len(failures)} must-pass prompts got no answer, the last with: {list(failures.values())[-1]}",
+            remedy="read the server's log; too long prompts need a higher serve.max_model_len",
         )
-    results = [_result(prompt, answers.get(prompt.id), failed.get(prompt.id)) for prompt in prompts]
+    results = [_result(prompt, answers.get(prompt.id), failures.get(prompt.id)) for prompt in prompts]
     files.write_json(request.payload / "prompts.json", [result.model_dump(mode="json") for result in results])
-    return {"prompts": len(results), "broken": sum(bool(result.broken) for result in results), "errors": len(failed)}
+    return {"prompts": len(results), "broken": sum(bool(result.broken) for result in results), "errors": len(failures)}
 
 
 async def _ask(
@@ -52,33 +51,35 @@ async def _ask(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Answers by prompt id, those of a killed run among them, and why the others failed; `concurrency` requests at a time."""
     model, seed = request.config["model"], int(request.config.get("seed", 0))
-    kept = request.folder / "answers.jsonl"
-    answers: dict[str, str] = dict(json.loads(line) for line in files.finished_lines(kept))
-    failed: dict[str, str] = {}
+    answers_file = request.folder / "answers.jsonl"
+    answers: dict[str, str] = dict(json.loads(line) for line in files.finished_lines(answers_file))
+    failures: dict[str, str] = {}
     todo = iter([prompt for prompt in prompts if prompt.id not in answers])
-    api_key = os.environ.get(request.config.get("api_key_env") or "")
 
     async def work() -> None:
         for prompt in todo:
             try:
-                said = await complete(http, model, prompt.messages, max_tokens=config.max_tokens, seed=seed)
+                completion = await complete(http, model, prompt.messages, max_tokens=config.max_tokens, seed=seed)
             except RequestFailed as error:
-                failed[prompt.id] = str(error)
+                failures[prompt.id] = str(error)
             else:
-                answers[prompt.id] = said["choices"][0]["message"]["content"] or ""
-                with kept.open("a", encoding="utf-8") as file:
+                answers[prompt.id] = completion["choices"][0]["message"]["content"] or ""
+                with answers_file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([prompt.id, answers[prompt.id]]) + "\n")
-            program.progress(len(answers) + len(failed), len(prompts), "prompts", errors=len(failed))
+            program.progress(len(answers) + len(failures), len(prompts), "prompts", errors=len(failures))
 
-    async with connect(request.config["url"], api_key, config.concurrency) as http:
+    async with connect(request.config["url"], None, config.concurrency) as http:
         await asyncio.gather(*(work() for _ in range(min(config.concurrency, len(prompts)))))
-    return answers, failed
+    return answers, failures
 
 
 def _result(prompt: Prompt, answer: str | None, failure: str | None) -> PromptResult:
-    said = [broken(one, answer) for one in prompt.assertions] if answer is not None else [f"no answer: {failure}"]
+    if answer is None:
+        faults: list[str | None] = [f"no answer: {failure}"]
+    else:
+        faults = [broken(assertion, answer) for assertion in prompt.assertions]
     return PromptResult(
-        id=prompt.id, prompt=shown(prompt.messages), answer=answer or "", broken=tuple(filter(None, said))
+        id=prompt.id, prompt=shown(prompt.messages), answer=answer or "", broken=tuple(filter(None, faults))
     )
 
 

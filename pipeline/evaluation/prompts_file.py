@@ -2,7 +2,7 @@
 
 YAML or JSON: a list of tests, or `tests:` with such a list. A test has an `id` or a `description` (both may be left out),
 `prompt`, a text, or `messages`, and under `assert` conditions on the answer that must all hold: `type`, one of
-prompts_assertions.KINDS, and `value`. What promptfoo would run or fetch (templates, providers, scripts, file://) is refused.
+assertions.KINDS, and `value`. What promptfoo would run or fetch (templates, providers, scripts, file://) is refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NOT_HERE = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A must-pass prompt: what is asked, and what the answer must be."""
+    """A must-pass prompt: the conversation, and conditions on the answer."""
 
     id: str
     messages: tuple[dict[str, str], ...]
@@ -46,19 +46,19 @@ class Prompt:
 
 @dataclass
 class _Reading:
-    """A file's mistakes as they are found, each with the line of its place."""
+    """A file's mistakes so far, each with the line of its place."""
 
     file: str
     lines: dict[KeyPath, int]
     problems: list[Problem] = field(default_factory=list)
 
-    def wrong(self, at: KeyPath, what: str, allowed: str | None = None) -> None:
+    def wrong(self, at: KeyPath, fault: str, choices: str | None = None) -> None:
         """Note a mistake at this place, or at the nearest above that stands in the file."""
         places = (at[:n] for n in range(len(at), -1, -1))
         line = next((self.lines[place] for place in places if place in self.lines), None)
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in at).removeprefix(".")
         self.problems.append(
-            Problem(what, self.file, line, key or None, allowed, "correct it, then: tunegate check CONFIG")
+            Problem(fault, self.file, line, key or None, choices, "correct it, then: tunegate check CONFIG")
         )
 
     def unknown_keys(self, value: dict[str, Any], at: KeyPath, names: Collection[str]) -> None:
@@ -94,7 +94,7 @@ def read(path: Path) -> tuple[Prompt, ...]:
         for number, test in enumerate(tests)
     ]
     if not prompts and not reading.problems:
-        reading.wrong((), "holds no prompts", "a list of {prompt: …, assert: [{type: …, value: …}]}")
+        reading.wrong((), "must hold at least one prompt", "a list of {prompt: …, assert: [{type: …, value: …}]}")
     _say_doubles(prompts, reading)
     if reading.problems:
         raise ConfigError(sorted(reading.problems, key=lambda problem: problem.line or 0))
@@ -110,19 +110,19 @@ def _tests(value: Any, reading: _Reading) -> list[tuple[KeyPath, list[Any]]]:
     if isinstance(value, list):
         return [(at, value)]
     if value is not None:
-        reading.wrong(at, "is no list of tests", "a list of {prompt: …, assert: [{type: …, value: …}]}")
+        reading.wrong(at, "is not a list of tests", "a list of {prompt: …, assert: [{type: …, value: …}]}")
     return []
 
 
 def _prompt(test: Any, at: KeyPath, number: int, reading: _Reading) -> tuple[KeyPath, Prompt]:
-    """One test; what is wrong with it is noted, and then the prompt returned is of no use."""
+    """One test; a mistake in it is noted, and the prompt is then of no use."""
     if not isinstance(test, dict):
-        reading.wrong(at, f"{test!r} is no test", "{prompt: …, assert: [{type: …, value: …}]}")
+        reading.wrong(at, f"{test!r} is not a test", "{prompt: …, assert: [{type: …, value: …}]}")
         return at, Prompt(str(number), (), ())
     reading.unknown_keys(test, at, KEYS)
     for key in ("id", "description"):
         if not isinstance(test.get(key, ""), str | int):
-            reading.wrong((*at, key), f"{test[key]!r} is no text", "a short name")
+            reading.wrong((*at, key), f"{test[key]!r} is not a text", "a short name")
     name = test.get("id", test.get("description", number))
     return at, Prompt(str(name), _messages(test, at, reading), _assertions(test, at, reading))
 
@@ -133,11 +133,11 @@ def _messages(test: dict[str, Any], at: KeyPath, reading: _Reading) -> tuple[dic
         return ()
     if "prompt" in test:
         if not isinstance(test["prompt"], str) or not test["prompt"]:
-            reading.wrong((*at, "prompt"), f"{test['prompt']!r} is no text", "the user's words")
+            reading.wrong((*at, "prompt"), f"{test['prompt']!r} is not a text", "the user's words")
         return ({"role": "user", "content": str(test["prompt"])},)
     at, messages = (*at, "messages"), test["messages"]
     if not isinstance(messages, list) or not messages:
-        reading.wrong(at, "is no list of messages", "[{role: user, content: …}]")
+        reading.wrong(at, "is not a list of messages", "[{role: user, content: …}]")
         return ()
     for number, message in enumerate(messages):
         _check_message(message, (*at, number), reading)
@@ -148,33 +148,33 @@ def _messages(test: dict[str, Any], at: KeyPath, reading: _Reading) -> tuple[dic
 
 def _check_message(message: Any, at: KeyPath, reading: _Reading) -> None:
     if not isinstance(message, dict):
-        reading.wrong(at, f"{message!r} is no message", "{role: user, content: …}")
+        reading.wrong(at, f"{message!r} is not a message", "{role: user, content: …}")
         return
     reading.unknown_keys(message, at, ("role", "content"))
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        reading.wrong((*at, "role"), f"{role!r} is no role", choices(str(role), ROLES))
+        reading.wrong((*at, "role"), f"{role!r} is not a role", choices(str(role), ROLES))
     if not isinstance(content, str) or not content:
-        reading.wrong((*at, "content"), f"{content!r} is no text", "the message's words")
+        reading.wrong((*at, "content"), f"{content!r} is not a text", "the message's words")
 
 
 def _assertions(test: dict[str, Any], at: KeyPath, reading: _Reading) -> tuple[Assertion, ...]:
-    at, asserted = (*at, "assert"), test.get("assert")
-    if not isinstance(asserted, list) or not asserted:
+    at, conditions = (*at, "assert"), test.get("assert")
+    if not isinstance(conditions, list) or not conditions:
         reading.wrong(at, "needs at least one assertion", "[{type: contains, value: …}]")
         return ()
-    return tuple(_assertion(one, (*at, number), reading) for number, one in enumerate(asserted))
+    return tuple(_assertion(condition, (*at, number), reading) for number, condition in enumerate(conditions))
 
 
-def _assertion(one: Any, at: KeyPath, reading: _Reading) -> Assertion:
-    if not isinstance(one, dict):
-        reading.wrong(at, f"{one!r} is no assertion", "{type: contains, value: …}")
+def _assertion(condition: Any, at: KeyPath, reading: _Reading) -> Assertion:
+    if not isinstance(condition, dict):
+        reading.wrong(at, f"{condition!r} is not an assertion", "{type: contains, value: …}")
         return Assertion("")
-    reading.unknown_keys(one, at, ("type", "value"))
-    name, value = one.get("type"), one.get("value")
+    reading.unknown_keys(condition, at, ("type", "value"))
+    name, value = condition.get("type"), condition.get("value")
     if name not in TYPES:
-        what = f"{name!r} is no type of assertion" if "type" in one else "has no type"
-        reading.wrong((*at, "type"), what, choices(str(name), TYPES, KINDS))
+        problem = f"{name!r} is not a type of assertion" if "type" in condition else "needs a type"
+        reading.wrong((*at, "type"), problem, choices(str(name), TYPES, KINDS))
         return Assertion("")
     kind = KINDS[str(name).removeprefix(NEGATION)]
     if isinstance(value, str) and value.startswith("file://"):
@@ -190,15 +190,15 @@ def _say_doubles(prompts: list[tuple[KeyPath, Prompt]], reading: _Reading) -> No
     for at, prompt in prompts:
         if prompt.id in first:
             line = reading.lines.get(first[prompt.id])
-            what = f"{prompt.id!r} is the name of two prompts, the first on line {line}"
-            reading.wrong(at, what, "an id of its own for each")
+            fault = f"{prompt.id!r} is the name of two prompts, the first on line {line}"
+            reading.wrong(at, fault, "an id of its own for each")
         first.setdefault(prompt.id, at)
 
 
-def choices(name: str, names: Collection[str], listed: Collection[str] | None = None) -> str:
-    """What was probably meant, else all names (or the `listed` ones, with word of the negated)."""
+def choices(name: str, names: Collection[str], shortlist: Collection[str] | None = None) -> str:
+    """The name that was probably meant, else all names (or the `shortlist`, with word of the negated)."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean {close[0]}?"
-    tail = f", or one of them after {NEGATION}" if listed else ""
-    return "one of " + ", ".join(listed or names) + tail
+    tail = f", or one of them after {NEGATION}" if shortlist else ""
+    return "one of " + ", ".join(shortlist or names) + tail

@@ -139,5 +139,5 @@ def sources(config: Mapping[str, Any]) -> dict[str, str]:
         from pipeline.evaluation import lm_eval_files
 
         judges = interpreters.find("judges", interpreters.settings(config))
-        digests["tasks"] = lm_eval_files.judged(config["evaluate"]["tasks"], judges)
+        digests["tasks"] = lm_eval_files.tasks_digest(config["evaluate"]["tasks"], judges)
     return digests

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.artifacts import Build, Evaluation, Interval, Item
-from pipeline.evaluation import scoring
+from pipeline.evaluation import scorers, scoring
 
 Kind = Literal["lost", "won", "wrong", "right"]
 
@@ -166,7 +166,7 @@ def examples(build: Build, most: int) -> list[Example]:
 
 def item_metric(build: Build) -> str:
     """The headline metric as single items have it: accuracy where that is macro-F1."""
-    return {scoring.F1_MACRO: "accuracy"}.get(headline(build) or "", headline(build) or "")
+    return scorers.scored_by(headline(build) or "")
 
 
 def _not_since(example: Example) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.artifacts import Build, Interval, Item
-from pipeline.evaluation import scoring, slices
+from pipeline.evaluation import scorers, scoring, slices
 from pipeline.report.content import cluster_by, confidence, evaluated, item_metric, same_items
 
 MIN_ITEMS = 10  # fewer say nothing
@@ -82,7 +82,7 @@ def splits(item: Item) -> Iterator[str]:
     """What an item can be split by, as a policy names it: its columns, its label, the plain fields of an expected JSON object."""
     yield from item.columns
     try:
-        expected = scoring.parse_json(item.expected)
+        expected = scorers.parse_json(item.expected)
     except ValueError:
         expected = None
     if isinstance(expected, dict):

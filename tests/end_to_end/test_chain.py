@@ -206,7 +206,7 @@ def test_the_untrained_self_fails_the_same_gate(house: House) -> None:
         tasks=dict.fromkeys(made.tasks, made.tasks["base"]),
         judged=made.judged,
     )
-    verdict = gate.judge(reports, policy, untrained.unit_digest)
+    verdict = gate.verdict_of(reports, policy, untrained.unit_digest)
     assert verdict.outcome == "fail"
 
 

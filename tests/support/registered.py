@@ -60,7 +60,7 @@ def a_build(
             "model_path": model,
             "evaluations": evaluations,
             "loadtests": loadtests,
-            "verdict": gate.judge(Reports(evaluations=evaluations, loadtests=loadtests), policy, unit.digest),
+            "verdict": gate.verdict_of(Reports(evaluations=evaluations, loadtests=loadtests), policy, unit.digest),
         }
     )
 

@@ -282,7 +282,7 @@ def sample_build(folder: Path, count: int = 200) -> Build:
         model_path=folder / "quantize" / "payload",
         evaluations=evaluations,
         loadtests=loadtests,
-        verdict=gate.judge(Reports(evaluations=evaluations, loadtests=loadtests), POLICY, unit.digest),
+        verdict=gate.verdict_of(Reports(evaluations=evaluations, loadtests=loadtests), POLICY, unit.digest),
     )
 
 
@@ -305,6 +305,6 @@ def full_build(folder: Path) -> Build:
             **{name: getattr(reports, name) for name in Reports.model_fields},
             "config": {**build.config, "loadtest": priced},
             "ledger": ledger(),
-            "verdict": gate.judge(reports, POLICY, build.unit.digest),
+            "verdict": gate.verdict_of(reports, POLICY, build.unit.digest),
         }
     )

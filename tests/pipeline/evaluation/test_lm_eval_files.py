@@ -99,7 +99,7 @@ def test_code_is_refused_with_its_line(file):
         ("{data_files: {test: test.jsonl}}", "{}", "json is no data that can be read here"),
         ("test.jsonl", "[test.jsonl, gone.jsonl]", "no such data file: gone.jsonl"),
         ("{data_files", "{data_dir: sub, data_files", "data_dir: isn't followed"),
-        ("task: mine", "group: mine\ntask: [a, b]", "is no task"),
+        ("task: mine", "group: mine\ntask: [a, b]", "is not a task"),
         ("task: mine", "task: {mine", "not YAML"),
         ("task: mine", "include: mine.yaml\ntask: mine", "includes itself"),
         ("task: mine", "include: none.yaml\ntask: mine", "none.yaml: can't be read: No such file"),
@@ -132,9 +132,9 @@ def test_names_are_those_of_the_installed_lm_eval(file, tmp_path):
     judges = Environment("judges", tmp_path / "bin" / "python", (tmp_path / "site",))
     (tmp_path / "pyvenv.cfg").write_text("")
     good = [{"task": "arc_easy"}, {"task": "ai2_arc"}, {"task": str(file(GOOD))}]
-    assert lm_eval_files.judged(good, judges) != lm_eval_files.judged(good[:2], judges)
+    assert lm_eval_files.tasks_digest(good, judges) != lm_eval_files.tasks_digest(good[:2], judges)
     with pytest.raises(ConfigError) as caught:
-        lm_eval_files.judged([*good, {"task": "arc_eazy"}, {"task": str(tmp_path / "no.yaml")}], judges)
+        lm_eval_files.tasks_digest([*good, {"task": "arc_eazy"}, {"task": str(tmp_path / "no.yaml")}], judges)
     name, path = caught.value.problems
     assert (name.key, name.allowed) == ("evaluate.tasks[3].task", "did you mean arc_easy?")
     assert path.file == str(tmp_path / "no.yaml")

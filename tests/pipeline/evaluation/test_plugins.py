@@ -25,6 +25,7 @@ from pipeline.config.gate import GateConfig, MetricCheck
 from pipeline.config.schema import EvaluateConfig, LoadtestConfig, Scorer
 from pipeline.errors import ConfigError
 from pipeline.evaluation import evaluate, plugins, scoring
+from pipeline.evaluation.scorers import SCORERS
 from pipeline.gate import policy as gate_policy
 from pipeline.plan.rules import problems_across_sections
 
@@ -100,9 +101,9 @@ def test_a_failed_request_scores_zero_and_is_not_shown_to_the_scorer(installed):
         ("def score(*_):\n    return True\n", r"returned True \(bool\), not a number"),
         ("def score(*_):\n    return 1.5\n", "returned 1.5, outside 0 to 1"),
         ("def score(*_):\n    return float('nan')\n", "returned nan, outside 0 to 1"),
-        ("def score(*_):\n    return {}\n", "returned {}, whose keys are no names"),
+        ("def score(*_):\n    return {}\n", "returned {}, whose keys are not names"),
         ("def score(*_):\n    return {'toxic': -1}\n", "returned -1.0 for toxic, outside 0 to 1"),
-        ("score = 3\n", "is no function but 3"),
+        ("score = 3\n", "is not a function but 3"),
         ("import not_there\n", "can't be imported: ModuleNotFoundError"),
     ],
 )
@@ -139,7 +140,7 @@ def test_a_name_that_nobody_registers_is_refused_with_those_there_are(tmp_path, 
     (problem,) = caught.value.problems
     assert (problem.line, problem.key) == (4, "evaluate.scorers[0].metric")
     assert problem.allowed.startswith("did you mean my_safety?")
-    for name in (*plugins.BUILT_IN, "my_safety"):
+    for name in (*SCORERS, "my_safety"):
         assert name in problem.allowed
 
 

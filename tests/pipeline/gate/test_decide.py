@@ -21,10 +21,18 @@ def normal(value: float, error: float):
     return estimate
 
 
-def question(z: float, *, reach: float | None = -3.0, broken: float = 0.0, waived: str = "") -> Question:
+def question(z: float, *, reach: float = -3.0, waived: str = "") -> Question:
     """A difference of `z` standard errors."""
     return Question(
-        name=f"z={z}", rule="", estimate=normal(z, 1.0), reach=reach, broken=broken, items=100, waived=waived
+        name=f"z={z}", kind="reach", rule="", estimate=normal(z, 1.0), threshold=reach, fails_below=0.0, items=100,
+        waived=waived,
+    )  # fmt: skip
+
+
+def part(z: float) -> Question:
+    """A part of a slice check, `z` standard errors from no difference."""
+    return Question(
+        name=f"z={z}", kind="no_loss", rule="", estimate=normal(z, 1.0), threshold=0.0, fails_below=0.0, items=100
     )
 
 
@@ -60,7 +68,7 @@ def holm(pvalues: list[float], alpha: float) -> list[bool]:
 )
 def test_failures_are_those_of_holms_procedure(zs):
     """By p-values of the two-sided test at 5 %, for those on the losing side."""
-    checks = decide([question(z, reach=None) for z in zs], 0.95)
+    checks = decide([part(z) for z in zs], 0.95)
     expected = holm([2 * float(norm.sf(abs(z))) if z < 0 else 1.0 for z in zs], 0.05)
     assert [check.outcome == "fail" for check in checks] == expected
 
@@ -77,10 +85,10 @@ def test_what_fails_alone_and_not_among_many_is_open_and_says_so():
 
 def test_a_part_that_fails_alone_and_not_among_many_passes_and_says_so():
     """Of many parts some lie below by chance; the check doesn't claim that nothing was seen."""
-    among, *_ = decide([question(-2.1, reach=None), *(question(0.5, reach=None) for _ in range(9))], 0.95)
+    among, *_ = decide([part(-2.1), *(part(0.5) for _ in range(9))], 0.95)
     assert among.outcome == "pass"
     assert "of 10 parts looked at some do by chance" in among.why
-    assert "would miss a loss" in decide([question(0.5, reach=None)], 0.95)[0].why
+    assert "would miss a loss" in decide([part(0.5)], 0.95)[0].why
 
 
 def test_nothing_passes_on_fewer_items_than_are_wanted():
@@ -91,8 +99,8 @@ def test_nothing_passes_on_fewer_items_than_are_wanted():
     assert decide([question(5.0)], 0.95, min_items=100)[0].outcome == "pass"
 
 
-def test_a_waived_question_is_judged_alone_and_does_not_crowd_the_others():
-    """It keeps its own outcome, and the rest are judged as if it weren't asked."""
+def test_a_waived_question_is_decided_alone_and_does_not_crowd_the_others():
+    """It keeps its own outcome, and the rest are decided as if it weren't asked."""
     checks = decide([question(-2.1), *(question(-2.1, waived="advisory") for _ in range(9))], 0.95)
     assert {check.outcome for check in checks} == {"fail"}
     assert [check.waived for check in checks] == ["", *["advisory"] * 9]

@@ -73,8 +73,8 @@ def loadtest(e2el: list[float], *, failed: int = 0, unit: str = UNIT, repeats: t
     return LoadTest(system="candidate", unit_digest=unit, levels=(level,))
 
 
-def judge(evaluations, loadtests, policy, unit=UNIT, **more):
-    return gate.judge(Reports(evaluations=evaluations, loadtests=loadtests, **more), policy, unit)
+def verdict_of(evaluations, loadtests, policy, unit=UNIT, **more):
+    return gate.verdict_of(Reports(evaluations=evaluations, loadtests=loadtests, **more), policy, unit)
 
 
 def outcome_of(verdict, name: str) -> str:
@@ -87,19 +87,19 @@ FLOOR = GateConfig(metrics=(MetricCheck(metric="exact_match", min=0.8),), min_it
 @pytest.mark.parametrize(
     ("right", "outcome"), [(180, "pass"), (168, "inconclusive"), (160, "inconclusive"), (140, "fail")]
 )
-def test_a_floor_is_judged_by_the_whole_interval(right, outcome):
+def test_a_floor_is_decided_by_the_whole_interval(right, outcome):
     """Wilson's 95 % limits of 180, 168, 160 and 140 of 200 are 0.851, 0.783, 0.739 and 0.634 to 0.759."""
-    verdict = judge({"candidate": evaluation("candidate", hits(right, 200))}, {}, FLOOR, UNIT)
+    verdict = verdict_of({"candidate": evaluation("candidate", hits(right, 200))}, {}, FLOOR, UNIT)
     assert outcome_of(verdict, "exact_match") == outcome == verdict.outcome
 
 
 def test_an_inconclusive_floor_says_how_many_items_would_decide():
     """168 of 200 against 0.8: the named number of items at the same share passes."""
-    verdict = judge({"candidate": evaluation("candidate", hits(168, 200))}, {}, FLOOR, UNIT)
+    verdict = verdict_of({"candidate": evaluation("candidate", hits(168, 200))}, {}, FLOOR, UNIT)
     why = next(check.why for check in verdict.checks if check.name == "exact_match")
     more = int(why.split("about ")[1].split()[0])
     total = int(1.1 * (200 + more))
-    again = judge({"candidate": evaluation("candidate", hits(round(0.84 * total), total))}, {}, FLOOR, UNIT)
+    again = verdict_of({"candidate": evaluation("candidate", hits(round(0.84 * total), total))}, {}, FLOOR, UNIT)
     assert again.outcome == "pass"
 
 
@@ -112,8 +112,8 @@ def test_the_untrained_model_fails_the_policy_that_the_tuned_one_passes():
         )
     )
     base = evaluation("base", hits(4, 200), unit_digest="other")
-    tuned = judge({"candidate": evaluation("candidate", hits(190, 200)), "base": base}, {}, policy, UNIT)
-    untrained = judge({"candidate": evaluation("candidate", hits(4, 200)), "base": base}, {}, policy, UNIT)
+    tuned = verdict_of({"candidate": evaluation("candidate", hits(190, 200)), "base": base}, {}, policy, UNIT)
+    untrained = verdict_of({"candidate": evaluation("candidate", hits(4, 200)), "base": base}, {}, policy, UNIT)
     assert tuned.outcome == "pass"
     assert untrained.outcome == "fail"
     assert outcome_of(untrained, "exact_match vs base") == "fail"
@@ -121,7 +121,7 @@ def test_the_untrained_model_fails_the_policy_that_the_tuned_one_passes():
 
 def test_chatter_of_a_corrupted_model_fails_every_quality_check():
     """A model that answers 'newnewnew' to everything is caught."""
-    verdict = judge({"candidate": evaluation("candidate", hits(0, 200))}, {}, FLOOR, UNIT)
+    verdict = verdict_of({"candidate": evaluation("candidate", hits(0, 200))}, {}, FLOOR, UNIT)
     assert verdict.outcome == "fail"
 
 
@@ -146,7 +146,7 @@ def test_a_comparison_is_paired_and_ties_do_not_prove_equality(better, worse, ma
     ours[:worse] = [0.0] * worse
     policy = GateConfig(metrics=(MetricCheck(metric="exact_match", against="incumbent", margin=margin),))
     reports = {"candidate": evaluation("candidate", ours), "incumbent": evaluation("incumbent", theirs)}
-    assert judge(reports, {}, policy, UNIT).outcome == outcome
+    assert verdict_of(reports, {}, policy, UNIT).outcome == outcome
 
 
 def test_pairing_decides_what_unpaired_intervals_would_not():
@@ -156,7 +156,7 @@ def test_pairing_decides_what_unpaired_intervals_would_not():
         "incumbent": evaluation("incumbent", hits(160, 200)),
     }
     policy = GateConfig(metrics=(MetricCheck(metric="exact_match", against="incumbent"),))
-    verdict = judge(reports, {}, policy, UNIT)
+    verdict = verdict_of(reports, {}, policy, UNIT)
     check = verdict.checks[-1]
     assert verdict.outcome == "pass"
     assert check.estimate.value == pytest.approx(0.06)
@@ -166,15 +166,15 @@ def test_pairing_decides_what_unpaired_intervals_would_not():
 def test_without_an_incumbent_its_check_passes_and_says_so():
     """The first build has nobody to be compared with."""
     policy = GateConfig(metrics=(MetricCheck(metric="exact_match", min=0.8, against="incumbent"),))
-    verdict = judge({"candidate": evaluation("candidate", hits(195, 200))}, {}, policy, UNIT)
+    verdict = verdict_of({"candidate": evaluation("candidate", hits(195, 200))}, {}, policy, UNIT)
     check = next(check for check in verdict.checks if check.name == "exact_match vs incumbent")
     assert (check.outcome, check.why, verdict.outcome) == ("pass", "no incumbent yet", "pass")
 
 
 def test_too_few_items_are_never_a_pass():
     """40 of 40 with min_items 100 is inconclusive and says that 60 are missing; a clear failure stays one."""
-    good = judge({"candidate": evaluation("candidate", hits(40, 40))}, {}, FLOOR, UNIT)
-    bad = judge({"candidate": evaluation("candidate", hits(0, 40))}, {}, FLOOR, UNIT)
+    good = verdict_of({"candidate": evaluation("candidate", hits(40, 40))}, {}, FLOOR, UNIT)
+    bad = verdict_of({"candidate": evaluation("candidate", hits(0, 40))}, {}, FLOOR, UNIT)
     assert (good.outcome, bad.outcome) == ("inconclusive", "fail")
     assert next(check.why for check in good.checks if check.name == "items") == "40 items, 60 more are needed"
 
@@ -182,8 +182,8 @@ def test_too_few_items_are_never_a_pass():
 def test_failed_requests_fail_the_gate_as_counted():
     """One failed request of 200 breaks a limit of none and holds one of 1 %."""
     reports = {"candidate": evaluation("candidate", hits(190, 200), errors=1)}
-    strict = judge(reports, {}, FLOOR, UNIT)
-    lax = judge(reports, {}, FLOOR.model_copy(update={"max_error_rate": 0.01}), UNIT)
+    strict = verdict_of(reports, {}, FLOOR, UNIT)
+    lax = verdict_of(reports, {}, FLOOR.model_copy(update={"max_error_rate": 0.01}), UNIT)
     assert (strict.outcome, lax.outcome) == ("fail", "pass")
 
 
@@ -191,7 +191,7 @@ def test_failed_requests_fail_the_gate_as_counted():
 def test_a_policy_of_which_nothing_applies_passes_nothing(metrics):
     """No checks, or only ones against an incumbent that isn't there, can't say pass."""
     policy = GateConfig(metrics=metrics)
-    verdict = judge({"candidate": evaluation("candidate", hits(200, 200))}, {}, policy, UNIT)
+    verdict = verdict_of({"candidate": evaluation("candidate", hits(200, 200))}, {}, policy, UNIT)
     assert (verdict.outcome, outcome_of(verdict, "policy")) == ("inconclusive", "inconclusive")
 
 
@@ -209,42 +209,42 @@ STEADY = [float(100 + number % 50) for number in range(200)]
         (STEADY[:20], (0.98, 1.0, 1.02), "inconclusive"),
     ],
 )
-def test_a_load_objective_is_judged_by_how_runs_differ(latencies, repeats, outcome):
+def test_a_load_objective_is_decided_by_how_runs_differ(latencies, repeats, outcome):
     """Clearly within, clearly beyond, runs that differ much, and too few requests to bound a tail."""
-    verdict = judge(GOOD, {"candidate": loadtest(latencies, repeats=repeats)}, LOAD, UNIT)
+    verdict = verdict_of(GOOD, {"candidate": loadtest(latencies, repeats=repeats)}, LOAD, UNIT)
     assert outcome_of(verdict, "p95_e2el_ms at 4") == outcome
 
 
 def test_one_run_never_passes_an_objective_and_can_fail_it():
     """A single run says nothing of the next, however many requests it had; far beyond the limit it is told at once."""
-    good = judge(GOOD, {"candidate": loadtest(STEADY, repeats=(1.0,))}, LOAD, UNIT)
-    bad = judge(GOOD, {"candidate": loadtest([value * 3 for value in STEADY], repeats=(1.0,))}, LOAD, UNIT)
+    good = verdict_of(GOOD, {"candidate": loadtest(STEADY, repeats=(1.0,))}, LOAD, UNIT)
+    bad = verdict_of(GOOD, {"candidate": loadtest([value * 3 for value in STEADY], repeats=(1.0,))}, LOAD, UNIT)
     assert (good.outcome, bad.outcome) == ("inconclusive", "fail")
     assert "loadtest.repeats" in good.checks[-1].why
 
 
 def test_too_few_requests_are_told_how_many_it_takes():
     """A 95th percentile needs 72 requests for an upper bound at 95 %."""
-    verdict = judge(GOOD, {"candidate": loadtest(STEADY[:20])}, LOAD, UNIT)
+    verdict = verdict_of(GOOD, {"candidate": loadtest(STEADY[:20])}, LOAD, UNIT)
     assert "72 are needed" in verdict.checks[-1].why
 
 
-def test_a_throughput_floor_is_judged_from_below():
+def test_a_throughput_floor_is_decided_from_below():
     """33 requests/s hold a floor of 25 and break one of 45."""
     for floor, outcome in [(25.0, "pass"), (45.0, "fail")]:
         check = LoadCheck(metric="request_throughput", max_concurrency=4, min=floor)
-        verdict = judge(GOOD, {"candidate": loadtest(STEADY)}, FLOOR.model_copy(update={"load": (check,)}), UNIT)
+        verdict = verdict_of(GOOD, {"candidate": loadtest(STEADY)}, FLOOR.model_copy(update={"load": (check,)}), UNIT)
         assert verdict.checks[-1].outcome == outcome
 
 
 def test_a_level_on_which_nothing_finished_fails():
     """Zeros that bench writes for no answers are not fast answers."""
-    verdict = judge(GOOD, {"candidate": loadtest([], failed=20)}, LOAD, UNIT)
+    verdict = verdict_of(GOOD, {"candidate": loadtest([], failed=20)}, LOAD, UNIT)
     assert verdict.checks[-1].outcome == "fail"
     assert outcome_of(verdict, "errors in load test") == "fail"
 
 
-def test_reports_that_cannot_be_judged_are_refused_with_every_reason():
+def test_reports_that_cannot_be_decided_are_refused_with_every_reason():
     """Another unit, items, holdout, an unknown metric and an unknown level: five problems at once."""
     policy = GateConfig(
         metrics=(MetricCheck(metric="exact_match", against="base"), MetricCheck(metric="f1_macro", min=0.5)),
@@ -255,7 +255,7 @@ def test_reports_that_cannot_be_judged_are_refused_with_every_reason():
         "base": evaluation("base", hits(1, 9), holdout_digest="h2"),
     }
     with pytest.raises(GateFailed) as error:
-        judge(reports, {"candidate": loadtest(STEADY)}, policy, UNIT)
+        verdict_of(reports, {"candidate": loadtest(STEADY)}, policy, UNIT)
     whole = str(error.value)
     assert len(error.value.problems) == 5
     for word in (
@@ -276,14 +276,14 @@ def test_the_same_reports_give_the_same_verdict():
         "candidate": evaluation("candidate", graded, metric="token_f1"),
         "base": evaluation("base", graded[::-1], metric="token_f1"),
     }
-    assert judge(reports, {}, policy, UNIT) == judge(reports, {}, policy, UNIT)
+    assert verdict_of(reports, {}, policy, UNIT) == verdict_of(reports, {}, policy, UNIT)
 
 
 def test_more_right_answers_never_make_a_verdict_worse():
     """Over all counts of 120, the outcome climbs from fail through inconclusive to pass and never back."""
     order = ["fail", "inconclusive", "pass"]
     outcomes = [
-        order.index(judge({"candidate": evaluation("candidate", hits(right, 120))}, {}, FLOOR, UNIT).outcome)
+        order.index(verdict_of({"candidate": evaluation("candidate", hits(right, 120))}, {}, FLOOR, UNIT).outcome)
         for right in range(0, 121, 3)
     ]
     assert outcomes == sorted(outcomes)
@@ -293,7 +293,9 @@ def test_more_right_answers_never_make_a_verdict_worse():
 def test_surer_policies_decide_less():
     """What passes at 99 % passes at 90 %, and the interval is wider."""
     reports = {"candidate": evaluation("candidate", hits(172, 200))}
-    sure, unsure = (judge(reports, {}, FLOOR.model_copy(update={"confidence": level}), UNIT) for level in (0.99, 0.9))
+    sure, unsure = (
+        verdict_of(reports, {}, FLOOR.model_copy(update={"confidence": level}), UNIT) for level in (0.99, 0.9)
+    )
     assert (sure.outcome, unsure.outcome) == ("inconclusive", "pass")
 
 
@@ -322,7 +324,7 @@ def test_the_demos_policy_passes_the_tuned_model_and_fails_the_untrained_one():
     base = demo_evaluation("base", scorers, tuned=False)
     for tuned, outcome in ((True, "pass"), (False, "fail")):
         reports = {"base": base, "candidate": demo_evaluation("candidate", scorers, tuned=tuned)}
-        assert judge(reports, tests, config.gate, UNIT).outcome == outcome
+        assert verdict_of(reports, tests, config.gate, UNIT).outcome == outcome
 
 
 def versus(ours: list[float], theirs: list[float], **fields) -> dict[str, Evaluation]:
@@ -349,8 +351,8 @@ NOT_WORSE = GateConfig(metrics=(MetricCheck(metric="exact_match", against="incum
 
 def test_a_loss_within_the_margin_is_no_failure_and_one_beyond_it_is():
     """1 of 900 lost is shown to be within three points; 27 lost are shown to be worse and not to be within."""
-    small = judge(versus(hits(799, 900), hits(800, 900)), {}, NOT_WORSE, UNIT)
-    large = judge(versus(hits(773, 900), hits(800, 900)), {}, NOT_WORSE, UNIT)
+    small = verdict_of(versus(hits(799, 900), hits(800, 900)), {}, NOT_WORSE, UNIT)
+    large = verdict_of(versus(hits(773, 900), hits(800, 900)), {}, NOT_WORSE, UNIT)
     assert (small.outcome, large.outcome) == ("pass", "fail")
     assert "isn't above -0.03" in large.checks[-1].why
 
@@ -363,12 +365,12 @@ def test_a_part_that_got_worse_fails_although_the_whole_did_not():
         metrics=(MetricCheck(metric="exact_match", min=0.5),),
         slices=(SliceCheck(by="language", metric="exact_match"),),
     )
-    verdict = judge(versus(ours, theirs, language=language), {}, policy, UNIT)
+    verdict = verdict_of(versus(ours, theirs, language=language), {}, policy, UNIT)
     by_name = {check.name: check for check in verdict.checks}
     assert by_name["exact_match vs incumbent where language=de"].outcome == "fail"
     assert by_name["exact_match vs incumbent where language=en"].outcome == "pass"
     assert verdict.outcome == "fail"
-    even = judge(versus(theirs, theirs, language=language), {}, policy, UNIT)
+    even = verdict_of(versus(theirs, theirs, language=language), {}, policy, UNIT)
     assert even.outcome == "pass"
     assert "would miss a loss of up to" in even.checks[-1].why
 
@@ -380,16 +382,16 @@ def test_parts_too_small_to_judge_are_said_to_be():
         metrics=(MetricCheck(metric="exact_match", min=0.5),),
         slices=(SliceCheck(by="language", metric="exact_match"),),
     )
-    verdict = judge(versus([0.0] * 5 + [1.0] * 395, [1.0] * 400, language=language), {}, policy, UNIT)
+    verdict = verdict_of(versus([0.0] * 5 + [1.0] * 395, [1.0] * 400, language=language), {}, policy, UNIT)
     check = next(check for check in verdict.checks if check.name.endswith("by language"))
-    assert (check.outcome, check.why) == ("pass", "5 of 400 items are in parts too small to be judged")
+    assert (check.outcome, check.why) == ("pass", "5 of 400 items are in parts too small to decide")
 
 
 def test_a_slice_without_its_column_is_refused():
     """The remedy names data.columns."""
     policy = NOT_WORSE.model_copy(update={"slices": (SliceCheck(by="language", metric="exact_match"),)})
     with pytest.raises(GateFailed, match=r"add language to data\.columns"):
-        judge(versus(hits(90, 120), hits(90, 120)), {}, policy, UNIT)
+        verdict_of(versus(hits(90, 120), hits(90, 120)), {}, policy, UNIT)
 
 
 def test_items_of_one_group_count_as_one_draw():
@@ -397,8 +399,8 @@ def test_items_of_one_group_count_as_one_draw():
     theirs = [1.0] * 400
     ours = [0.0] * 40 + [1.0] * 360
     customers = [str(number // 10) for number in range(400)]
-    alone = judge(versus(ours, theirs, customer=customers), {}, NOT_WORSE, UNIT)
-    grouped = judge(
+    alone = verdict_of(versus(ours, theirs, customer=customers), {}, NOT_WORSE, UNIT)
+    grouped = verdict_of(
         versus(ours, theirs, customer=customers), {}, NOT_WORSE.model_copy(update={"cluster_by": "customer"}), UNIT
     )
     one, other = alone.checks[-1].estimate, grouped.checks[-1].estimate
@@ -411,7 +413,7 @@ def test_few_groups_decide_nothing():
     """Ten customers are too few for an interval over customers."""
     customers = [str(number % 10) for number in range(200)]
     policy = NOT_WORSE.model_copy(update={"cluster_by": "customer"})
-    verdict = judge(versus(hits(200, 200), hits(100, 200), customer=customers), {}, policy, UNIT)
+    verdict = verdict_of(versus(hits(200, 200), hits(100, 200), customer=customers), {}, policy, UNIT)
     assert (outcome_of(verdict, "groups"), verdict.outcome) == ("inconclusive", "inconclusive")
 
 
@@ -421,12 +423,12 @@ def test_one_dominating_group_decides_nothing():
     policy = FLOOR.model_copy(update={"cluster_by": "customer"})
     slices = (SliceCheck(by="language", metric="exact_match"),)
     scores = [*hits(700, 800), *hits(190, 232)]
-    verdict = judge(versus(scores, scores, customer=customers), {}, policy, UNIT)
+    verdict = verdict_of(versus(scores, scores, customer=customers), {}, policy, UNIT)
     groups = next(check for check in verdict.checks if check.name == "groups")
     assert (groups.outcome, verdict.outcome) == ("inconclusive", "inconclusive")
     assert groups.why == "1032 items come in 30 groups of unequal size, which count as 1.7 effective groups"
     sliced = versus(scores, scores, customer=customers, language=["de"] * 1032)
-    verdict = judge(sliced, {}, policy.model_copy(update={"slices": slices}), UNIT)
+    verdict = verdict_of(sliced, {}, policy.model_copy(update={"slices": slices}), UNIT)
     assert outcome_of(verdict, "exact_match vs incumbent by language") == "inconclusive"
 
 
@@ -446,7 +448,7 @@ def test_a_worse_graded_answer_never_makes_a_verdict_better():
                 name: evaluation(name, found, metric="token_f1")
                 for name, found in (("candidate", scores), ("incumbent", [1.0] * 100))
             }
-            outcomes.append(order.index(judge(found, {}, policy, UNIT).outcome))
+            outcomes.append(order.index(verdict_of(found, {}, policy, UNIT).outcome))
             scores[number : number + 4] = [kept, kept, 0.0, kept]
         assert outcomes == sorted(outcomes, reverse=True)
         assert (outcomes[0], outcomes[-1]) == (2, 0)
@@ -457,7 +459,7 @@ def test_one_slightly_worse_answer_turns_nothing_into_a_pass():
     policy = GateConfig(metrics=(MetricCheck(metric="token_f1", min=0.99),))
     for last in (1.0, 0.99, 0.5):
         found = {"candidate": evaluation("candidate", [*hits(99, 99), last], metric="token_f1")}
-        assert judge(found, {}, policy, UNIT).outcome == "inconclusive"
+        assert verdict_of(found, {}, policy, UNIT).outcome == "inconclusive"
 
 
 def test_an_allowed_regression_is_shown_with_its_reason_and_does_not_count():
@@ -466,29 +468,29 @@ def test_an_allowed_regression_is_shown_with_its_reason_and_does_not_count():
     policy = GateConfig(
         metrics=(MetricCheck(metric="exact_match", min=0.5, against="incumbent"),), allowed_regressions=(allowed,)
     )
-    verdict = judge(versus(hits(150, 200), hits(190, 200)), {}, policy, UNIT)
+    verdict = verdict_of(versus(hits(150, 200), hits(190, 200)), {}, policy, UNIT)
     check = verdict.checks[-1]
     assert (check.outcome, check.waived, verdict.outcome) == ("fail", "allowed: the old labels were wrong", "pass")
-    better = judge(versus(hits(199, 200), hits(150, 200)), {}, policy, UNIT)
+    better = verdict_of(versus(hits(199, 200), hits(150, 200)), {}, policy, UNIT)
     assert not better.checks[-1].waived
     wrong = policy.model_copy(update={"allowed_regressions": (AllowedRegression(check="accuracy", reason="x"),)})
-    with pytest.raises(GateFailed, match="'accuracy' is no check"):
-        judge(versus(hits(150, 200), hits(190, 200)), {}, wrong, UNIT)
+    with pytest.raises(GateFailed, match="'accuracy' is not a check"):
+        verdict_of(versus(hits(150, 200), hits(190, 200)), {}, wrong, UNIT)
     thin = policy.model_copy(
         update={"min_items": 500, "allowed_regressions": (AllowedRegression(check="items", reason="x"),)}
     )
-    with pytest.raises(GateFailed, match="'items' is no check"):
-        judge(versus(hits(150, 200), hits(190, 200)), {}, thin, UNIT)
+    with pytest.raises(GateFailed, match="'items' is not a check"):
+        verdict_of(versus(hits(150, 200), hits(190, 200)), {}, thin, UNIT)
 
 
 def test_an_advisory_check_does_not_decide():
     """It is in the table with its outcome; a policy of nothing else passes nothing."""
     advisory = MetricCheck(metric="exact_match", min=0.99, required=False)
     both = GateConfig(metrics=(MetricCheck(metric="exact_match", min=0.5), advisory))
-    verdict = judge(GOOD, {}, both, UNIT)
+    verdict = verdict_of(GOOD, {}, both, UNIT)
     assert [(check.outcome, check.waived) for check in verdict.checks[-2:]] == [("pass", ""), ("fail", "advisory")]
     assert verdict.outcome == "pass"
-    assert judge(GOOD, {}, GateConfig(metrics=(advisory,)), UNIT).outcome == "inconclusive"
+    assert verdict_of(GOOD, {}, GateConfig(metrics=(advisory,)), UNIT).outcome == "inconclusive"
 
 
 def prompts(broken: set[int], of: int = 7) -> tuple[PromptResult, ...]:
@@ -512,10 +514,10 @@ def prompts(broken: set[int], of: int = 7) -> tuple[PromptResult, ...]:
         ({6}, {1}, "no_regression", "fail"),
     ],
 )
-def test_must_pass_prompts_are_judged_as_counted(ours, theirs, rule, outcome):
+def test_must_pass_prompts_are_decided_as_counted(ours, theirs, rule, outcome):
     """All of them, or those that the incumbent doesn't break; one that it was never asked counts. The broken are named."""
     found = {"candidate": prompts(ours), **({"incumbent": prompts(theirs, of=5)} if theirs is not None else {})}
-    verdict = judge(GOOD, {}, FLOOR.model_copy(update={"prompts": rule}), UNIT, prompts=found)
+    verdict = verdict_of(GOOD, {}, FLOOR.model_copy(update={"prompts": rule}), UNIT, prompts=found)
     assert outcome_of(verdict, "must-pass prompts") == outcome == verdict.outcome
     if outcome == "fail":
         assert f"p{max(ours)}" in next(check.why for check in verdict.checks if check.name == "must-pass prompts")
@@ -526,7 +528,7 @@ def task(values: list[float], **fields) -> tuple[TaskResult, ...]:
     return (TaskResult(**{**known, **fields}, values=tuple(values)),)
 
 
-def test_an_lm_eval_task_is_judged_like_any_metric():
+def test_an_lm_eval_task_is_decided_like_any_metric():
     """By name TASK/METRIC, as a floor and paired with the incumbent on the same documents."""
     policy = GateConfig(
         metrics=(
@@ -537,23 +539,23 @@ def test_an_lm_eval_task_is_judged_like_any_metric():
     reports = versus(hits(190, 200), hits(190, 200))
     same = {"candidate": task(hits(280, 400)), "incumbent": task(hits(282, 400))}
     worse = {"candidate": task(hits(240, 400)), "incumbent": task(hits(282, 400))}
-    assert judge(reports, {}, policy, UNIT, tasks=same).outcome == "pass"
-    assert outcome_of(judge(reports, {}, policy, UNIT, tasks=worse), "boolq/acc vs incumbent") == "fail"
+    assert verdict_of(reports, {}, policy, UNIT, tasks=same).outcome == "pass"
+    assert outcome_of(verdict_of(reports, {}, policy, UNIT, tasks=worse), "boolq/acc vs incumbent") == "fail"
 
 
 @pytest.mark.parametrize(
     ("theirs", "ours", "words"),
     [
         (task(hits(2, 4), ids=tuple("abcd")), task(hits(2, 4)), "same documents"),
-        (task(hits(2, 4)), task([0.5, 3.0, 1.0, 1.0]), "between 0 and 1"),
-        (task(hits(2, 4)), task(hits(2, 4), higher_is_better=False), "between 0 and 1"),
+        (task(hits(2, 4)), task([0.5, 3.0, 1.0, 1.0]), "not a score from 0 to 1"),
+        (task(hits(2, 4)), task(hits(2, 4), higher_is_better=False), "not a score from 0 to 1"),
     ],
 )
-def test_a_task_that_cannot_be_judged_is_refused(theirs, ours, words):
+def test_a_task_that_cannot_be_decided_is_refused(theirs, ours, words):
     """Other documents, values that are no shares, and a metric of which less is better."""
     policy = GateConfig(metrics=(MetricCheck(metric="boolq/acc", against="incumbent"),))
     with pytest.raises(GateFailed, match=words):
-        judge(versus(hits(9, 9), hits(9, 9)), {}, policy, UNIT, tasks={"candidate": ours, "incumbent": theirs})
+        verdict_of(versus(hits(9, 9), hits(9, 9)), {}, policy, UNIT, tasks={"candidate": ours, "incumbent": theirs})
 
 
 def judged(wins: int, losses: int, ties: int) -> tuple[JudgeReport, ...]:
@@ -570,11 +572,11 @@ def judged(wins: int, losses: int, ties: int) -> tuple[JudgeReport, ...]:
 def test_an_llm_judges_win_rate_has_a_floor():
     """Parity over 300 items reaches 0.43, 90 of 300 won doesn't; without an incumbent it doesn't apply."""
     policy, both = FLOOR.model_copy(update={"judges": (JudgeCheck(min=0.43),)}), versus(hits(290, 300), hits(290, 300))
-    parity, worse = (judge(both, {}, policy, UNIT, judged=judged(*n)) for n in ((130, 130, 40), (90, 210, 0)))
+    parity, worse = (verdict_of(both, {}, policy, UNIT, judged=judged(*n)) for n in ((130, 130, 40), (90, 210, 0)))
     assert (outcome_of(parity, "judge vs incumbent"), outcome_of(worse, "judge vs incumbent")) == ("pass", "fail")
-    assert outcome_of(judge(GOOD, {}, policy, UNIT), "judge vs incumbent") == "pass"
+    assert outcome_of(verdict_of(GOOD, {}, policy, UNIT), "judge vs incumbent") == "pass"
     customers = [str(n // 10) for n in range(300)]
-    grouped = judge(
+    grouped = verdict_of(
         versus(hits(290, 300), hits(290, 300), customer=customers), {},
         policy.model_copy(update={"cluster_by": "customer"}), UNIT, judged=judged(130, 130, 40),
     )  # fmt: skip
@@ -588,9 +590,9 @@ def test_a_judge_that_judged_little_or_nothing_passes_nothing():
     """No report is refused; few items, or many without a usable answer, are open."""
     policy, both = FLOOR.model_copy(update={"judges": (JudgeCheck(min=0.3),)}), versus(hits(190, 200), hits(190, 200))
     with pytest.raises(GateFailed, match="against incumbent is not measured"):
-        judge(both, {}, policy, UNIT)
-    few, mute = (judge(both, {}, policy, UNIT, judged=found) for found in (judged(40, 0, 0), judged(0, 0, 0)))
-    half = judge(both, {}, policy, UNIT, judged=(judged(200, 0, 0)[0].model_copy(update={"failed": 100}),))
+        verdict_of(both, {}, policy, UNIT)
+    few, mute = (verdict_of(both, {}, policy, UNIT, judged=found) for found in (judged(40, 0, 0), judged(0, 0, 0)))
+    half = verdict_of(both, {}, policy, UNIT, judged=(judged(200, 0, 0)[0].model_copy(update={"failed": 100}),))
     assert {outcome_of(verdict, "judge vs incumbent") for verdict in (few, mute, half)} == {"inconclusive"}
     assert "100 of 300" in half.checks[-1].why
 
@@ -599,7 +601,7 @@ def test_a_system_that_failed_requests_is_nothing_to_be_held_against():
     """An incumbent that answered too little would lower the bar: open, with the way out."""
     reports = versus(hits(150, 200), hits(120, 200))
     reports["incumbent"] = reports["incumbent"].model_copy(update={"errors": 60})
-    verdict = judge(reports, {}, NOT_WORSE, UNIT)
+    verdict = verdict_of(reports, {}, NOT_WORSE, UNIT)
     check = next(check for check in verdict.checks if check.name == "errors in evaluation of incumbent")
     assert (check.outcome, verdict.outcome) == ("inconclusive", "inconclusive")
     assert "--again" in check.why
@@ -612,7 +614,7 @@ def test_a_judge_is_not_asked_to_beat_a_system_that_failed_requests():
         versus(hits(190, 200), hits(190, 200)),
     )
     reports["incumbent"] = reports["incumbent"].model_copy(update={"errors": 60})
-    verdict = judge(reports, {}, policy, UNIT, judged=judged(200, 0, 0))
+    verdict = verdict_of(reports, {}, policy, UNIT, judged=judged(200, 0, 0))
     assert outcome_of(verdict, "errors in evaluation of incumbent") == verdict.outcome == "inconclusive"
 
 
@@ -624,7 +626,7 @@ def test_a_metric_of_few_items_passes_nothing():
         for n, item in enumerate(items)
     )
     policy = GateConfig(metrics=(MetricCheck(metric="json_field_match/refund", min=0.3),))
-    verdict = judge({"candidate": evaluation("candidate", [], items=some)}, {}, policy, UNIT)
+    verdict = verdict_of({"candidate": evaluation("candidate", [], items=some)}, {}, policy, UNIT)
     assert outcome_of(verdict, "json_field_match/refund") == verdict.outcome == "inconclusive"
 
 
@@ -635,7 +637,7 @@ def test_more_slices_make_no_other_question_harder():
     one = SliceCheck(by="language", metric="exact_match")
     floor = (MetricCheck(metric="exact_match", min=0.5),)
     for more in ((), (SliceCheck(by="channel", metric="exact_match"),)):
-        verdict = judge(reports, {}, GateConfig(metrics=floor, slices=(one, *more)), UNIT)
+        verdict = verdict_of(reports, {}, GateConfig(metrics=floor, slices=(one, *more)), UNIT)
         assert outcome_of(verdict, "exact_match vs incumbent where language=de") == verdict.outcome == "fail"
 
 
@@ -643,10 +645,12 @@ def test_slices_of_which_none_is_large_enough_are_open():
     """A check that looked at nothing passes nothing."""
     reports = versus([1.0] * 200, [1.0] * 200, customer=[str(n // 4) for n in range(200)])
     floor, by = (MetricCheck(metric="exact_match", min=0.5),), SliceCheck(by="customer", metric="exact_match")
-    verdict = judge(reports, {}, GateConfig(metrics=floor, slices=(by.model_copy(update={"min_items": 300}),)), UNIT)
+    verdict = verdict_of(
+        reports, {}, GateConfig(metrics=floor, slices=(by.model_copy(update={"min_items": 300}),)), UNIT
+    )
     assert verdict.outcome == "inconclusive"
     grouped = GateConfig(metrics=floor, slices=(by.model_copy(update={"min_items": 4}),), cluster_by="customer")
-    assert "200 of 200 items are in parts too small" in judge(reports, {}, grouped, UNIT).checks[-1].why
+    assert "200 of 200 items are in parts too small" in verdict_of(reports, {}, grouped, UNIT).checks[-1].why
 
 
 def test_a_slice_in_which_nothing_has_the_metric_is_left_out():
@@ -666,7 +670,7 @@ def test_a_slice_in_which_nothing_has_the_metric_is_left_out():
     policy = GateConfig(
         metrics=(MetricCheck(metric="exact_match", min=0.5),), slices=(SliceCheck(by="language", metric="rougeL"),)
     )
-    names = [check.name for check in judge(reports, {}, policy, UNIT).checks]
+    names = [check.name for check in verdict_of(reports, {}, policy, UNIT).checks]
     assert [name for name in names if "where" in name] == ["rougeL vs incumbent where language=de"]
 
 
@@ -674,7 +678,7 @@ def test_a_policy_whose_only_check_is_allowed_to_fail_passes_nothing():
     """An allowed regression can't leave a build unexamined."""
     allowed = (AllowedRegression(check="exact_match vs incumbent", reason="known"),)
     policy = NOT_WORSE.model_copy(update={"allowed_regressions": allowed})
-    verdict = judge(versus(hits(0, 200), hits(190, 200)), {}, policy, UNIT)
+    verdict = verdict_of(versus(hits(0, 200), hits(190, 200)), {}, policy, UNIT)
     assert (outcome_of(verdict, "policy"), verdict.outcome) == ("inconclusive", "inconclusive")
 
 
@@ -688,4 +692,4 @@ def test_an_allowed_regression_that_does_not_apply_yet_is_no_mistake():
     )
     first = evaluation("candidate", hits(190, 200)).items
     items = tuple(item.model_copy(update={"columns": {"language": "en"}}) for item in first)
-    assert judge({"candidate": evaluation("candidate", [], items=items)}, {}, policy, UNIT).outcome == "pass"
+    assert verdict_of({"candidate": evaluation("candidate", [], items=items)}, {}, policy, UNIT).outcome == "pass"

@@ -86,7 +86,7 @@ def test_a_tail_that_too_few_requests_cannot_bound_is_told_before_anything_runs(
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
-def test_every_shipped_policy_can_be_judged(name):
+def test_every_shipped_policy_can_be_decided(name):
     """Nothing is asked for that the config doesn't measure, and no tail that its requests can't bound."""
     config = file.load(CONFIGS / name)
     assert gate_policy.problems(config.gate, config.evaluate, config.loadtest) == []

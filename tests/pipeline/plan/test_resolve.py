@@ -43,7 +43,7 @@ def problems(folder: Path, text: str, *overrides: str) -> list[Problem]:
          7, "gate.metrics[1].metric: accuracy is not measured"),
         ("gate:\n  metrics:\n    - metric: exact_match\n      against: base\nevaluate: {compare: [merged]}\n",
          6, "gate.metrics[0].against: base is not measured"),
-        ("evaluate:\n  max_items: 20\n" + PASSABLE, 5, "gate.min_items: 100 scored items are wanted"),
+        ("evaluate:\n  max_items: 20\n" + PASSABLE, 5, "gate.min_items: 100 scored items must be there"),
         (PASSABLE + "  load:\n    - {metric: p99_ttft_ms, max_concurrency: 8, max: 100}\n",
          7, "can't be bounded by 96 requests"),
         (PASSABLE + "  load:\n    - {metric: p50_ttft_ms, max_concurrency: 3, max: 100}\n", 7, "3 is not measured"),
