@@ -106,7 +106,7 @@ class LedgerEntry(Record):
     """One step of a model's making, scored on the first items of the holdout: the loss ledger's line.
 
     base: before training; adapter: on the NF4 base, as trained; merged_*: both ways to merge, the one that was taken last;
-    quantized: AWQ's weights in transformers; served: the candidate as vLLM serves it. `items` come in holdout order, the
+    quantized: the quantized weights in transformers; served: the candidate as vLLM serves it. `items` come in holdout order, the
     same for every step.
     """
 

@@ -3,7 +3,7 @@
     python -m pipeline.ledger.answers REQUEST.json
 
 Runs in the train environment, all steps in transformers: the base, the adapter on the base as it was trained, both ways
-to merge, AWQ. With one engine a difference between two steps is the model's own; what another engine adds, its kernels
+to merge, the quantized model. With one engine a difference between two steps is the model's own; what another engine adds, its kernels
 and its batches, is the difference of the last step, the candidate as vLLM serves it, whose answers are in its Evaluation
 already. (Base and merged as vLLM serves them are evaluated too, and aren't taken: the adapter would be charged with the
 step from one engine to the other.)

@@ -1,8 +1,8 @@
 """The model of each step of the ledger, loaded to be asked: in one engine, plain layers, the dtype that training took.
 
-4-bit weights are unpacked once, the NF4 ones that training kept as well as AWQ's: the same values as if every product
-unpacked them, and many times faster on a CPU. AWQ is read by `quantize_check` from its bytes, whichever package wrote
-them, so AutoAWQ's folders need no environment of their own here.
+Packed weights are unpacked once, training's NF4 ones as well as the quantized model's: the same values as if every product
+unpacked them, and many times faster on a CPU. `quantize.formats` reads the quantized model from its bytes, whichever package
+wrote them, so AutoAWQ's folders need no environment of their own here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.errors import ModelError, Problem
 from pipeline.finetune import model as finetune_model
 from pipeline.merge import weights as merge_weights
 from pipeline.model import special_tokens, weights
-from pipeline.quantize import check
+from pipeline.quantize import formats
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,7 @@ def steps(artifacts: Mapping[str, Artifact], settings: FinetuneConfig) -> tuple[
 def load(step: LedgerStep, artifacts: Mapping[str, Artifact], settings: FinetuneConfig) -> Speaker:
     """The model of a step, on the GPU where there is one.
 
-    The merge that was taken and AWQ are read from the folders that were made; the other merge is made again in memory.
+    The merge that was taken and the quantized model are read from their folders; the other merge is made again in memory.
     Raises ModelError when a folder can't be loaded, lacks a weight or holds one that isn't finite.
     """
     import torch
@@ -60,7 +60,7 @@ def load(step: LedgerStep, artifacts: Mapping[str, Artifact], settings: Finetune
     if step == "quantized":
         quantized = artifacts["quantize"].payload
         model = _plain(merge.payload, quantized, dtype)
-        check.load_dequantized(model, quantized)
+        formats.load_dequantized(model, quantized)
         return _ready(model, quantized)
     model = _plain(merge.payload, merge.payload, dtype)
     if step != MERGED[merge.detail["merge_base"]]:

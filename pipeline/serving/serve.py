@@ -16,6 +16,7 @@ from pathlib import Path
 
 from pipeline import hardware
 from pipeline.artifacts import ServedUnit
+from pipeline.config import methods
 from pipeline.config.schema import ServeConfig
 from pipeline.environments.interpreters import Environment
 from pipeline.errors import EnvironmentMissing, Problem, ServingError
@@ -61,10 +62,10 @@ def served_unit(model: Path, serve: ServeConfig, name: str, environment: Environ
 
 
 def _auto_dtype(model: Path, device: hardware.Device) -> str:
-    """What `dtype: auto` is for this model here; vLLM takes AutoAWQ's format in 16 bits alone."""
+    """What `dtype: auto` is for this model here; vLLM takes some quantized formats in 16 bits only."""
     quantized = json.loads((model / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    only_16_bits = quantized.get("quant_method") == "awq" and device.serving_dtype == "float32"
-    return "float16" if only_16_bits else device.serving_dtype
+    in_float32 = device.serving_dtype == "float32"
+    return "float16" if in_float32 and methods.needs_16_bits(quantized.get("quant_method")) else device.serving_dtype
 
 
 def start(
