@@ -20,7 +20,7 @@ from pipeline.errors import RegistryError
 from pipeline.files import write_json
 from pipeline.plan import plan
 from pipeline.registry.client import artifact_uri, asking, local_folder, tracking_uri
-from pipeline.report import render
+from pipeline.report import plots, render
 
 BUILD, UNIT_DIGEST, VERDICT, DESCRIBED = (f"tunegate.{name}" for name in ("build", "unit_digest", "verdict", "config"))
 CONFIG, RECORD, NOTE = "config.json", "build.json", "mlflow.note.content"
@@ -208,7 +208,7 @@ def _write_pages(build: Build, card: str, root: Path) -> None:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
     (root / "plots").mkdir()
-    render.save_plots(build, root / "plots")
+    plots.save_plots(build, root / "plots")
 
 
 def read_text(run_id: str, name: str) -> str:
