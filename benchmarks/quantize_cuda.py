@@ -41,7 +41,7 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.model import weights
-from pipeline.quantize import check
+from pipeline.quantize import check, formats
 from pipeline.quantize import llmcompressor as quantize_llmcompressor
 from pipeline.quantize.calibration import PROBE_TOKENS, Sample
 from pipeline.quantize.quantize import choose_group_size, linear_shapes
@@ -213,7 +213,7 @@ def apart(one: Path, other: Path) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     norms, largest, moved, values = [], 0.0, 0, 0
     with weights.Reader(one) as stored:
-        left, right = check.dequantized(one, device), check.dequantized(other, device)
+        left, right = formats.dequantized(one, device), formats.dequantized(other, device)
         for (name, weight), (_, against) in zip(left, right, strict=True):
             scale = f"{name.removesuffix('.weight')}.weight_scale"
             if scale not in weights.tensors(one):

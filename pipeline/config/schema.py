@@ -7,11 +7,13 @@ Imports pydantic only, so that `tunegate check` stays quick.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.artifacts import RuntimeName
+from pipeline.config import methods
 from pipeline.config.gate import GateConfig
 from pipeline.config.kubernetes import KubernetesConfig
 from pipeline.config.section import Bytes, Fraction, PositiveInt, Section, ShareOrRows
@@ -158,9 +160,17 @@ class MergeConfig(Section):
 
 
 class QuantizeConfig(Section):
-    """AWQ, 4 bits a weight."""
+    """Fewer bits a weight: a method, and the tool that does it; pairs as in METHODS."""
 
-    method: Literal["llmcompressor", "autoawq", "none"] = "llmcompressor"
+    method: Literal["awq", "none"] = Field(
+        "awq",
+        description="none serves the merged model; llmcompressor and autoawq (of version 0.1) mean awq by that backend",
+    )
+    backend: Literal["llmcompressor", "autoawq"] | None = Field(
+        None,
+        validate_default=True,
+        description="the tool that does the method; default: the method's first; null for method: none",
+    )
     group_size: Literal["auto", 32, 64, 128] = "auto"
     zero_point: bool = Field(True, description="asymmetric grid")
     observer: Literal["memoryless_minmax", "memoryless_mse"] = Field(
@@ -170,13 +180,53 @@ class QuantizeConfig(Section):
     num_calibration_samples: PositiveInt = 64
     max_calibration_tokens: PositiveInt = Field(512, description="tokens kept of one calibration sample")
 
-    @model_validator(mode="after")
-    def _autoawq_settles_them_itself(self) -> QuantizeConfig:
-        if self.method == "autoawq" and not self.zero_point:
-            raise ValueError("zero_point: false goes with method: llmcompressor; AutoAWQ's format has one always")
-        if self.method == "autoawq" and self.observer != "memoryless_minmax":
-            raise ValueError("observer goes with method: llmcompressor; AutoAWQ searches where to cut by itself")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_alias(cls, section: Any) -> Any:
+        """Version 0.1's spelling as method and backend; one that contradicts `backend` stays for `_refuse_contradiction`."""
+        alias = methods.ALIASES.get(str(section.get("method"))) if isinstance(section, dict) else None
+        if alias is None or section.get("backend") not in (None, alias[1]):
+            return section
+        return {**section, "method": alias[0], "backend": alias[1]}
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _refuse_contradiction(cls, method: Any) -> Any:
+        if isinstance(method, str) and method in methods.ALIASES:
+            name, backend = methods.ALIASES[method]
+            raise ValueError(
+                f"means method: {name} with backend: {backend}, and quantize.backend is another; write method: {name} and one backend"
+            )
+        return method
+
+    @field_validator("backend", mode="after")
+    @classmethod
+    def _belongs_to_its_method(cls, backend: str | None, info: ValidationInfo) -> str | None:
+        method = info.data.get("method")
+        if method is None:
+            return backend
+        choices = methods.backends(method)
+        if backend is None:
+            return choices[0] if choices else None
+        if not choices:
+            raise ValueError(
+                f"must not stand beside quantize.method: {method}; delete it, or set another quantize.method"
+            )
+        if backend not in choices:
+            raise ValueError(f"must be a backend of quantize.method: {method}: {' or '.join(choices)}")
+        return backend
+
+    @field_validator("zero_point", "observer", mode="after")
+    @classmethod
+    def _is_possible(cls, setting: Any, info: ValidationInfo) -> Any:
+        backend, name = str(info.data.get("backend")), str(info.field_name)
+        method = methods.METHODS.get((str(info.data.get("method")), backend))
+        if method and name in method.fixed and setting != method.fixed[name][0]:
+            only, reason = method.fixed[name]
+            raise ValueError(
+                f"must be {json.dumps(only)} with backend: {backend} ({reason}); or set another quantize.backend"
+            )
+        return setting
 
 
 class ContainerConfig(Section):

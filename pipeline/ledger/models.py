@@ -1,7 +1,7 @@
 """The model of each step of the ledger, ready to answer: one engine, plain layers, training's dtype.
 
 4-bit weights are unpacked once, training's NF4 and the quantized model's alike: the same values as if every product unpacked them,
-and many times faster on a CPU. quantize/check.py reads the quantized model from its bytes, whichever package wrote them: AutoAWQ's
+and many times faster on a CPU. `quantize.formats` reads the quantized model from its bytes, whichever package wrote them: AutoAWQ's
 folders need no environment of their own here.
 """
 
@@ -18,7 +18,7 @@ from pipeline.errors import ModelError, Problem
 from pipeline.finetune import model as finetune_model
 from pipeline.merge import weights as merge_weights
 from pipeline.model import special_tokens, weights
-from pipeline.quantize import check
+from pipeline.quantize import formats
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,7 @@ def load(step: LedgerStep, artifacts: Mapping[str, Artifact], settings: Finetune
     if step == "quantized":
         folder = artifacts["quantize"].payload
         model = _plain(merge.payload, folder, dtype)
-        check.load_dequantized(model, folder)
+        formats.load_dequantized(model, folder)
         return _ready(model, folder)
     model = _plain(merge.payload, merge.payload, dtype)
     if step != MERGED[merge.detail["merge_base"]]:

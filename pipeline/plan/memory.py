@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from pipeline import hardware
+from pipeline.config import methods
 from pipeline.errors import ConfigError, Problem
 from pipeline.finetune import execution
 
@@ -54,11 +55,12 @@ def estimates(config: Mapping[str, Any], record: Mapping[str, Any] | None, devic
 
 
 def served_weights(config: Mapping[str, Any], parameters: int, device: hardware.Device) -> int:
-    """Bytes of the served weights: 0.6 a parameter in 4 bits with their scales, unless the device unpacks them."""
+    """Bytes of the served weights, scales included; a device without bf16 unpacks quantized ones."""
     dtype = config["serve"]["dtype"]
     plain = parameters * (4 if (device.serving_dtype if dtype == "auto" else dtype) == "float32" else 2)
-    in_four_bits = config["quantize"]["method"] != "none" and device.device_class not in hardware.WITHOUT_BF16
-    return int(parameters * 0.6) if in_four_bits else plain
+    method = methods.of(config["quantize"])
+    is_packed = method and device.device_class not in hardware.WITHOUT_BF16
+    return int(parameters * method.bytes_a_parameter) if method and is_packed else plain
 
 
 def bytes_of(size: str) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config import methods
+
 
 @dataclass(frozen=True)
 class Step:
@@ -49,14 +51,12 @@ def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
             ("merge", "finetune", "data.sequence_len"), (*torch, "bitsandbytes"), retries=1,
         ),
     ]  # fmt: skip
-    method = config["quantize"]["method"]
-    if method != "none":
-        environment = "autoawq" if method == "autoawq" else "train"
-        packages = ("autoawq",) if method == "autoawq" else ("llmcompressor", "compressed-tensors")
+    method = methods.of(config["quantize"])
+    if method:
         table.append(
             Step(
-                "quantize", "pipeline.quantize.quantize", environment, ("merge", "prepare"), ("quantize", "seed"),
-                (*torch, *packages), retries=1,
+                "quantize", "pipeline.quantize.quantize", method.environment, ("merge", "prepare"), ("quantize", "seed"),
+                (*torch, *method.packages), retries=1,
             )
         )  # fmt: skip
     return tuple(table)
@@ -80,7 +80,7 @@ def all_steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
 
 def served_stage(config: Mapping[str, Any]) -> str:
     """The stage whose folder is judged and served."""
-    return "merge" if config["quantize"]["method"] == "none" else "quantize"
+    return "quantize" if methods.of(config["quantize"]) else "merge"
 
 
 def section(config: Mapping[str, Any], place: str) -> Any:

@@ -1,10 +1,13 @@
 """AWQ through AutoAWQ 0.2.9: a plain model in, safetensors in AutoAWQ's GEMM format out.
 
-Runs in the autoawq environment, whose transformers 4.51 reads a config.json of transformers 5 silently wrong:
-it is handed one in the old form, and what it understood is compared. AutoAWQ itself has traps that are met
-here: on a CPU its search for scales overwrites the weights it means to keep; samples longer than its limit
-are skipped and the end of the last block dropped without a word; its search for clips takes minutes and
-refuses layers whose width isn't a multiple of 64.
+Runs in the autoawq environment, whose transformers 4.51 silently misreads a config.json of transformers 5. So the model
+comes with one in the old form, and the config that transformers loads is compared with it.
+
+AutoAWQ's traps, each met here:
+
+- on a CPU its search for scales overwrites the weights that it means to keep;
+- it silently skips samples longer than its limit, and drops the end of the last block;
+- its search for clips takes minutes, and refuses layers whose width isn't a multiple of 64.
 """
 
 from __future__ import annotations
@@ -20,12 +23,13 @@ from pipeline.quantize import batches
 SHARD_SIZE = "1GB"  # files are read side by side when what serves is held against its digest
 EFFORT = {"cpu": {"search_tokens": 1024}, "cuda": {"search_tokens": 2**31}}
 """Tokens on which each of the 20 points of AutoAWQ's search for scales is tried."""
+USE_LLMCOMPRESSOR = "set quantize.backend: llmcompressor"
 
 
 def old_form(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json of transformers 5 as transformers 4 writes it; one in the old form keeps its meaning.
 
-    Raises ModelError for rope parameters that the old form has no place for.
+    Raises ModelError for rope parameters that the old form can't express.
     """
     old = {
         key: value for key, value in config.items() if key not in ("rope_parameters", "dtype", "transformers_version")
@@ -39,7 +43,7 @@ def old_form(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ModelError(
             f"rope parameters that differ by layer ({', '.join(sorted(rope))}) can't be written for AutoAWQ",
             key="rope_parameters",
-            remedy="set quantize.method: llmcompressor",
+            remedy=USE_LLMCOMPRESSOR,
         )
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
@@ -49,27 +53,28 @@ def old_form(config: Mapping[str, Any]) -> dict[str, Any]:
     return old
 
 
-def misread(config: Mapping[str, Any], understood: Mapping[str, Any]) -> list[Problem]:
-    """What transformers 4 understood otherwise than the old form of `config` says: one problem a key."""
-    wanted = old_form(config)
-    keys = sorted(key for key in wanted if key in understood and not key.startswith("_"))
+def misread(config: Mapping[str, Any], transformers_config: Mapping[str, Any]) -> list[Problem]:
+    """Keys that transformers 4 reads otherwise than the old form of `config` says: one problem a key."""
+    old = old_form(config)
+    keys = sorted(key for key in old if key in transformers_config and not key.startswith("_"))
     return [
         Problem(
-            f"transformers 4 reads {understood[key]!r}, the model says {wanted[key]!r}",
+            f"transformers 4 reads {transformers_config[key]!r}, the model says {old[key]!r}",
             file="config.json",
             key=key,
+            remedy=USE_LLMCOMPRESSOR,
         )
         for key in keys
-        if _plain(understood[key]) != _plain(wanted[key])
+        if _plain(transformers_config[key]) != _plain(old[key])
     ] + [
-        Problem("transformers 4 doesn't know this key", file="config.json", key=key)
+        Problem("is a key that transformers 4 doesn't know", file="config.json", key=key, remedy=USE_LLMCOMPRESSOR)
         for key in ("rope_theta", "rope_scaling", "partial_rotary_factor")
-        if wanted.get(key) is not None and key not in understood
+        if old.get(key) is not None and key not in transformers_config
     ]
 
 
 def _plain(value: Any) -> Any:
-    """Values as they are compared: a dtype by its name, a rope type under either of its keys."""
+    """The form in which settings are compared: a dtype by its name, a rope type under either of its keys."""
     if isinstance(value, Mapping):
         return {("rope_type" if key == "type" else key): part for key, part in value.items()}
     return (
@@ -82,8 +87,7 @@ def _plain(value: Any) -> Any:
 def blocks(samples: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
     """All samples end to end, cut into as few blocks of one length, at most `longest`, as hold them.
 
-    AutoAWQ wants blocks of one length and drops what is left over: that is fewer tokens here than there are
-    blocks.
+    AutoAWQ wants blocks of one length. The rest is dropped: fewer tokens than there are blocks.
     """
     stream = [token for sample in samples for token in sample]
     number = -(-len(stream) // longest)
@@ -105,11 +109,11 @@ def load(folder: Path, scratch: Path) -> Any:
             f"AutoAWQ 0.2.9 doesn't know the model type {config['model_type']}",
             file=str(folder / "config.json"),
             allowed=", ".join(sorted(AWQ_CAUSAL_LM_MODEL_MAP)),
-            remedy="set quantize.method: llmcompressor",
+            remedy=USE_LLMCOMPRESSOR,
         )
     old = _old_folder(folder, config, scratch / "old-form")
-    understood = AutoConfig.from_pretrained(old, local_files_only=True, trust_remote_code=False)
-    problems = misread(config, understood.to_dict())
+    transformers_config = AutoConfig.from_pretrained(old, local_files_only=True, trust_remote_code=False)
+    problems = misread(config, transformers_config.to_dict())
     if problems:
         raise ModelError(problems)
     model = AutoModelForCausalLM.from_pretrained(
@@ -145,8 +149,7 @@ def quantize(
     """Quantize `model` in place, write safetensors into `folder`, return config.json's quantization_config.
 
     `samples` are token ids of one conversation each. `on_layer` hears how many of how many layers are done.
-    The config has seen to zero_point, without which there is no such format. Raises StageFailed when AutoAWQ
-    left blocks out.
+    The format always has a zero point; the config admits no other. Raises StageFailed when AutoAWQ left blocks out.
     """
     from awq.models._config import AwqConfig
     from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
@@ -170,7 +173,7 @@ def quantize(
 
 
 def _at_once(model: Any, cut: Sequence[Sequence[int]]) -> int | None:
-    """Blocks that a GPU has room for at once; None, all of them, is AutoAWQ's own way, which keeps their outputs there."""
+    """Blocks that a GPU has room for at once. None means all: AutoAWQ's own way, which keeps their outputs on the GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -187,25 +190,25 @@ def _quantizer_class(cut: Sequence[Sequence[int]], search_tokens: int, on_layer:
     from awq.quantize.quantizer import AwqQuantizer
 
     tokens = len(cut) * len(cut[0])
-    searched = max(1, search_tokens // len(cut[0]))
+    search_blocks = max(1, search_tokens // len(cut[0]))
 
     class Quantizer(AwqQuantizer):  # type: ignore[misc]
-        begun = 0
+        layers_begun = 0
 
         def init_quant(self, *args: Any, **kwargs: Any) -> Any:
             modules, module_kwargs, inputs = super().init_quant(*args, **kwargs)
-            seen = inputs.shape[:-1].numel()
-            if seen != tokens:
+            tokens_taken = inputs.shape[:-1].numel()
+            if tokens_taken != tokens:
                 raise StageFailed(
-                    f"AutoAWQ took {seen} of {tokens} calibration tokens",
+                    f"AutoAWQ took {tokens_taken} of {tokens} calibration tokens",
                     remedy="report it with the versions of torch, transformers and autoawq",
                 )
             return modules, module_kwargs, inputs
 
         def _get_input_feat(self, *args: Any, **kwargs: Any) -> Any:
-            if self.begun:
-                on_layer(self.begun, len(self.modules))
-            self.begun += 1
+            if self.layers_begun:
+                on_layer(self.layers_begun, len(self.modules))
+            self.layers_begun += 1
             return super()._get_input_feat(*args, **kwargs)
 
         def _compute_best_scale(
@@ -223,12 +226,12 @@ def _quantizer_class(cut: Sequence[Sequence[int]], search_tokens: int, on_layer:
             module2inspect.state_dict = lambda: {name: value.clone() for name, value in aliasing().items()}
             try:
                 return super()._compute_best_scale(
-                    x[:searched],
+                    x[:search_blocks],
                     w_mean,
                     x_mean,
                     module2inspect,
                     linears2scale,
-                    fp16_output[:searched],
+                    fp16_output[:search_blocks],
                     kwargs,
                 )
             finally:
@@ -247,16 +250,16 @@ def _quantizer_class(cut: Sequence[Sequence[int]], search_tokens: int, on_layer:
             size = self.group_size
             tokens = input_feat.reshape(-1, w.shape[1] // size, size)
             moments = torch.zeros(w.shape[1] // size, size, size, device=w.device)
-            for some in tokens.split(batches.MOST_TOKENS):
-                inputs = some.transpose(0, 1).to(w.device).float()
+            for chunk in tokens.split(batches.MOST_TOKENS):
+                inputs = chunk.transpose(0, 1).to(w.device).float()
                 moments += inputs.transpose(1, 2) @ inputs / tokens.shape[0]
             groups = w.reshape(w.shape[0], -1, size).transpose(0, 1)
             largest = groups.abs().amax(-1, keepdim=True)
             best, least = largest.clone(), torch.full_like(largest, torch.inf, dtype=torch.float32)
             for step in range(int(max_shrink * n_grid)):
                 limit = largest * (1 - step / n_grid)
-                clipped = torch.clamp(groups, -limit, limit)
-                wrong = (self.pseudo_quantize_tensor(clipped.contiguous())[0] - groups).float()
+                clamp = torch.clamp(groups, -limit, limit)
+                wrong = (self.pseudo_quantize_tensor(clamp.contiguous())[0] - groups).float()
                 error = ((wrong @ moments) * wrong).sum(-1, keepdim=True)
                 best = torch.where(error < least, limit, best)
                 least = torch.minimum(error, least)

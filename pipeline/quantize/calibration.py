@@ -1,7 +1,7 @@
-"""Which token ids a quantizer is shown: calibration conversations, as the chat template renders them.
+"""The token ids that a quantizer calibrates on: conversations as the chat template renders them.
 
-The same code in both environments: a tokenizer.json means the same to transformers 4 and 5, while their
-tokenizer_config.json and automatic classes differ.
+Both environments run this code. A tokenizer.json means the same to transformers 4 and 5; their tokenizer_config.json and
+automatic classes differ.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as token ids; `judged` is the answer with the token that ends it, or a text's tokens after its first.
+    """One conversation as token ids; `judged` is the answer with its end token, or a text's tokens after its first.
 
-    The last `behind` tokens are what a template writes after that one, a line break mostly; nobody trains on or generates it.
+    The template writes the last `behind` tokens after the end token: mostly a line break, neither trained on nor generated.
     """
 
     ids: tuple[int, ...]
@@ -34,23 +34,23 @@ class Sample:
         return len(self.ids)
 
     def end(self, longest: int) -> Sample:
-        """Its last `longest` tokens, where the answer is."""
-        lost = max(0, len(self) - longest)
-        return Sample(self.ids[lost:], max(1, self.answer - lost), self.behind)
+        """The last `longest` tokens, where the answer is."""
+        start = max(0, len(self) - longest)
+        return Sample(self.ids[start:], max(1, self.answer - start), self.behind)
 
     @property
     def judged(self) -> slice:
-        """Where in `ids` the answer is."""
+        """The answer's place in `ids`."""
         return slice(self.answer, len(self) - self.behind)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the quantizer is shown, what probes its result, and how many of the shown were cut."""
+    """The quantizer's samples, the probe that checks its work, and how many samples were cut short."""
 
     samples: tuple[Sample, ...]
     probe: tuple[Sample, ...]
-    trimmed: int
+    cut_short: int
 
     @property
     def tokens(self) -> int:
@@ -58,8 +58,8 @@ class Calibration:
         return sum(map(len, self.samples))
 
     def __str__(self) -> str:
-        cut = f", {self.trimmed} of them cut short" if self.trimmed else ""
-        return f"{len(self.samples)} conversations of {self.tokens} tokens{cut}"
+        tail = f", {self.cut_short} of them cut short" if self.cut_short else ""
+        return f"{len(self.samples)} conversations of {self.tokens} tokens{tail}"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -77,8 +77,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer.json with its special tokens and chat template, whatever class its config names.
 
-    Without a tokenizer.json transformers makes one of tokenizer.model, if its environment holds
-    sentencepiece; else ModelError.
+    Without a tokenizer.json transformers converts tokenizer.model, which needs sentencepiece. Raises ModelError without it.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -90,7 +89,7 @@ def load_tokenizer(folder: Path) -> Any:
             raise ModelError(
                 f"tokenizer.model can't be read here: {error}",
                 file=str(folder),
-                remedy="set quantize.method: llmcompressor",
+                remedy="set quantize.backend: llmcompressor",
             ) from error
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     special = {key: _text(config[key]) for key in SPECIAL if config.get(key)}
@@ -123,27 +122,27 @@ def _encoded(row: dict[str, Any], tokenizer: Any, end_tokens: Collection[int]) -
     return Sample(whole, answer, len(whole) - 1 - end)
 
 
-def take(encoded: Sequence[Sample], samples: int, longest: int) -> Calibration:
+def take(rows: Sequence[Sample], samples: int, longest: int) -> Calibration:
     """The first `samples` rows for the quantizer; for the probe the rows after them, or else the first ones.
 
     A conversation longer than `longest` tokens keeps its end. Raises DataError when no row has two tokens.
     """
-    usable = [sample for sample in encoded if len(sample) > 1]
+    usable = [sample for sample in rows if len(sample) > 1]
     if not usable:
         raise DataError("no calibration row has two tokens", remedy="look at calibration.jsonl and the chat template")
-    shown, spare = usable[:samples], usable[samples:]
+    first, spare = usable[:samples], usable[samples:]
     return Calibration(
-        samples=tuple(sample.end(longest) for sample in shown),
-        probe=_probe([sample.end(longest) for sample in spare or shown]),
-        trimmed=sum(len(sample) > longest for sample in shown),
+        samples=tuple(sample.end(longest) for sample in first),
+        probe=_probe([sample.end(longest) for sample in spare or first]),
+        cut_short=sum(len(sample) > longest for sample in first),
     )
 
 
 def _probe(candidates: Sequence[Sample]) -> tuple[Sample, ...]:
     """Candidates in order until PROBE_TOKENS are reached, at least one."""
-    chosen: list[Sample] = []
+    probe: list[Sample] = []
     for sample in candidates:
-        if chosen and sum(map(len, chosen)) + len(sample) > PROBE_TOKENS:
+        if probe and sum(map(len, probe)) + len(sample) > PROBE_TOKENS:
             break
-        chosen.append(sample)
-    return tuple(chosen)
+        probe.append(sample)
+    return tuple(probe)

@@ -1,10 +1,12 @@
 """AWQ through llm-compressor: a plain model in, safetensors in compressed-tensors' pack-quantized format out.
 
-Runs in the train environment. What is done to llm-compressor: on a CPU its cache must not pin memory (pinning needs an
-accelerator) and its grid search looks at the first samples only, because activation statistics want all tokens while the
-choice among scales doesn't, and takes nearly all of the time. On a GPU with room the model and what passes between its
-layers stay there, and samples go through in batches; the recipe is llm-compressor's own, and its losses are summed in
-float32, because a bfloat16 sum of a large batch has too few digits to choose by.
+Runs in the train environment. The recipe is llm-compressor's own, with these changes:
+
+- on a CPU its cache must not pin memory: pinning needs an accelerator;
+- on a CPU its grid search uses the first samples only. Activation statistics need all tokens; the choice among scales
+  doesn't, and takes nearly all of the time;
+- on a GPU with room the model and the activations between its layers stay there, and samples go through in batches;
+- losses are summed in float32: a bfloat16 sum over a large batch has too few digits to choose by.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 from pipeline.errors import StageFailed
 from pipeline.model import weights
 from pipeline.quantize import batches as quantize_batches
-from pipeline.quantize.check import decoder_layers, quantization_of
+from pipeline.quantize.formats import decoder_layers, quantization_of
 
 SHARD_SIZE = "1GB"  # files are read side by side when what serves is held against its digest
 EFFORT = {
@@ -76,7 +78,7 @@ def quantize(
     }
     groups = {"group_0": {"targets": ["Linear"], "weights": scheme}}
     layers, tokens = len(decoder_layers(model)), sum(map(len, samples))
-    awq = _awq_modifier(tokens, search_tokens, lambda done: on_layer(done, layers))(
+    awq = _awq_modifier(tokens, search_tokens, lambda number: on_layer(number, layers))(
         n_grid=grid_points, duo_scaling=True
     )
     if batch_tokens is None:
@@ -106,9 +108,9 @@ def _place(model: Any, samples: Sequence[Sequence[int]]) -> int:
     torch.cuda.empty_cache()
     shape, lengths = quantize_batches.Shape.of(model.config), [len(sample) for sample in samples]
     if model.device.type == "cuda":
-        found = quantize_batches.batch_tokens(shape, lengths, torch.cuda.mem_get_info()[0])
-        if found:
-            return found
+        tokens = quantize_batches.batch_tokens(shape, lengths, torch.cuda.mem_get_info()[0])
+        if tokens:
+            return tokens
         model.to("cpu")
         torch.cuda.empty_cache()
     return quantize_batches.batch_tokens(shape, lengths, torch.cuda.mem_get_info()[0])
@@ -122,7 +124,7 @@ def _awq_modifier(tokens: int, search_tokens: int, on_done: Callable[[int], None
     from pydantic import PrivateAttr
 
     class Search(AWQModifier):  # type: ignore[misc]
-        _done: int = PrivateAttr(default=0)
+        _layers: int = PrivateAttr(default=0)
 
         def on_sequential_epoch_end(self, state: Any, event: Any, **kwargs: Any) -> None:
             counts = {int(count) for _, count in self._smooth_activation_stats.values()}
@@ -133,27 +135,27 @@ def _awq_modifier(tokens: int, search_tokens: int, on_done: Callable[[int], None
                 )
             super().on_sequential_epoch_end(state, event, **kwargs)
             if counts:
-                self._done += 1
-                on_done(self._done)
+                self._layers += 1
+                on_done(self._layers)
 
         def _run_samples(self, module: Any) -> list[Any]:
-            outputs, seen = [], 0
+            outputs, tokens = [], 0
             for batch in self._parent_args_cache[module]:
                 output = module(**batch)
                 outputs.append(output[0] if isinstance(output, tuple) else output)
-                seen += outputs[-1].shape[:-1].numel()
-                if seen >= search_tokens:
+                tokens += outputs[-1].shape[:-1].numel()
+                if tokens >= search_tokens:
                     break
             return outputs
 
         def _compute_loss(self, fp16_outputs: list[Any], int_w_outputs: list[Any]) -> float:
             masks = active_session().state.loss_masks
             total, count = torch.zeros((), device=fp16_outputs[0].device), 0
-            for at, (wanted, got) in enumerate(zip(fp16_outputs, int_w_outputs, strict=True)):
-                wrong = torch.linalg.vector_norm(got - wanted, dim=-1, dtype=torch.float32).square()
+            for at, (exact, approximate) in enumerate(zip(fp16_outputs, int_w_outputs, strict=True)):
+                wrong = torch.linalg.vector_norm(approximate - exact, dim=-1, dtype=torch.float32).square()
                 wrong = wrong[masks[at].bool()] if masks else wrong
                 total += wrong.sum()
-                count += wrong.numel() * wanted.shape[-1]
+                count += wrong.numel() * exact.shape[-1]
             return float(total) / count
 
     return Search

@@ -20,7 +20,7 @@ from pipeline.errors import RegistryError
 from pipeline.files import write_json
 from pipeline.plan import plan
 from pipeline.registry.client import artifact_uri, asking, local_folder, tracking_uri
-from pipeline.report import render
+from pipeline.report import plots, render
 
 # Tags, by which people search in MLflow
 BUILD = "tunegate.build"
@@ -213,7 +213,7 @@ def _write_pages(build: Build, card: str, root: Path) -> None:
         (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_text(text, encoding="utf-8")
     (root / "plots").mkdir()
-    render.save_plots(build, root / "plots")
+    plots.save_plots(build, root / "plots")
 
 
 def read_text(run_id: str, name: str) -> str:

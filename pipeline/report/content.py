@@ -1,4 +1,4 @@
-"""What a report says of a build's scores and answers, before it is text or a picture.
+"""A report's scores, differences and answers, before they are text or a picture.
 
 Pure: everything comes from the Build record, so that every renderer says the same.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pipeline.artifacts import Build, Evaluation, Interval, Item
+from pipeline.config import methods
 from pipeline.evaluation import scorers, scoring
 
 Kind = Literal["lost", "won", "wrong", "right"]
@@ -26,7 +27,7 @@ EXAMPLE_ORDER: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class Delta:
-    """A paired difference between two systems: the name of the step and what it gained or lost."""
+    """A paired difference between two systems: the step's name and its gain or loss."""
 
     step: str
     metric: str
@@ -35,7 +36,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one system said to an item, and its score."""
+    """One system's answer to an item, and its score."""
 
     role: str
     text: str
@@ -55,15 +56,15 @@ class Example:
 
 
 def confidence(build: Build) -> float:
-    """How sure the build's policy wants to be."""
+    """The confidence that the build's policy asks for."""
     return float(build.config.get("gate", {}).get("confidence", 0.95))
 
 
 def cluster_by(build: Build) -> str | None:
     """The column whose values count as one draw, by the build's policy, where the items have it."""
     column = build.config.get("gate", {}).get("cluster_by")
-    items = [item for found in build.evaluations.values() for item in found.items]
-    return column if column and all(column in item.columns for item in items) else None
+    rows = [row for evaluation in build.evaluations.values() for row in evaluation.items]
+    return column if column and all(column in row.columns for row in rows) else None
 
 
 def evaluated(build: Build) -> dict[str, Evaluation]:
@@ -71,39 +72,58 @@ def evaluated(build: Build) -> dict[str, Evaluation]:
     return {role: build.evaluations[role] for role in ROLES if role in build.evaluations}
 
 
+def method_label(build: Build) -> str | None:
+    """METHOD, TOOL as the quantizer recorded it, such as `AWQ, llm-compressor`; None for a build without a quantized model.
+
+    A build of version 0.1 recorded none: then the config's method tells it.
+    """
+    artifact = build.artifacts.get("quantize")
+    if artifact is None:
+        return None
+    if label := artifact.detail.get("label"):
+        return str(label)
+    section = build.config.get("quantize", {})
+    method = methods.of(section) if "method" in section else None
+    return method.label if method else "quantization"
+
+
+def method_title(build: Build) -> str:
+    """The quantization method without its tool, such as `AWQ`."""
+    return (method_label(build) or "quantization").partition(",")[0]
+
+
 def system_label(build: Build, role: str) -> str:
-    """A system's name with what it really is: a base that was quantized before says so in every table."""
-    base = build.artifacts.get("base")
-    from_gguf = base.detail.get("quantized_from") if base else None
-    quantized = build.artifacts.get("quantize")
+    """A system's name with its kind: a base from quantized weights says so in every table."""
+    base, artifact = build.artifacts.get("base"), build.artifacts.get("quantize")
+    title, group_size = method_title(build), artifact.detail.get("group_size") if artifact else None
     kind = {
-        "base": from_gguf,
-        "merged": "before AWQ" if quantized else None,
-        "candidate": f"AWQ, groups of {quantized.detail.get('group_size')}" if quantized else "bf16",
+        "base": base.detail.get("quantized_from") if base else None,
+        "merged": f"before {title}" if artifact else None,
+        "candidate": (f"{title}, groups of {group_size}" if group_size else title) if artifact else "bf16",
         "incumbent": "champion",
     }[role]
     return f"{role} ({kind})" if kind else role
 
 
 def metric_names(build: Build) -> list[str]:
-    """Every metric that some system was scored by, in the scorers' order, a metric's parts behind it."""
+    """Every metric with a score in some system, in the scorers' order, a metric's parts behind it."""
     order = [scorer["metric"] for scorer in build.config.get("evaluate", {}).get("scorers", ())]
     places = {name: place for place, name in enumerate(order)}
-    found = dict.fromkeys(name for evaluation in evaluated(build).values() for name in evaluation.metrics)
-    return sorted(found, key=lambda name: places.get(name.partition("/")[0], len(order)))
+    metrics = dict.fromkeys(name for evaluation in evaluated(build).values() for name in evaluation.metrics)
+    return sorted(metrics, key=lambda name: places.get(name.partition("/")[0], len(order)))
 
 
 def headline(build: Build) -> str | None:
     """The metric to speak of first: the first that the policy compares, else its first, else any."""
     checks = build.config.get("gate", {}).get("metrics", ())
-    compared = [check["metric"] for check in checks if check.get("against")]
-    wanted, names = [*compared, *(check["metric"] for check in checks)], metric_names(build)
-    return next((name for name in wanted if name in names), names[0] if names else None)
+    comparisons = [check["metric"] for check in checks if check.get("against")]
+    candidates, names = [*comparisons, *(check["metric"] for check in checks)], metric_names(build)
+    return next((name for name in candidates if name in names), names[0] if names else None)
 
 
-def short(value: float) -> str:
+def short(figure: float) -> str:
     """A score or a figure as a person reads it: three digits, no exponent."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{figure:.3f}" if abs(figure) < 10 else f"{figure:,.1f}" if abs(figure) < 1000 else f"{figure:,.0f}"
 
 
 def with_interval(interval: Interval | None, *, sign: bool = False) -> str:
@@ -111,57 +131,57 @@ def with_interval(interval: Interval | None, *, sign: bool = False) -> str:
     if interval is None:
         return "-"
     form = "+.3f" if sign else ""
-    values = [format(value, form) if form else short(value) for value in (interval.value, interval.low, interval.high)]
-    return "{} ({} to {})".format(*values)
+    figures = (interval.value, interval.low, interval.high)
+    return "{} ({} to {})".format(*(format(figure, form) if form else short(figure) for figure in figures))
 
 
 def deltas(build: Build) -> list[Delta]:
-    """What each step did to the headline metric on the same items: training, AWQ, since the incumbent.
+    """Each step's paired change of the headline metric: training, quantization, since the incumbent.
 
     Steps whose two ends weren't scored on the same items are left out.
     """
-    name, found = headline(build), evaluated(build)
-    tuned = "merged" if "merged" in found else "candidate"
+    name, systems = headline(build), evaluated(build)
     steps = [
-        ("fine-tuning", tuned, "base"),
-        ("AWQ", "candidate", "merged"),
+        ("fine-tuning", "merged" if "merged" in systems else "candidate", "base"),
+        (method_title(build), "candidate", "merged"),
         ("against the incumbent", "candidate", "incumbent"),
     ]
-    made = []
-    for step, ours, theirs in steps:
-        if name and ours in found and theirs in found and same_items(found[ours], found[theirs]):
-            gap = scoring.difference(found[ours].items, found[theirs].items, name, confidence(build), cluster_by(build))
-            made.append(Delta(f"{step}: {ours} - {theirs}", name, gap))
-    return made
+    level, group = confidence(build), cluster_by(build)
+    changes = []
+    for step, after, before in steps:
+        ours, theirs = systems.get(after), systems.get(before)
+        if name and ours and theirs and same_items(ours, theirs):
+            change = scoring.difference(ours.items, theirs.items, name, level, group)
+            changes.append(Delta(f"{step}: {after} - {before}", name, change))
+    return changes
 
 
-def same_items(one: Evaluation, other: Evaluation) -> bool:
+def same_items(ours: Evaluation, theirs: Evaluation) -> bool:
     """Whether two evaluations can be compared item by item."""
-    return len(one.items) == len(other.items) and all(
-        a.id == b.id and a.scores.keys() == b.scores.keys() for a, b in zip(one.items, other.items, strict=True)
+    return len(ours.items) == len(theirs.items) and all(
+        a.id == b.id and a.scores.keys() == b.scores.keys() for a, b in zip(ours.items, theirs.items, strict=True)
     )
 
 
 def examples(build: Build, most: int) -> list[Example]:
-    """At most `most` items side by side, flips first, those against the champion before the others, then in holdout order.
+    """At most `most` items side by side: flips first, those against the champion before the rest, then in holdout order.
 
-    Half are items that the candidate lost, so far as there are, a quarter that it won, the rest those that didn't flip.
-    Scored by the headline metric (by accuracy where that is macro-F1, which no single item has).
+    Half are items that the candidate lost, a quarter items that it won, the rest didn't flip; unused room goes to the next
+    kind. Scored by `item_metric`.
     """
-    found = evaluated(build)
-    if "candidate" not in found:
+    systems = evaluated(build)
+    if "candidate" not in systems:
         return []
-    candidate = found["candidate"]
-    name = item_metric(build)
-    systems = {role: other for role, other in found.items() if same_items(candidate, other)}
-    shared = len(shared_prompt(build))
-    made = sorted((_example(index, systems, name, shared) for index in range(len(candidate.items))), key=_not_since)
-    of_kind = {kind: [one for one in made if one.kind == kind] for kind in EXAMPLE_ORDER}
+    candidate = systems["candidate"]
+    name, head = item_metric(build), len(shared_prompt(build))
+    systems = {role: evaluation for role, evaluation in systems.items() if same_items(candidate, evaluation)}
+    rows = sorted((_example(index, systems, name, head) for index in range(len(candidate.items))), key=_not_since)
+    of_kind = {kind: [example for example in rows if example.kind == kind] for kind in EXAMPLE_ORDER}
     room = dict(zip(EXAMPLE_ORDER, (-(-most // 2), most // 4, most // 8, most // 8), strict=True))
-    taken = {kind: min(room[kind], len(of_kind[kind])) for kind in EXAMPLE_ORDER}
+    counts = {kind: min(room[kind], len(of_kind[kind])) for kind in EXAMPLE_ORDER}
     for kind in EXAMPLE_ORDER:
-        taken[kind] = min(len(of_kind[kind]), taken[kind] + most - sum(taken.values()))
-    return [one for kind in EXAMPLE_ORDER for one in of_kind[kind][: taken[kind]]]
+        counts[kind] = min(len(of_kind[kind]), counts[kind] + most - sum(counts.values()))
+    return [example for kind in EXAMPLE_ORDER for example in of_kind[kind][: counts[kind]]]
 
 
 def item_metric(build: Build) -> str:
@@ -176,39 +196,39 @@ def _not_since(example: Example) -> bool:
 
 
 def shared_prompt(build: Build) -> str:
-    """What every prompt begins with, up to the user's own words: most often a system message."""
-    prompts = [item.prompt for item in build.evaluations["candidate"].items] if build.evaluations else []
+    """The beginning that all prompts share, up to the user's own words: most often a system message."""
+    prompts = [row.prompt for row in build.evaluations["candidate"].items] if build.evaluations else []
     head, turn, _ = prompts[0].partition(USER_TURN) if prompts else ("", "", "")
-    shared = head + turn
-    return shared if turn and all(prompt.startswith(shared) for prompt in prompts) else ""
+    beginning = head + turn
+    return beginning if turn and all(prompt.startswith(beginning) for prompt in prompts) else ""
 
 
-def _example(index: int, systems: Mapping[str, Evaluation], metric: str, shared: int) -> Example:
-    items: dict[str, Item] = {role: found.items[index] for role, found in systems.items()}
-    ours = items["candidate"]
-    scores = {role: item.scores.get(metric, 0.0) for role, item in items.items()}
-    others = [score for role, score in scores.items() if role != "candidate"]
-    score = scores["candidate"]
+def _example(index: int, systems: Mapping[str, Evaluation], metric: str, head: int) -> Example:
+    """The item at `index` by every system, its prompt without the first `head` characters."""
+    rows: dict[str, Item] = {role: evaluation.items[index] for role, evaluation in systems.items()}
+    ours = rows["candidate"]
+    scores = {role: row.scores.get(metric, 0.0) for role, row in rows.items()}
+    score, theirs = scores["candidate"], [scores[role] for role in scores if role != "candidate"]
     kind: Kind = "right" if score == 1 else "wrong"
-    if any(other > score for other in others):
+    if max(theirs, default=score) > score:
         kind = "lost"
-    elif any(other < score for other in others):
+    elif min(theirs, default=score) < score:
         kind = "won"
-    answers = tuple(Answer(role, item.answer, scores[role], item.finish_reason) for role, item in items.items())
-    return Example(ours.id, kind, ours.prompt[shared:], ours.expected, answers)
+    answers = tuple(Answer(role, row.answer, scores[role], row.finish_reason) for role, row in rows.items())
+    return Example(ours.id, kind, ours.prompt[head:], ours.expected, answers)
 
 
 def summary(build: Build) -> str:
-    """What the candidate scores, in one sentence."""
-    name, found = headline(build), evaluated(build)
-    if not name or "candidate" not in found:
+    """The candidate's score in one sentence."""
+    name, systems = headline(build), evaluated(build)
+    if not name or "candidate" not in systems:
         return "Nothing was evaluated."
-    candidate = found["candidate"]
+    candidate = systems["candidate"]
     score = with_interval(candidate.metrics.get(name))
-    said = f"{name} {score} on {len(candidate.items)} held-out items as served by vLLM"
-    others = [
-        f"{system_label(build, role)} {short(found[role].metrics[name].value)}"
+    sentence = f"{name} {score} on {len(candidate.items)} held-out items as served by vLLM"
+    theirs = [
+        f"{system_label(build, role)} {short(systems[role].metrics[name].value)}"
         for role in ("base", "merged", "incumbent")
-        if role in found and name in found[role].metrics
+        if role in systems and name in systems[role].metrics
     ]
-    return f"{said}; {', '.join(others)}." if others else f"{said}."
+    return f"{sentence}; {', '.join(theirs)}." if theirs else f"{sentence}."

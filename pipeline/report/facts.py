@@ -1,12 +1,13 @@
-"""A report's names and values: origin of model and data, training, what is served, what to do next."""
+"""A report's names and values: origin of model and data, training, the served unit, the next commands."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pipeline.artifacts import Build
+from pipeline.artifacts import Build, Stage
 from pipeline.finetune.objectives import OBJECTIVES, SFT
+from pipeline.report.content import method_label
 
 TRAINED = (
     "adapter",
@@ -26,26 +27,25 @@ NOTES = (
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """Names and values as text, without those that are absent."""
-    return [(name, _text(value)) for name, value in pairs if value not in (None, "", [], {}, ())]
+    """Names and values as text; absent values are left out."""
+    return [(name, _text(fact)) for name, fact in pairs if fact not in (None, "", [], {}, ())]
 
 
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
-    return ", ".join(map(_text, value)) if isinstance(value, list | tuple) else str(value)
+def _text(fact: Any) -> str:
+    if isinstance(fact, bool):
+        return "yes" if fact else "no"
+    if isinstance(fact, float):
+        return f"{fact:.4g}"
+    if isinstance(fact, int):
+        return f"{fact:,}"
+    if isinstance(fact, Mapping):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in fact.items())
+    return ", ".join(map(_text, fact)) if isinstance(fact, list | tuple) else str(fact)
 
 
 def model_facts(build: Build) -> list[tuple[str, str]]:
-    """Where the base model comes from and under which licence."""
-    base = build.artifacts.get("base")
-    detail = base.detail if base else {}
+    """The base model's source and licence."""
+    detail = _detail(build, "base")
     return facts(
         [
             ("base model", build.config.get("base_model")),
@@ -59,17 +59,22 @@ def model_facts(build: Build) -> list[tuple[str, str]]:
     )
 
 
+def _detail(build: Build, stage: Stage) -> Mapping[str, Any]:
+    """A stage's detail; empty where the build has no such artefact."""
+    artifact = build.artifacts.get(stage)
+    return artifact.detail if artifact else {}
+
+
 def _total(tokens: Any) -> Any:
     return tokens.get("total") if isinstance(tokens, Mapping) else tokens
 
 
 def data_facts(build: Build) -> list[tuple[str, str]]:
-    """Rows and tokens by set, what was dropped, and how near the sets are to each other."""
-    prepared = build.artifacts.get("prepare")
-    detail = prepared.detail if prepared else {}
+    """Rows and tokens by set, dropped rows, and how near the sets are to each other."""
+    detail = _detail(build, "prepare")
     sources = [source.get("path") for source in build.config.get("data", {}).get("datasets", ())]
-    near, inside, found = (detail.get(name, {}) for name in ("near_duplicates", "inside", "benchmarks"))
-    documents = found.get("documents")
+    near, inside, leaks = (detail.get(name, {}) for name in ("near_duplicates", "inside", "benchmarks"))
+    documents = leaks.get("documents")
     return facts(
         [
             ("files", [str(path).rpartition("/")[2] for path in sources]),
@@ -78,20 +83,17 @@ def data_facts(build: Build) -> list[tuple[str, str]]:
             ("dropped", detail.get("dropped")),
             ("holdout rows near a training row", near.get("holdout_near_train")),
             ("holdout rows inside a training row", inside.get("holdout_inside_train")),
-            ("benchmark documents in training", f"{found['overlapping']:,} of {documents:,}" if documents else None),
+            ("benchmark documents in training", f"{leaks['overlapping']:,} of {documents:,}" if documents else None),
         ]
     )
 
 
 def training_facts(build: Build) -> list[tuple[str, str]]:
-    """The settings that were trained with and what came of it, then merging and quantizing."""
-    settings, trained = build.config.get("finetune", {}), build.artifacts.get("finetune")
+    """Training's settings and figures, then merging and quantizing."""
+    settings = build.config.get("finetune", {})
     objective = OBJECTIVES[settings.get("objective", SFT)]
-    detail = trained.detail if trained else {}
-    quantized = build.artifacts.get("quantize")
-    made = quantized.detail if quantized else {}
+    detail, quantization = _detail(build, "finetune"), _detail(build, "quantize")
     batch = settings.get("micro_batch_size", 0) * settings.get("gradient_accumulation_steps", 1)
-    merged = build.artifacts["merge"].detail if "merge" in build.artifacts else {}
     return facts(
         [
             *((name, settings.get(name)) for name in TRAINED),
@@ -100,24 +102,24 @@ def training_facts(build: Build) -> list[tuple[str, str]]:
             ("seed", build.config.get("seed")),
             *((name, detail.get(name)) for name in ("steps", "best_step", "tokens", *objective.metrics)),
             ("tokens a second", detail.get("tokens_per_second")),
-            ("merged into", _merged_into(merged)),
-            ("quantized by", made.get("method")),
-            ("calibration samples", made.get("samples")),
-            ("perplexity before AWQ", made.get("perplexity_before")),
-            ("perplexity after AWQ", made.get("perplexity_after")),
+            ("merged into", _merged_into(_detail(build, "merge"))),
+            ("quantized by", method_label(build)),
+            ("calibration samples", quantization.get("samples")),
+            ("perplexity before quantization", quantization.get("perplexity_before")),
+            ("perplexity after quantization", quantization.get("perplexity_after")),
         ]
     )
 
 
 def _merged_into(detail: Mapping[str, Any]) -> str | None:
-    """The base that the adapter went into, and the validation losses that it was chosen by."""
+    """The base that the adapter was merged into, and the validation losses that decided it."""
     losses = {name.partition("/")[2]: loss for name, loss in detail.items() if name.startswith("val_loss/")}
     into = f"the {detail['merge_base']} base" if "merge_base" in detail else None
     return f"{into} (validation loss: {_text(losses)})" if losses else into
 
 
 def serving_facts(build: Build) -> list[tuple[str, str]]:
-    """What is served, part by part: its digest is what is judged, approved and promoted."""
+    """The served unit, part by part; the unit's digest is evaluated, approved and promoted."""
     unit = build.unit
     return facts(
         [
@@ -135,16 +137,15 @@ def serving_facts(build: Build) -> list[tuple[str, str]]:
 
 
 def digests(build: Build) -> list[tuple[str, str]]:
-    """The digest of every artefact of the build, and of the holdout that all were scored on."""
-    found = [(f"{stage} artefact", artifact.digest) for stage, artifact in build.artifacts.items()]
-    prepared = build.artifacts.get("prepare")
-    sets = prepared.detail.get("digests", {}) if prepared else {}
-    scored = sorted({evaluation.holdout_digest for evaluation in build.evaluations.values()})
-    return facts([("build", build.key), *found, *sets.items(), ("scored on", scored)])
+    """The digests of the build's artefacts, and of the holdout that every system was scored on."""
+    artifacts = [(f"{stage} artefact", artifact.digest) for stage, artifact in build.artifacts.items()]
+    sets = _detail(build, "prepare").get("digests", {})
+    holdouts = sorted({evaluation.holdout_digest for evaluation in build.evaluations.values()})
+    return facts([("build", build.key), *artifacts, *sets.items(), ("scored on", holdouts)])
 
 
 def next_steps(build: Build) -> list[tuple[str, str]]:
-    """Commands with what they do, for the verdict that this build has."""
+    """Commands and their effects, for this build's verdict."""
     if build.verdict and build.verdict.outcome == "pass":
         return [
             (f"tunegate review {build.name}", "read this page and the items again"),

@@ -1,4 +1,4 @@
-"""The gate in a report: the verdict in one sentence, its checks by what stands in the way, and how far each is from its threshold."""
+"""The gate in a report: the verdict in one sentence, its checks with blocking ones first, and their distances to thresholds."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ BEGINNING: dict[Outcome, str] = {"pass": "Passes", "fail": "Fails", "inconclusiv
 
 
 def why(build: Build) -> str:
-    """The verdict and what it rests on, in one sentence; a waived check (advisory, or allowed to regress) decides nothing."""
+    """The verdict and its reason in one sentence; a waived check (advisory, or allowed to regress) decides nothing."""
     if build.verdict is None:
         return "Not judged."
     outcome = build.verdict.outcome
     counting = [check for check in build.verdict.checks if not check.waived]
-    waived = len(build.verdict.checks) - len(counting)
-    tail = f" ({waived} more not counted)" if waived else ""
+    waivers = len(build.verdict.checks) - len(counting)
+    tail = f" ({waivers} more not counted)" if waivers else ""
     deciding = [check for check in counting if check.outcome == outcome]
     if outcome == "pass" or not deciding:
         return f"{BEGINNING[outcome]}: all {len(counting)} checks hold{tail}."
     first, more = deciding[0], len(deciding) - 1
-    others = f"; so with {more} more {'check' if more == 1 else 'checks'}" if more else ""
-    return f"{BEGINNING[outcome]}: {first.rule}: {first.why}{others}{tail}."
+    rest = f"; so with {more} more {'check' if more == 1 else 'checks'}" if more else ""
+    return f"{BEGINNING[outcome]}: {first.rule}: {first.why}{rest}{tail}."
 
 
 def checks(verdict: Verdict | None) -> list[Check]:
-    """The gate's checks: what stands in the way, then what holds, then what is waived."""
-    found = verdict.checks if verdict else ()
-    return sorted(found, key=lambda check: (bool(check.waived), ORDER.index(check.outcome)))
+    """The gate's checks: blocking ones, then passing ones, then waived ones."""
+    rows = verdict.checks if verdict else ()
+    return sorted(rows, key=lambda check: (bool(check.waived), ORDER.index(check.outcome)))
 
 
 def is_relative(check: Check) -> bool:
-    """Whether the check's distance is told as a share of its threshold, as for times and rates; scores have a common unit."""
+    """Whether the distance is a share of the threshold, as for times and rates; scores have a common unit."""
     return check.estimate is not None and max(abs(check.estimate.value), abs(check.threshold)) > 1
 
 

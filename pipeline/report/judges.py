@@ -1,4 +1,4 @@
-"""Other judges in a report: lm-eval's tasks by system, and the LLM judge's counts."""
+"""lm-eval's tasks by system, and the LLM judge's counts, in a report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Judged:
-    """An LLM judge's result, and in how many items the candidate won or lost in both orders."""
+    """An LLM judge's comparison; `won` and `lost` count the items with the same winner in both orders."""
 
     against: str
     model: str
@@ -41,7 +41,7 @@ def tasks(build: Build) -> list[Task]:
     """lm-eval's results, in the candidate's order; against the champion, else the base, on the same documents."""
     level = confidence(build)
     by_system = {
-        role: {(found.task, found.metric): found for found in build.tasks[role] if found.values}
+        role: {(task.task, task.metric): task for task in build.tasks[role] if task.values}
         for role in ROLES
         if role in build.tasks
     }
@@ -50,10 +50,10 @@ def tasks(build: Build) -> list[Task]:
 
 def _task(ours: TaskResult, by_system: dict[str, dict[tuple[str, str], TaskResult]], level: float) -> Task:
     key = (ours.task, ours.metric)
-    there = {role: found[key] for role, found in by_system.items() if key in found}
-    against = next((role for role in ("incumbent", "base") if role in there and there[role].ids == ours.ids), None)
-    change = difference_interval(ours.values, there[against].values, level) if against else None
-    scores = {role: mean(found.values, level) for role, found in there.items()}
+    systems = {role: reports[key] for role, reports in by_system.items() if key in reports}
+    against = next((role for role in ("incumbent", "base") if role in systems and systems[role].ids == ours.ids), None)
+    change = difference_interval(ours.values, systems[against].values, level) if against else None
+    scores = {role: mean(report.values, level) for role, report in systems.items()}
     return Task(ours.task, ours.metric, ours.higher_is_better, len(ours.values), scores, against, change)
 
 
@@ -70,7 +70,7 @@ def judged(build: Build) -> list[Judged]:
 
 
 def _judged(report: JudgeReport) -> Judged:
-    scores = [item.score for item in report.items]
+    scores = [judgement.score for judgement in report.items]
     return Judged(
         report.against, report.model, len(report.items), report.failed, report.win_rate, report.agreement,
         won=scores.count(1.0), lost=scores.count(0.0),

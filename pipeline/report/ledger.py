@@ -1,4 +1,4 @@
-"""The loss ledger in a report: what each step of a model's making did to the headline metric, on the same items."""
+"""The loss ledger in a report: each step's change of the headline metric on the same items."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from dataclasses import dataclass
 from pipeline.artifacts import Build, Interval, LedgerStep
 from pipeline.evaluation import scoring
 from pipeline.ledger.compare import MERGES, Change, changes, culprit
-from pipeline.report.content import confidence, headline, with_interval
+from pipeline.report.content import confidence, headline, method_title, with_interval
 
 TITLES: dict[LedgerStep, str] = {
     "base": "base, before training",
     "adapter": "adapter on the NF4 base",
     "merged_original": "merged into the original base",
     "merged_dequantized": "merged into the dequantized base",
-    "quantized": "AWQ",
     "served": "as served",
 }
+"""Of scores; the quantized step's is its method."""
 CHANGES: dict[LedgerStep, str] = {
     "base": "The base",
     "adapter": "Training",
     "merged_original": "Merging into the original base",
     "merged_dequantized": "Merging into the dequantized base",
-    "quantized": "AWQ",
     "served": "Serving",
 }
+"""Of changes; the quantized step's is its method."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The steps in order, scored by `metric` on `items` items, and in words which lost most."""
+    """The steps in order, scored by `metric` on `items` items; `said` names in words the step that lost most."""
 
     metric: str
     items: int
@@ -54,37 +54,36 @@ class Ledger:
 
 
 def ledger(build: Build) -> Ledger | None:
-    """The build's ledger, or None where there is none or its items have no score."""
+    """The build's ledger; None without entries or scores."""
     entries = [entry for entry in build.ledger if entry.items]
     names = scoring.metric_names(entries[0].items) if entries else []
     if not names:
         return None
-    wanted, level = headline(build), confidence(build)
-    metric = wanted if wanted in names else names[0]
+    name, level, title = headline(build), confidence(build), method_title(build)
+    metric = name if name in names else names[0]
     try:
-        changed = {change.step: change for change in changes(entries, metric, level)}
-        lost = culprit(entries, metric, level)
-        said = _said(metric, lost)
+        by_step = {change.step: change for change in changes(entries, metric, level)}
+        sentence = _sentence(metric, culprit(entries, metric, level), title)
     except ValueError as error:
-        changed, said = {}, f"The steps can't be compared: {error}."
-    merged = next((entry.step for entry in reversed(entries) if entry.step in MERGES), None)
+        by_step, sentence = {}, f"The steps can't be compared: {error}."
+    merge = next((entry.step for entry in reversed(entries) if entry.step in MERGES), None)
     steps = [
         Step(
             step=entry.step,
-            title=TITLES[entry.step],
+            title=TITLES.get(entry.step, title),
             engine=entry.engine,
             score=scoring.metric(entry.items, metric, level),
-            before=changed[entry.step].before if entry.step in changed else None,
-            change=changed[entry.step].change if entry.step in changed else None,
-            taken=entry.step not in MERGES or entry.step == merged,
+            before=by_step[entry.step].before if entry.step in by_step else None,
+            change=by_step[entry.step].change if entry.step in by_step else None,
+            taken=entry.step not in MERGES or entry.step == merge,
         )
         for entry in entries
     ]
-    return Ledger(metric, len(entries[0].items), tuple(steps), said)
+    return Ledger(metric, len(entries[0].items), tuple(steps), sentence)
 
 
-def _said(metric: str, lost: Change | None) -> str:
-    """Which step lost most, if its interval leaves out 0."""
-    if lost is None:
+def _sentence(metric: str, loss: Change | None, title: str) -> str:
+    """The step that lost most, if its interval leaves out 0; `title` names the quantized step."""
+    if loss is None:
         return "No step lost measurably."
-    return f"{CHANGES[lost.step]} lost most: {metric} {with_interval(lost.change, sign=True)}."
+    return f"{CHANGES.get(loss.step, title)} lost most: {metric} {with_interval(loss.change, sign=True)}."

@@ -1,4 +1,4 @@
-"""Load in a report: latencies and throughput by level with their intervals, and what a million tokens costs there."""
+"""Load in a report: latencies and throughput by level with their intervals, and the cost of a million tokens there."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a million output tokens costs at one level; `objective`: the policy has a load objective there."""
+    """The cost of a million output tokens at one level; `objective`: the policy has a load objective there."""
 
     users: int
     tokens_per_second: Interval
@@ -48,7 +48,7 @@ def levels(build: Build) -> list[Level]:
         Level(
             role,
             level.max_concurrency,
-            {name: found for name in HEAD if (found := measured(level, name, sure))},
+            {name: metric for name in HEAD if (metric := measured(level, name, sure))},
             level.failed,
             level.failed + level.completed,
         )
@@ -58,57 +58,57 @@ def levels(build: Build) -> list[Level]:
     ]
 
 
-def costs(build: Build, found: list[Level]) -> list[Cost]:
+def costs(build: Build, sweep: list[Level]) -> list[Cost]:
     """The candidate's cost of a million output tokens at each level where `loadtest.cost_per_hour` is set.
 
-    cost_per_hour / (output tokens/s * 3600 s/h) * 1e6, in cost_per_hour's currency: what the machine costs while it makes
-    them, for the throughput that vLLM's bench defines as all output tokens by the run's duration. The prompts' tokens are in
-    it, idle hours aren't. The interval is the throughput's, the other way round.
+    cost = cost_per_hour / (output tokens/s * 3600 s/h) * 1e6, in cost_per_hour's currency. vLLM's bench defines the
+    throughput as all output tokens by the run's duration. Work on prompts is included, idle hours aren't. The cost's low
+    end comes from the throughput's high end, and the reverse.
     """
     price = build.config.get("loadtest", {}).get("cost_per_hour")
-    asked = {check.get("max_concurrency") for check in build.config.get("gate", {}).get("load", ())}
-    made = []
-    for level in found:
+    objectives = {check.get("max_concurrency") for check in build.config.get("gate", {}).get("load", ())}
+    prices = []
+    for level in sweep:
         rate = level.metrics.get("output_throughput")
         if price and level.system == "candidate" and rate and rate.interval.value > 0:
-            made.append(Cost(level.users, rate.interval, _cost(price, rate.interval), level.users in asked))
-    return made
+            prices.append(Cost(level.users, rate.interval, _cost(price, rate.interval), level.users in objectives))
+    return prices
 
 
 def _cost(price: float, rate: Interval) -> Interval:
-    value, low, high = (
+    middle, low, high = (
         price / (speed * 3600) * 1e6 if speed else math.inf for speed in (rate.value, rate.high, rate.low)
     )
-    return Interval(value=value, low=low, high=high)
+    return Interval(value=middle, low=low, high=high)
 
 
-def rows(found: list[Level]) -> list[list[str]]:
+def rows(sweep: list[Level]) -> list[list[str]]:
     """The load table as text: head, then a row for each system and level."""
     head = ["system", "users", *HEAD.values(), "failed"]
-    return [head, *([level.system, str(level.users), *map(_text, _metrics(level)), failed(level)] for level in found)]
+    return [head, *([level.system, str(level.users), *map(_text, _metrics(level)), failed(level)] for level in sweep)]
 
 
 def _metrics(level: Level) -> list[Measured | None]:
     return [level.metrics.get(name) for name in HEAD]
 
 
-def _text(found: Measured | None) -> str:
-    return f"{figure(found.interval.value)}{beneath(found)}" if found else "-"
+def _text(metric: Measured | None) -> str:
+    return f"{figure(metric.interval.value)}{beneath(metric)}" if metric else "-"
 
 
-def beneath(found: Measured) -> str:
+def beneath(metric: Measured) -> str:
     """The interval behind a figure: ` (398 to 430)`, with an open end where too few requests bound it, or nothing."""
-    if found.unknown:
+    if metric.unknown:
         return ""
-    high = "?" if found.open_above else figure(found.interval.high)
-    return f" ({figure(found.interval.low)} to {high})"
+    high = "?" if metric.open_above else figure(metric.interval.high)
+    return f" ({figure(metric.interval.low)} to {high})"
 
 
-def figure(value: float) -> str:
+def figure(number: float) -> str:
     """Milliseconds or a rate as a person reads it."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}"
 
 
 def failed(level: Level) -> str:
-    """How many of how many requests failed."""
+    """Failed requests of all requests."""
     return f"{level.failed} of {level.sent}"

@@ -1,4 +1,4 @@
-"""All that a report says, in the order in which a reviewer needs it: what every renderer renders, and report.json as it stands."""
+"""A report's content in a reviewer's order: every renderer renders it, and report.json is its dump."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Facts = list[tuple[str, str]]
 class Page:
     """A build as its reviewer reads it; scores, checks and changes come with intervals at `confidence`.
 
-    `outcome` is the gate's or "not judged", `why` that in one sentence, `scores` the metrics by system, `deltas` what training
-    and AWQ did to the headline metric, `next` commands with what they do.
+    `outcome` is the gate's or "not judged", `why` explains it in one sentence. `scores` holds the metrics by system, `deltas`
+    the changes of the headline metric by training and quantization, `next` commands with their effects.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Page:
 
 
 def page(build: Build) -> Page:
-    """What there is to say of a build."""
+    """The page of a build."""
     load = report_load.levels(build)
     return Page(
         name=build.name,
@@ -65,7 +65,7 @@ def page(build: Build) -> Page:
         prompts=report_prompts.prompts(build),
         checks=gate.checks(build.verdict),
         ledger=report_ledger.ledger(build),
-        scores={role: dict(found.metrics) for role, found in content.evaluated(build).items()},
+        scores={role: dict(evaluation.metrics) for role, evaluation in content.evaluated(build).items()},
         deltas=content.deltas(build),
         slices=report_slices.extremes(build, SLICES),
         tasks=judges.tasks(build),

@@ -35,54 +35,54 @@ STYLE: Any = {
 
 
 def save_plots(build: Build, folder: Path) -> list[Path]:
-    """Write gate.png, ledger.png, scores.png and load.png, each where there is something to show; returns what was written."""
+    """Write gate.png, ledger.png, scores.png and load.png, each where the build has its figures; return their paths."""
     import matplotlib as mpl
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    paths = []
     with mpl.rc_context(STYLE):
         for name, figure in figures(build).items():
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=160, metadata={"Software": None})
-            written.append(path)
-    return written
+            paths.append(path)
+    return paths
 
 
 def svgs(build: Build) -> dict[str, bytes]:
     """The same pictures as SVG, by name; the same build gives the same bytes."""
     import matplotlib as mpl
 
-    drawn = {}
+    pictures = {}
     with mpl.rc_context(STYLE):
         for name, figure in figures(build).items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format="svg", metadata={"Date": None})
-            drawn[name] = buffer.getvalue()
-    return drawn
+            pictures[name] = buffer.getvalue()
+    return pictures
 
 
 def figures(build: Build) -> dict[str, Figure]:
-    """The pictures that this build has something to show on."""
-    made = {}
+    """The pictures that this build has figures for."""
+    pictures = {}
     if any(check.estimate for check in gate.checks(build.verdict)):
-        made["gate"] = _gate(build)
+        pictures["gate"] = _gate(build)
     if ledger := report_ledger.ledger(build):
-        made["ledger"] = _ledger(ledger)
+        pictures["ledger"] = _ledger(ledger)
     if metric_names(build):
-        made["scores"] = _scores(build)
+        pictures["scores"] = _scores(build)
     if any(level.completed for test in build.loadtests.values() for level in test.levels):
-        made["load"] = _load(build)
-    return made
+        pictures["load"] = _load(build)
+    return pictures
 
 
 def _gate(build: Build) -> Figure:
     """A forest plot: how far each check's estimate and interval lie from its threshold, the allowed side to the right."""
     from matplotlib.figure import Figure
 
-    found = [check for check in gate.checks(build.verdict) if check.estimate]
+    rows = [check for check in gate.checks(build.verdict) if check.estimate]
     panels = {
-        "distance to the threshold, in the score's unit": [one for one in found if not gate.is_relative(one)],
-        "distance to the objective, as a share of it": [one for one in found if gate.is_relative(one)],
+        "distance to the threshold, in the score's unit": [check for check in rows if not gate.is_relative(check)],
+        "distance to the objective, as a share of it": [check for check in rows if gate.is_relative(check)],
     }
     panels = {title: checks for title, checks in panels.items() if checks}
     heights = [len(checks) + 1.6 for checks in panels.values()]
@@ -95,7 +95,7 @@ def _gate(build: Build) -> Figure:
 
 
 def _forest(axes: Axes, checks: list[Check]) -> None:
-    """One row a check; an arrow stands for what lies beyond the axis."""
+    """One row a check; an arrow marks an estimate beyond the axis."""
     import matplotlib as mpl
 
     gaps = [gate.distance(check) or Interval(value=0, low=0, high=0) for check in checks]
@@ -105,7 +105,7 @@ def _forest(axes: Axes, checks: list[Check]) -> None:
     for row, (check, gap) in enumerate(zip(checks, gaps, strict=True)):
         colour = WAIVED if check.waived else OUTCOMES[check.outcome]
         if abs(gap.value) <= reach:
-            _whisker(axes, row, gap, colour, filled=not check.waived)
+            _whisker(axes, row, gap, colour, is_filled=not check.waived)
         else:
             axes.plot(
                 0.98 * math.copysign(reach, gap.value), row, ">" if gap.value > 0 else "<", color=colour, markersize=6
@@ -119,7 +119,7 @@ def _forest(axes: Axes, checks: list[Check]) -> None:
 
 
 def _ledger(ledger: report_ledger.Ledger) -> Figure:
-    """One row a step: the score, and beside it the change to the step before; training's, which is of another size, is cut."""
+    """One row a step: the score, and beside it the change to the step before; training's far larger change is cut."""
     from matplotlib.figure import Figure
 
     steps = ledger.steps
@@ -129,11 +129,11 @@ def _ledger(ledger: report_ledger.Ledger) -> Figure:
     reach = 1.25 * max((max(abs(change.low), abs(change.high)) for change in later), default=0.1) or 0.1
     right.axvline(0, color="#344054", linewidth=1)
     for row, step in enumerate(steps):
-        lost = step.change is not None and step.change.high < 0
-        colour = WAIVED if not step.taken else OUTCOMES["fail"] if lost else COLOURS["candidate"]
-        _whisker(left, row, step.score, colour, filled=step.taken)
+        is_loss = step.change is not None and step.change.high < 0
+        colour = WAIVED if not step.taken else OUTCOMES["fail"] if is_loss else COLOURS["candidate"]
+        _whisker(left, row, step.score, colour, is_filled=step.taken)
         if step.change and abs(step.change.value) <= reach:
-            _whisker(right, row, step.change, colour, filled=step.taken)
+            _whisker(right, row, step.change, colour, is_filled=step.taken)
         elif step.change:
             place, sign = (reach, ">") if step.change.value > 0 else (-reach, "<")
             right.plot(0.93 * place, row, sign, color=colour, markersize=6)
@@ -150,14 +150,14 @@ def _ledger(ledger: report_ledger.Ledger) -> Figure:
     return figure
 
 
-def _whisker(axes: Axes, row: float, interval: Interval, colour: str, *, filled: bool) -> None:
+def _whisker(axes: Axes, row: float, interval: Interval, colour: str, *, is_filled: bool) -> None:
     """A point with its interval in a row."""
     axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
-    axes.plot(interval.value, row, "o", color=colour, markersize=6, markerfacecolor=colour if filled else "white")
+    axes.plot(interval.value, row, "o", color=colour, markersize=6, markerfacecolor=colour if is_filled else "white")
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib doesn't take for mathematics."""
+    """Text with dollar signs escaped: matplotlib reads them as mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -169,16 +169,13 @@ def _scores(build: Build) -> Figure:
     figure = Figure(figsize=(WIDTH, 0.9 + 0.15 * len(names) * (len(systems) + 0.8)), layout="constrained")
     axes = figure.subplots()
     spread = 0.56 / max(1, len(systems) - 1) if len(systems) > 1 else 0.0
-    for place, (role, found) in enumerate(systems.items()):
-        shown = [(row, found.metrics[name]) for row, name in enumerate(names) if name in found.metrics]
-        middles = [row + (place - (len(systems) - 1) / 2) * spread for row, _ in shown]
-        values = [interval.value for _, interval in shown]
-        reach = [
-            [max(0.0, interval.value - interval.low) for _, interval in shown],
-            [max(0.0, interval.high - interval.value) for _, interval in shown],
-        ]
+    for place, (role, system) in enumerate(systems.items()):
+        rows = [row for row, name in enumerate(names) if name in system.metrics]
+        intervals = [system.metrics[names[row]] for row in rows]
+        middles = [row + (place - (len(systems) - 1) / 2) * spread for row in rows]
         axes.errorbar(
-            values, middles, xerr=reach, fmt="o", color=COLOURS[role], markersize=5, elinewidth=2, capsize=0,
+            [interval.value for interval in intervals], middles, xerr=_reach(intervals),
+            fmt="o", color=COLOURS[role], markersize=5, elinewidth=2, capsize=0,
             label=system_label(build, role),
         )  # fmt: skip
     checks = build.verdict.checks if build.verdict else ()
@@ -208,9 +205,9 @@ def _load(build: Build) -> Figure:
 
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     end, first, throughput = figure.subplots(1, 3)
-    found = [level for level in load.levels(build) if level.metrics]
-    for role in dict.fromkeys(level.system for level in found):
-        levels = [level for level in found if level.system == role]
+    sweep = [level for level in load.levels(build) if level.metrics]
+    for role in dict.fromkeys(level.system for level in sweep):
+        levels = [level for level in sweep if level.system == role]
         for axes, latency in ((end, "e2el"), (first, "ttft")):
             _curve(axes, levels, f"p50_{latency}_ms", f"{role} p50", COLOURS[role], "-")
             _curve(axes, levels, f"p95_{latency}_ms", f"{role} p95", COLOURS[role], "--")
@@ -224,7 +221,7 @@ def _load(build: Build) -> Figure:
         axes.set_title(title, fontsize=9, loc="left", color="#475467")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("concurrent users")
-        axes.set_xticks(sorted({level.users for level in found}))
+        axes.set_xticks(sorted({level.users for level in sweep}))
         axes.margins(x=0.12)
         _tidy(axes, "y")
     end.legend(frameon=False, fontsize=8)
@@ -234,16 +231,21 @@ def _load(build: Build) -> Figure:
 
 def _curve(axes: Axes, levels: list[load.Level], metric: str, label: str, colour: str, style: str) -> None:
     """One metric over the levels with its intervals as whiskers."""
-    shown = [(level.users, level.metrics[metric].interval) for level in levels if metric in level.metrics]
-    users, values = [user for user, _ in shown], [interval.value for _, interval in shown]
-    reach = [
-        [max(0.0, interval.value - interval.low) for _, interval in shown],
-        [max(0.0, interval.high - interval.value) for _, interval in shown],
-    ]
+    users = [level.users for level in levels if metric in level.metrics]
+    intervals = [level.metrics[metric].interval for level in levels if metric in level.metrics]
     axes.errorbar(
-        users, values, yerr=reach, fmt="o" + style, color=colour, markersize=4, linewidth=1.5, elinewidth=1.2, capsize=2.5,
+        users, [interval.value for interval in intervals], yerr=_reach(intervals),
+        fmt="o" + style, color=colour, markersize=4, linewidth=1.5, elinewidth=1.2, capsize=2.5,
         alpha=0.7 if style == "--" else 1.0, label=label,
     )  # fmt: skip
+
+
+def _reach(intervals: list[Interval]) -> list[list[float]]:
+    """Whiskers' lengths below and above, as matplotlib takes them."""
+    return [
+        [max(0.0, interval.value - interval.low) for interval in intervals],
+        [max(0.0, interval.high - interval.value) for interval in intervals],
+    ]
 
 
 def _tidy(axes: Axes, grid: str) -> None:

@@ -1,4 +1,4 @@
-"""Must-pass prompts in a report: those that broke since the champion, then those that are broken and were before."""
+"""Must-pass prompts in a report: first those that the champion passed and the candidate breaks, then the other broken ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.artifacts import Build, PromptResult
 
 @dataclass(frozen=True)
 class Broken:
-    """A prompt that the candidate broke, what it broke, and the champion's answer where there is one."""
+    """A prompt that the candidate broke, the broken assertions, and the champion's answer where there is one."""
 
     id: str
     prompt: str
@@ -20,7 +20,7 @@ class Broken:
 
 @dataclass(frozen=True)
 class Prompts:
-    """How many were asked, and the broken ones: `lost` passed by the champion, `broken` by nobody, `mended` by the candidate."""
+    """The number `asked`, and who passes: `lost` the champion only, `broken` neither, `mended` the candidate only."""
 
     asked: int
     with_champion: bool
@@ -30,31 +30,31 @@ class Prompts:
 
     @property
     def said(self) -> str:
-        """The result in one sentence."""
-        held = f"{self.asked - len(self.lost) - len(self.broken)} of {self.asked} must-pass prompts hold"
+        """The counts in one sentence."""
+        sentence = f"{self.asked - len(self.lost) - len(self.broken)} of {self.asked} must-pass prompts hold"
         if not self.with_champion:
-            return f"{held}; there is no champion to compare with."
+            return f"{sentence}; there is no champion to compare with."
         counts = {"broken before": len(self.broken), "mended": len(self.mended)}
         parts = [f"{name}: {count}" for name, count in counts.items() if count]
-        return f"{held}; {', '.join([f'broken since the champion: {len(self.lost)}', *parts])}."
+        return f"{sentence}; {', '.join([f'broken since the champion: {len(self.lost)}', *parts])}."
 
 
 def prompts(build: Build) -> Prompts | None:
-    """What became of the must-pass prompts, or None where the candidate was asked none."""
+    """The must-pass prompts' outcomes; None where the candidate was asked none."""
     if not (ours := build.prompts.get("candidate", ())):
         return None
-    champions = {result.id: result for result in build.prompts.get("incumbent", ())}
-    lost: list[Broken] = []
-    broken: list[Broken] = []
-    for result in ours:
-        if result.broken:
-            before = champions.get(result.id)
-            (lost if before and not before.broken else broken).append(_broken(result, before))
-    mended = [
-        result.id for result in ours if not result.broken and result.id in champions and champions[result.id].broken
+    champions = {answer.id: answer for answer in build.prompts.get("incumbent", ())}
+    regressions: list[Broken] = []
+    breaks: list[Broken] = []
+    for answer in ours:
+        if answer.broken:
+            before = champions.get(answer.id)
+            (regressions if before and not before.broken else breaks).append(_broken(answer, before))
+    repairs = [
+        answer.id for answer in ours if not answer.broken and answer.id in champions and champions[answer.id].broken
     ]
-    return Prompts(len(ours), bool(champions), tuple(lost), tuple(broken), tuple(mended))
+    return Prompts(len(ours), bool(champions), tuple(regressions), tuple(breaks), tuple(repairs))
 
 
-def _broken(result: PromptResult, before: PromptResult | None) -> Broken:
-    return Broken(result.id, result.prompt, result.broken, result.answer, before.answer if before else None)
+def _broken(ours: PromptResult, before: PromptResult | None) -> Broken:
+    return Broken(ours.id, ours.prompt, ours.broken, ours.answer, before.answer if before else None)

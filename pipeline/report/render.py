@@ -1,7 +1,7 @@
 """One renderer: a build as HTML page, Markdown, JSON, tables and plots, for MLflow, Prefect, programs and the terminal.
 
-All say what `report_page.Page` says. What models and people wrote (prompts, answers, reasons, paths) is untrusted: HTML
-escapes it, Markdown keeps it in code spans. Nothing rendered loads anything from elsewhere.
+All render `page.Page`. Texts by models and people (prompts, answers, reasons, paths) are untrusted: HTML escapes them,
+Markdown keeps them in code spans. A rendered page loads nothing from elsewhere.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ CARD_LIMIT = 7900  # MLflow's longest note has 8000 characters
 CARD_EXAMPLES = 8
 CARD_PROMPTS = 5
 MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "⚠️ inconclusive"}
-FOLDED = 320  # characters of an answer or a prompt that are shown before the rest is folded
-
-save_plots = plots.save_plots
+FOLDED = 320  # characters of an answer or a prompt before the rest is folded
 
 
 def scores_table(build: Build) -> list[list[str]]:
@@ -32,11 +30,11 @@ def scores_table(build: Build) -> list[list[str]]:
     systems = content.evaluated(build)
     head = ["metric", *(content.system_label(build, role) for role in systems)]
     rows = [
-        [name, *(content.with_interval(found.metrics.get(name)) for found in systems.values())]
+        [name, *(content.with_interval(system.metrics.get(name)) for system in systems.values())]
         for name in content.metric_names(build)
     ]
-    counted = ["items", *(f"{len(found.items)}, {found.errors} failed" for found in systems.values())]
-    return [head, *rows, counted]
+    counts = ["items", *(f"{len(system.items)}, {system.errors} failed" for system in systems.values())]
+    return [head, *rows, counts]
 
 
 def ledger_table(ledger: report_ledger.Ledger) -> list[list[str]]:
@@ -55,7 +53,7 @@ def ledger_table(ledger: report_ledger.Ledger) -> list[list[str]]:
 
 
 def gate_table(verdict: Verdict) -> str:
-    """The verdict and its checks in Markdown, what stands in the way first."""
+    """The verdict and its checks in Markdown, blocking checks first."""
     rows = [
         [
             f"{MARKS[check.outcome]}, not counted" if check.waived else MARKS[check.outcome],
@@ -76,7 +74,7 @@ def markdown(build: Build) -> str:
 
 
 def model_card(build: Build) -> str:
-    """The build in Markdown, at most CARD_LIMIT characters: examples give way first, what one must know to decide last."""
+    """The build in Markdown, at most CARD_LIMIT characters: examples give way first, the facts for a decision last."""
     sections = _sections(build, page(build))
     for rank in sorted({rank for rank, _ in sections}, reverse=True):
         card = _joined(sections)
@@ -91,111 +89,123 @@ def _joined(sections: Sequence[tuple[int, str]]) -> str:
     return "\n\n".join(text for _, text in sections if text) + "\n"
 
 
-def _sections(build: Build, found: Page) -> list[tuple[int, str]]:
+def _sections(build: Build, report: Page) -> list[tuple[int, str]]:
     """The report's sections in Markdown, each with its rank: where room is short, the highest rank goes first."""
-    level = f"{found.confidence:.0%}"
+    level = f"{report.confidence:.0%}"
     head, *scores = scores_table(build)
     gate = f"## Gate\n\n{gate_table(build.verdict)}" if build.verdict else ""
-    shown = content.examples(build, CARD_EXAMPLES)
-    few = {kind: [one for one in shown if one.kind == kind] for kind in content.EXAMPLE_ORDER}
+    examples = content.examples(build, CARD_EXAMPLES)
+    few = {kind: [example for example in examples if example.kind == kind] for kind in content.EXAMPLE_ORDER}
     return [
-        (0, f"# {found.name}\n\n{plain(found.why)} {found.summary}"),
-        (0, _prompts(found)),
+        (0, f"# {report.name}\n\n{plain(report.why)} {report.summary}"),
+        (0, _prompts(report)),
         (0, gate),
-        (2, _ledger(found)),
+        (2, _ledger(report)),
         (1, f"## Scores as served, with {level} intervals\n\n{markdown_table(head, scores)}"),
-        (3, "\n".join(f"- {one.step}: {one.metric} {content.with_interval(one.change, sign=True)}" for one in found.deltas)),
-        (5, _slices(found)),
-        (3, _judges(found)),
-        (3, _load(found)),
-        (1, f"## Model\n\n{_list(found.model)}"),
-        (4, f"## Data\n\n{_list(found.data)}"),
-        (4, f"## Training\n\n{_list(found.training)}"),
+        (3, _deltas(report)),
+        (5, _slices(report)),
+        (3, _judges(report)),
+        (3, _load(report)),
+        (1, f"## Model\n\n{_list(report.model)}"),
+        (4, f"## Data\n\n{_list(report.data)}"),
+        (4, f"## Training\n\n{_list(report.training)}"),
         *_examples(few),
-        (2, f"## What is served\n\n{_list(found.serving)}"),
-        (6, f"## Digests\n\n{_list(found.digests)}"),
-        (3, _costs(found)),
-        (0, "## Next\n\n" + "\n".join(f"    {command}  # {what}" for command, what in found.next)),
-        (1, "## Limits\n\n" + "\n".join(f"- {note}" for note in found.notes)),
+        (2, f"## What is served\n\n{_list(report.serving)}"),
+        (6, f"## Digests\n\n{_list(report.digests)}"),
+        (3, _costs(report)),
+        (0, "## Next\n\n" + "\n".join(f"    {command}  # {effect}" for command, effect in report.next)),
+        (1, "## Limits\n\n" + "\n".join(f"- {note}" for note in report.notes)),
     ]  # fmt: skip
 
 
-def _prompts(found: Page) -> str:
-    if found.prompts is None:
+def _deltas(report: Page) -> str:
+    lines = (
+        f"- {delta.step}: {delta.metric} {content.with_interval(delta.change, sign=True)}" for delta in report.deltas
+    )
+    return "\n".join(lines)
+
+
+def _prompts(report: Page) -> str:
+    if report.prompts is None:
         return ""
-    parts = [f"## Must-pass prompts\n\n{found.prompts.said}"]
-    titles = (("Broken since the champion", found.prompts.lost), ("Broken, and not held before", found.prompts.broken))
-    for title, broken in titles:
-        lines = [f"- {code(one.id, 60)}: {'; '.join(code(part, 120) for part in one.broken)}" for one in broken]
+    parts = [f"## Must-pass prompts\n\n{report.prompts.said}"]
+    titles = (
+        ("Broken since the champion", report.prompts.lost),
+        ("Broken, and not held before", report.prompts.broken),
+    )
+    for title, prompts in titles:
+        lines = [
+            f"- {code(prompt.id, 60)}: {'; '.join(code(part, 120) for part in prompt.broken)}" for prompt in prompts
+        ]
         more = [f"- and {len(lines) - CARD_PROMPTS} more"] if len(lines) > CARD_PROMPTS else []
         parts += [f"**{title}**\n\n" + "\n".join([*lines[:CARD_PROMPTS], *more])] if lines else []
     return "\n\n".join(parts)
 
 
-def _ledger(found: Page) -> str:
-    if found.ledger is None:
+def _ledger(report: Page) -> str:
+    if report.ledger is None:
         return ""
-    head, *rows = ledger_table(found.ledger)
-    title = f"## Loss ledger, {found.ledger.items} items"
-    return f"{title}\n\n{found.ledger.said}\n\n{markdown_table(head, rows)}"
+    head, *rows = ledger_table(report.ledger)
+    title = f"## Loss ledger, {report.ledger.items} items"
+    return f"{title}\n\n{report.ledger.said}\n\n{markdown_table(head, rows)}"
 
 
-def _slices(found: Page) -> str:
-    if found.slices is None:
+def _slices(report: Page) -> str:
+    if report.slices is None:
         return ""
     rows = [
-        [code(one.by, 40), code(one.value, 60), str(one.items), content.with_interval(one.score),
-         content.with_interval(one.change, sign=True)]
-        for one in found.slices.shown
+        [code(part.by, 40), code(part.value, 60), str(part.items), content.with_interval(part.score),
+         content.with_interval(part.change, sign=True)]
+        for part in report.slices.shown
     ]  # fmt: skip
-    head = ["by", "value", "items", f"candidate's {found.slices.metric}", f"minus {found.slices.against or '-'}"]
-    return f"## Slices\n\nThe extremes of {found.slices.found}.\n\n{markdown_table(head, rows)}"
+    head = ["by", "value", "items", f"candidate's {report.slices.metric}", f"minus {report.slices.against or '-'}"]
+    return f"## Slices\n\nThe extremes of {report.slices.found}.\n\n{markdown_table(head, rows)}"
 
 
-def _judges(found: Page) -> str:
+def _judges(report: Page) -> str:
     parts = []
-    if found.tasks:
+    if report.tasks:
         head = ["task", "metric", "documents", *content.ROLES, "change"]
         rows = [
-            [code(one.task, 60), code(one.metric, 40), str(one.documents),
-             *(content.with_interval(one.scores.get(role)) for role in content.ROLES),
-             content.with_interval(one.change, sign=True)]
-            for one in found.tasks
+            [code(task.task, 60), code(task.metric, 40), str(task.documents),
+             *(content.with_interval(task.scores.get(role)) for role in content.ROLES),
+             content.with_interval(task.change, sign=True)]
+            for task in report.tasks
         ]  # fmt: skip
         parts.append(f"## lm-eval\n\n{markdown_table(head, rows)}")
     parts += [
-        f"## LLM judge\n\nAgainst {one.against}, by {code(one.model, 80)}: win rate "
-        f"{content.with_interval(one.win_rate)}, both orders agree {content.with_interval(one.agreement)}; of {one.items} "
-        f"items {one.won} won and {one.lost} lost in both orders, {one.failed} not judged."
-        for one in found.judged
+        f"## LLM judge\n\nAgainst {judge.against}, by {code(judge.model, 80)}: win rate "
+        f"{content.with_interval(judge.win_rate)}, both orders agree {content.with_interval(judge.agreement)}; of {judge.items} "
+        f"items {judge.won} won and {judge.lost} lost in both orders, {judge.failed} not judged."
+        for judge in report.judged
     ]
     return "\n\n".join(parts)
 
 
-def _load(found: Page) -> str:
-    if not found.load:
+def _load(report: Page) -> str:
+    if not report.load:
         return ""
-    head, *rows = load.rows(found.load)
+    head, *rows = load.rows(report.load)
     return f"## Load, in milliseconds\n\n{markdown_table(head, rows)}"
 
 
-def _costs(found: Page) -> str:
-    if not found.costs:
+def _costs(report: Page) -> str:
+    if not report.costs:
         return ""
     rows = [
-        [str(one.users), content.with_interval(one.tokens_per_second), content.with_interval(one.cost),
-         "yes" if one.objective else ""]
-        for one in found.costs
+        [str(cost.users), content.with_interval(cost.tokens_per_second), content.with_interval(cost.cost),
+         "yes" if cost.objective else ""]
+        for cost in report.costs
     ]  # fmt: skip
     head = ["users", "output tokens/s", "cost of a million output tokens", "objective"]
     return f"## Cost\n\n{markdown_table(head, rows)}"
 
 
-def _examples(shown: dict[content.Kind, list[content.Example]]) -> list[tuple[int, str]]:
+def _examples(by_kind: dict[content.Kind, list[content.Example]]) -> list[tuple[int, str]]:
     """The heading, and each example with its rank: the flips stay longest."""
-    sections = [(7, "## Answers side by side")] if any(shown.values()) else []
-    for rank, (kind, examples) in enumerate(shown.items(), start=7):
-        sections += [(rank + place, _example(kind, one)) for place, one in enumerate(examples)]
+    sections = [(7, "## Answers side by side")] if any(by_kind.values()) else []
+    for rank, (kind, examples) in enumerate(by_kind.items(), start=7):
+        sections += [(rank + place, _example(kind, example)) for place, example in enumerate(examples)]
     return sections
 
 
@@ -224,7 +234,7 @@ def code(text: str, limit: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Text of our own that may quote somebody's words: what would begin a tag, a link, a picture or code is escaped."""
+    """Our own text that may quote others: the beginnings of tags, links, pictures and code are escaped."""
     return re.sub(r"<(?=[A-Za-z/!?])|[\[`]", r"\\\g<0>", text)
 
 
@@ -237,7 +247,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def to_json(build: Build) -> str:
-    """The build as JSON for programs: `report_page.Page`, intervals as {value, low, high}; what isn't finite is null."""
+    """The build as JSON for programs: `page.Page`, intervals as {value, low, high}; numbers that aren't finite are null."""
     from pydantic_core import to_json as dumped
 
     return dumped(page(build), indent=1, inf_nan_mode="null").decode() + "\n"
@@ -251,29 +261,29 @@ def html(build: Build) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    return environment.get_template("page.html.j2").render(**_shown(build, page(build)))
+    return environment.get_template("page.html.j2").render(**_template_values(build, page(build)))
 
 
-def _shown(build: Build, found: Page) -> dict[str, Any]:
-    """All that the template shows."""
+def _template_values(build: Build, report: Page) -> dict[str, Any]:
+    """The template's values."""
     scores_head, *scores = scores_table(build)
     pictures = {
         name: "data:image/svg+xml;base64," + base64.b64encode(svg).decode() for name, svg in plots.svgs(build).items()
     }
     return {
-        "page": found,
-        "level": f"{found.confidence:.0%}",
-        "tiles": _tiles(build, found),
+        "page": report,
+        "level": f"{report.confidence:.0%}",
+        "tiles": _tiles(build, report),
         "with_interval": content.with_interval,
         "scores_head": scores_head,
         "scores": scores,
-        "ledger": ledger_table(found.ledger) if found.ledger else [],
-        "roles": [role for role in content.ROLES if any(role in task.scores for task in found.tasks)],
+        "ledger": ledger_table(report.ledger) if report.ledger else [],
+        "roles": [role for role in content.ROLES if any(role in task.scores for task in report.tasks)],
         "load_head": load.HEAD,
         "figure": load.figure,
         "beneath": load.beneath,
         "failed": load.failed,
-        "open_ends": any(one.open_above for level in found.load for one in level.metrics.values()),
+        "open_ends": any(metric.open_above for level in report.load for metric in level.metrics.values()),
         "pictures": pictures,
         "loss": _loss(build),
         "kinds": content.EXAMPLE_ORDER,
@@ -281,12 +291,12 @@ def _shown(build: Build, found: Page) -> dict[str, Any]:
     }
 
 
-def _tiles(build: Build, found: Page) -> list[tuple[str, str, str]]:
-    """The figures to see first: (name, value, beneath)."""
+def _tiles(build: Build, report: Page) -> list[tuple[str, str, str]]:
+    """The headline figures: (name, value, beneath)."""
     name = content.headline(build)
     tiles = []
-    if name and name in found.scores.get("candidate", {}):
-        interval = found.scores["candidate"][name]
+    if name and name in report.scores.get("candidate", {}):
+        interval = report.scores["candidate"][name]
         beneath = f"{interval.low:.3f} to {interval.high:.3f}"
         tiles.append((f"{name}, candidate", content.short(interval.value), beneath))
     tiles += [
@@ -295,15 +305,15 @@ def _tiles(build: Build, found: Page) -> list[tuple[str, str, str]]:
             f"{delta.change.value:+.3f}",
             f"{delta.change.low:+.3f} to {delta.change.high:+.3f}",
         )
-        for delta in found.deltas
+        for delta in report.deltas
     ]
-    ours = [level for level in found.load if level.system == "candidate" and level.metrics]
+    ours = [level for level in report.load if level.system == "candidate" and level.metrics]
     if ours:
         rate, first = (ours[-1].metrics[name].interval.value for name in ("output_throughput", "p95_ttft_ms"))
         tiles.append((f"tokens/s at {_users(ours[-1].users)}", f"{rate:,.0f}", f"first token p95 {first:,.0f} ms"))
     tiles += [
         (f"a million tokens at {_users(cost.users)}", content.short(cost.cost.value), "at the load objective")
-        for cost in found.costs
+        for cost in report.costs
         if cost.objective
     ]
     return tiles
@@ -314,9 +324,9 @@ def _users(count: int) -> str:
 
 
 def _loss(build: Build) -> str | None:
-    """The loss curve that finetune left, if it is still there."""
-    trained = build.artifacts.get("finetune")
-    file = trained.extra / "loss.png" if trained else None
+    """Training's loss curve, if its file exists."""
+    artifact = build.artifacts.get("finetune")
+    file = artifact.extra / "loss.png" if artifact else None
     if file is None or not file.is_file():
         return None
     return "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()

@@ -1,4 +1,4 @@
-"""Slices of the holdout in a report: by the rows' own columns and by what was expected, those that differ most."""
+"""Slices of the holdout in a report, by the rows' own columns and by the expected answer: those that differ most."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST = 60  # characters: longer values are texts, no names
 class Slice:
     """The items with one value: the candidate's score, and its paired difference to the other system.
 
-    `by` is what they are split by, as gate.slices names it: a column, expected, or expected.FIELD.
+    `by` is the criterion as gate.slices names it: a column, expected, or expected.FIELD.
     """
 
     by: str
@@ -40,17 +40,18 @@ class Slices:
 def extremes(build: Build, most: int) -> Slices | None:
     """At most `most` slices of the candidate's items: where it lost most, and a few where it won most.
 
-    Against the champion, else the base; where neither was scored on the same items, by the score itself. They are the extremes
-    of all slices: with many, some lie apart by chance. The gate judges those that the policy names.
+    Compared with the champion, else the base; where neither was scored on the same items, ordered by the score itself. These
+    are extremes: among many slices some lie apart by chance. The gate decides on those that the policy names.
     """
-    found, metric = evaluated(build), item_metric(build)
-    if "candidate" not in found or not any(metric in item.scores for item in found["candidate"].items):
+    systems, metric = evaluated(build), item_metric(build)
+    candidate = systems.get("candidate")
+    if candidate is None or not any(metric in row.scores for row in candidate.items):
         return None
-    ours = found["candidate"].items
+    ours = candidate.items
     against = next(
-        (role for role in ("incumbent", "base") if role in found and same_items(found["candidate"], found[role])), None
+        (role for role in ("incumbent", "base") if role in systems and same_items(candidate, systems[role])), None
     )
-    theirs = found[against].items if against else ()
+    theirs = systems[against].items if against else ()
     parts = _parts(ours, metric)
 
     def gap(inside: list[int]) -> float:
@@ -58,36 +59,34 @@ def extremes(build: Build, most: int) -> Slices | None:
 
     order = sorted(parts, key=lambda name: (gap(parts[name]), name))
     best = most // 3 if len(order) > most else 0
-    shown = []
+    rows = []
     for name in order[: most - best] + order[len(order) - best :]:
-        mine, other = [ours[n] for n in parts[name]], [theirs[n] for n in parts[name]] if theirs else []
+        after, before = [ours[n] for n in parts[name]], [theirs[n] for n in parts[name]] if theirs else []
         level, group = confidence(build), cluster_by(build)
-        change = scoring.difference(mine, other, metric, level, group) if other else None
-        shown.append(Slice(*name, len(mine), scoring.metric(mine, metric, level, group), change))
-    return Slices(metric, against, len(parts), tuple(shown)) if shown else None
+        change = scoring.difference(after, before, metric, level, group) if before else None
+        rows.append(Slice(*name, len(after), scoring.metric(after, metric, level, group), change))
+    return Slices(metric, against, len(parts), tuple(rows)) if rows else None
 
 
 def _parts(items: Sequence[Item], metric: str) -> dict[tuple[str, str], list[int]]:
-    """The items with the metric by (what they are split by, value); too small parts, whole ones and long values are left out."""
-    found = {}
-    for by in dict.fromkeys(name for item in items for name in splits(item)):
-        for value, inside in slices.split(items, by, MIN_ITEMS).items():
-            scored = [n for n in inside if metric in items[n].scores]
-            if value != slices.OTHER and len(value) <= LONGEST and MIN_ITEMS <= len(scored) < len(items):
-                found[by, value] = scored
-    return found
+    """Places of the items with the metric, by (criterion, value); small parts, the whole and long values are left out."""
+    parts = {}
+    for by in dict.fromkeys(name for row in items for name in splits(row)):
+        for label, inside in slices.split(items, by, MIN_ITEMS).items():
+            places = [n for n in inside if metric in items[n].scores]
+            if label != slices.OTHER and len(label) <= LONGEST and MIN_ITEMS <= len(places) < len(items):
+                parts[by, label] = places
+    return parts
 
 
-def splits(item: Item) -> Iterator[str]:
-    """What an item can be split by, as a policy names it: its columns, its label, the plain fields of an expected JSON object."""
-    yield from item.columns
+def splits(row: Item) -> Iterator[str]:
+    """An item's criteria as a policy names them: its columns, its label, the plain fields of an expected JSON object."""
+    yield from row.columns
     try:
-        expected = scorers.parse_json(item.expected)
+        answer = scorers.parse_json(row.expected)
     except ValueError:
-        expected = None
-    if isinstance(expected, dict):
-        yield from (
-            f"{slices.EXPECTED}.{name}" for name, value in expected.items() if not isinstance(value, dict | list)
-        )
-    elif item.expected and len(item.expected) <= LONGEST:
+        answer = None
+    if isinstance(answer, dict):
+        yield from (f"{slices.EXPECTED}.{name}" for name, field in answer.items() if not isinstance(field, dict | list))
+    elif row.expected and len(row.expected) <= LONGEST:
         yield slices.EXPECTED

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline import chat, hardware
 from pipeline.artifacts import ServedUnit
+from pipeline.config import methods
 from pipeline.config.schema import ServeConfig
 from pipeline.environments.interpreters import Environment
 from pipeline.errors import Problem, ServingError
@@ -53,10 +54,10 @@ def served_unit(model: Path, serve: ServeConfig, name: str, environment: Environ
 
 
 def _auto_dtype(model: Path, device: hardware.Device) -> str:
-    """The meaning of `dtype: auto` for this model here; vLLM takes AutoAWQ's format in 16 bits alone."""
+    """The meaning of `dtype: auto` for this model here; vLLM takes some quantized formats in 16 bits only."""
     quantization = json.loads((model / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    only_16_bits = quantization.get("quant_method") == "awq" and device.serving_dtype == "float32"
-    return "float16" if only_16_bits else device.serving_dtype
+    in_float32 = device.serving_dtype == "float32"
+    return "float16" if in_float32 and methods.needs_16_bits(quantization.get("quant_method")) else device.serving_dtype
 
 
 def start(to_serve: ToServe, *, keep: bool, on_event: Callable[[Event], None]) -> Server:

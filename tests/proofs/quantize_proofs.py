@@ -23,12 +23,12 @@ from support import tiny
 from pipeline import program
 from pipeline.errors import StageFailed, TunegateError
 from pipeline.model import special_tokens, weights
-from pipeline.quantize import autoawq, check, llmcompressor, quantize
+from pipeline.quantize import autoawq, check, formats, llmcompressor, quantize
 from pipeline.quantize.calibration import Sample, encode, load_tokenizer, read_rows
 
 PROMPT = 30
 ANSWER = 8
-FULL = ((llmcompressor, "quantize"), (check, "load_dequantized"))
+FULL = ((llmcompressor, "quantize"), (formats, "load_dequantized"))
 MODELS = {"merge": {}, "untied": {"tied": False, "layers": 1}}
 
 
@@ -43,8 +43,8 @@ def prove(method: str, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(model)
     rows = read_rows(folder / "prepare" / "payload" / "calibration.jsonl")
     samples = encode(rows, tokenizer, special_tokens.end_tokens(model, tokenizer))
-    plain = quantize.BACKENDS[method].load(model, folder / method)
-    check.load_dequantized(plain, made)
+    plain = {"llmcompressor": llmcompressor, "autoawq": autoawq}[method].load(model, folder / method)
+    formats.load_dequantized(plain, made)
     look = {"llmcompressor": _in_train, "autoawq": _in_autoawq}[method]
     return {
         "details": details,
@@ -126,7 +126,7 @@ def _as_compressed_tensors_reads(folder: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
     ).state_dict()
-    for name, weight in check.dequantized(folder):
+    for name, weight in formats.dequantized(folder):
         torch.testing.assert_close(weight.float(), theirs[name].float(), rtol=0.01, atol=1e-4)
 
 
@@ -136,7 +136,7 @@ def _as_autoawq_reads(folder: Path) -> None:
 
     packed = 0
     with weights.Reader(folder) as stored:
-        for name, weight in check.dequantized(folder):
+        for name, weight in formats.dequantized(folder):
             module = name.removesuffix(".weight")
             if f"{module}.qweight" in weights.tensors(folder):
                 parts = [stored(f"{module}.{part}") for part in ("qweight", "qzeros", "scales")]

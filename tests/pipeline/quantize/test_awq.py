@@ -15,6 +15,7 @@ import httpx
 import pytest
 from support.programs import TESTS, python
 
+from pipeline.config import methods
 from pipeline.config.schema import ServeConfig
 from pipeline.digests import digest_folder
 from pipeline.environments import interpreters
@@ -103,7 +104,10 @@ def quantize(method: str, folder: Path) -> Quantized:
 def test_the_result_is_near_the_original(quantized, method):
     """All samples are used, the group fits, every layer's error is one of rounding, and all is recorded."""
     detail = quantized[method].seen["details"]["first"]
-    assert (detail["method"], detail["group_size"], detail["linear_layers"]) == (method, 64, LINEAR_LAYERS)
+    assert (detail["method"], detail["backend"]) == ("awq", method)
+    assert detail["label"] == methods.METHODS["awq", method].label
+    assert detail["format"] == methods.METHODS["awq", method].quant_method
+    assert (detail["group_size"], detail["linear_layers"]) == (64, LINEAR_LAYERS)
     assert (detail["samples"], detail["trimmed"], detail["tokens"]) == (8, 8, 8 * 48)
     assert len(detail["layer_errors"]) == 2
     assert 0.05 < max(detail["layer_errors"]) < 0.4
@@ -168,13 +172,13 @@ def test_weights_that_autoawq_corrupts_are_refused(quantized):
     """Without the copy that AutoAWQ forgets on a CPU, its result doesn't pass for the model it came from."""
     said = quantized["autoawq"].seen["unmended"]
     assert "the quantizer corrupted the weights" in said
-    assert "layer 0 adds something else" in said
+    assert "layer 0 differs from the original" in said
 
 
 @pytest.mark.parametrize(
     ("spoiled", "kind", "said"),
     [
-        ("larger", "StageFailed", "layer 1 adds something else than the original's"),
+        ("larger", "StageFailed", "layer 1 differs from the original"),
         ("negative", "ModelError", "model.layers.1.mlp.down_proj.weight_scale: 128 scales aren't positive"),
         ("nan", "ModelError", "model.layers.1.mlp.down_proj.weight_scale: 2 of 128 values are NaN or infinite"),
         ("infinite", "ModelError", "model.norm.weight: 64 of 64 values are NaN or infinite"),

@@ -58,7 +58,7 @@ def test_a_model_that_fits_no_group_is_refused():
     with pytest.raises(ConfigError) as caught:
         quantize.choose_group_size("auto", {"layers.0.weight": (64, 80), "layers.1.weight": (64, 80)})
     assert "and 1 more" in caught.value.problems[0].what
-    assert caught.value.problems[0].remedy == "set quantize.method: none"
+    assert caught.value.problems[0].remedy == "set quantize.method: none to serve the merged model"
 
 
 def test_linear_layers_are_found_from_headers(tmp_path):
@@ -179,7 +179,7 @@ def test_long_conversations_keep_their_answer():
     """A conversation above the limit loses its beginning, and is counted; its answer stays where it was."""
     calibration = take([Sample(tuple(range(10)), 8), Sample((1, 2))], 2, 4)
     assert calibration.samples == (Sample((6, 7, 8, 9), 2), Sample((1, 2)))
-    assert (calibration.trimmed, calibration.tokens) == (1, 6)
+    assert (calibration.cut_short, calibration.tokens) == (1, 6)
     assert str(calibration) == "2 conversations of 6 tokens, 1 of them cut short"
 
 
