@@ -38,11 +38,11 @@ SETTINGS = FinetuneConfig(micro_batch_size=1, logging_steps=1_000_000)
 def packed(base: Path, rows: list[Row]) -> Callable[[], None]:
     """One optimizer step of pipeline.finetune.train over the rows."""
     train.keep_freed_memory()
-    model, hardware = finetune_model.load(base, SETTINGS, SEQUENCE_LEN)
-    model = finetune_model.with_lora(model, SETTINGS, hardware, "0" * 64, seed=1)
+    model, execution = finetune_model.load(base, SETTINGS, SEQUENCE_LEN)
+    model = finetune_model.with_lora(model, SETTINGS, execution, "0" * 64, seed=1)
     run = train.Training(
-        model, hardware, SETTINGS, finetune_rows.Rows(rows, [], 0, 0),
-        sequence_len=SEQUENCE_LEN, seed=1, checkpoints=Path(tempfile.gettempdir()),
+        model, execution, SETTINGS, finetune_rows.Rows(rows, [], 0, 0),
+        sequence_len=SEQUENCE_LEN, seed=1, folder=Path(tempfile.gettempdir()),
     )  # fmt: skip
 
     def step() -> None:

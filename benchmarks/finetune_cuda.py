@@ -99,7 +99,7 @@ def work(base: Path, file: Path | None, steps: int, fill: int = 1) -> Work:
     order = random.Random(SEED)
     if file is None:
         ids = [array("i", order.choices(range(100, len(tokenizer)), k=RANDOM_LENGTH)) for _ in range(RANDOM_ROWS)]
-        rows, batch, sequence_len = [Row(it, it, 0, truncated=False) for it in ids], RANDOM_BATCH, RANDOM_LENGTH
+        rows, batch, sequence_len = [Row(it, it, 0, is_cut=False) for it in ids], RANDOM_BATCH, RANDOM_LENGTH
     else:
         with file.open(encoding="utf-8") as lines:
             chosen = (json.loads(line) for line in islice(lines, steps * REAL_BATCH))
@@ -161,15 +161,15 @@ def ours(it: Work, optimizer: str, *, eager: bool = False) -> tuple[Step, Any]:
     settings = FinetuneConfig(
         micro_batch_size=batch, optimizer=optimizer, learning_rate=RATE, lr_scheduler="constant", logging_steps=1,
     )  # fmt: skip
-    model, hardware = finetune_model.load(it.base, settings, it.sequence_len)
+    model, execution = finetune_model.load(it.base, settings, it.sequence_len)
     if eager:
-        hardware = replace(hardware, cuda_graphs=False)
-    model = finetune_model.with_lora(model, settings, hardware, "0" * 64, seed=SEED)
+        execution = replace(execution, cuda_graphs=False)
+    model = finetune_model.with_lora(model, settings, execution, "0" * 64, seed=SEED)
     training = finetune.Training(
-        model, hardware, settings, finetune_rows.Rows(it.rows, [], 0, 0),
-        sequence_len=it.sequence_len, seed=SEED, checkpoints=Path(tempfile.mkdtemp()),
+        model, execution, settings, finetune_rows.Rows(it.rows, [], 0, 0),
+        sequence_len=it.sequence_len, seed=SEED, folder=Path(tempfile.mkdtemp()),
     )  # fmt: skip
-    print("ours:", asdict(hardware), flush=True)
+    print("ours:", asdict(execution), flush=True)
     state = checkpoints.State()
 
     def step(batch: Sequence[int]) -> float:

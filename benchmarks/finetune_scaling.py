@@ -72,7 +72,7 @@ def rank(request: program.Request, group: Any) -> dict[str, Any]:
     draw = random.Random(SEED)
     words = range(100, AutoConfig.from_pretrained(base).vocab_size)
     ids = [array("i", draw.choices(words, k=length)) for _ in range(ROWS_A_BATCH * settings.micro_batch_size)]
-    rows = [Row(it, it, 0, truncated=False) for it in ids]
+    rows = [Row(it, it, 0, is_cut=False) for it in ids]
     began = time.perf_counter()
     model, chosen = finetune_model.load(base, settings, length)
     model = finetune_model.with_lora(model, settings, chosen, "0" * 64, seed=SEED)
@@ -80,7 +80,7 @@ def rank(request: program.Request, group: Any) -> dict[str, Any]:
         fsdp.split(model, chosen.device, group.size)
     training = train.Training(
         model, chosen, settings, finetune_rows.Rows(rows, [], 0, 0),
-        sequence_len=length, seed=SEED, checkpoints=request.folder, group=group,
+        sequence_len=length, seed=SEED, folder=request.folder, group=group,
     )  # fmt: skip
     loading, seconds = peak(chosen.device), time.perf_counter() - began
     if chosen.device == "cuda":

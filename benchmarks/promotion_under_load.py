@@ -140,7 +140,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     environment = (
         interpreters.find("serve")
         if options.model
-        else Environment("serve", Path(sys.executable), (ROOT / "tests/fake_site",))
+        else Environment("serve", Path(sys.executable), (ROOT / "tests/fakes/fake_site",))
     )
     models = options.model or [fake_model(folder / answer, answer) for answer in ("one", "two")]
     serve = {"max_model_len": 512, "enforce_eager": True, "shutdown_timeout": 30}

@@ -47,6 +47,7 @@ from pipeline.errors import TunegateError
 from pipeline.serving import digests as serving_digests
 from pipeline.serving import serve as serving
 from pipeline.serving.diagnosis import last_run
+from pipeline.serving.server import ToServe
 
 NAME = "benchmark"
 SIDES = ("transformers", "bf16", "awq")
@@ -158,9 +159,8 @@ def vllm(side: str, options: argparse.Namespace) -> Side:
             serving_digests.model_digests(model)
             digests = time.monotonic() - began
             unit = serving.served_unit(model, serve, NAME, options.environment)
-            with serving.running(
-                unit, model, serve, NAME, Path(work, start), options.environment, lambda _: None
-            ) as server:
+            to_serve = ToServe(unit, model, serve, NAME, Path(work, start), options.environment)
+            with serving.running(to_serve, lambda _: None) as server:
                 took = round(time.monotonic() - began, 1)
                 made["starts"][start] = took
                 print(

@@ -24,13 +24,12 @@ from flows.stages import OnEvent
 from pipeline import files, hardware, store
 from pipeline.artifacts import Artifact, Build, Reports, ServedUnit, Stage, Verdict
 from pipeline.config.schema import Config
-from pipeline.environments import interpreters
 from pipeline.errors import Busy, RegistryError
 from pipeline.gate import gate
 from pipeline.plan import plan, resolve, steps
 from pipeline.registry import client, notify, runs, versions
 from pipeline.report import render
-from pipeline.serving import serve
+from pipeline.serving import runtimes, serve
 
 
 @flow(name="build", persist_result=False)
@@ -113,7 +112,7 @@ def _make(
         runs.log_artifact(run_id, artifact)
     served = artifacts[cast("Stage", steps.served_stage(config))]
     settings = Config.model_validate(config)
-    unit = serve.served_unit(served.payload, settings.serve, settings.name, interpreters.serving(config))
+    unit = serve.served_unit(served.payload, settings.serve, settings.name, runtimes.environment_of(config))
     return artifacts, unit
 
 

@@ -33,11 +33,10 @@ from pipeline.artifacts import (
 )
 from pipeline.config.schema import Config
 from pipeline.digests import digest_of
-from pipeline.environments import interpreters
 from pipeline.evaluation import plugins
 from pipeline.plan import code
-from pipeline.serving import serve as serving
-from pipeline.serving.server import Server
+from pipeline.serving import runtimes, serve
+from pipeline.serving.server import Server, ToServe
 
 JUDGED = ("candidate", "incumbent")  # also load-tested and asked the must-pass prompts
 
@@ -115,12 +114,11 @@ class _Lazy:
             settings = Config.model_validate(system.config)
             show({"event": "stage", "stage": "serve", "state": "running", "log": system.role})
             self._stack.enter_context(stages.device_slot(show))
-            self._server = self._stack.enter_context(
-                serving.running(
-                    system.unit, system.model, settings.serve, settings.name, store.build_folder(build_key) / f"serve-{system.role}",
-                    interpreters.serving(system.config), show,
-                )
+            to_serve = ToServe(
+                system.unit, system.model, settings.serve, settings.name, store.build_folder(build_key) / f"serve-{system.role}",
+                runtimes.environment_of(system.config),
             )  # fmt: skip
+            self._server = self._stack.enter_context(serve.running(to_serve, show))
         return self._server
 
 
@@ -186,12 +184,10 @@ def _loadtest(
         running = server()
         show({"event": "stage", "stage": "loadtest", "state": "running", "log": system.role})
         settings = {"loadtest": config["loadtest"], "model_path": str(system.model), **_where(config, system, running)}
-        module, environment = "pipeline.evaluation.loadtest", "serve"
-        if system.unit.runtime == "docker":  # vLLM's bench is in the image
-            module, environment = "pipeline.evaluation.loadtest_container", "control"
-            settings |= {"image": system.unit.runtime_digest, "container": system.config["serve"]["container"]}
+        bench = runtimes.RUNTIMES[system.unit.runtime].loadtest
+        settings |= bench.settings(system.unit.runtime_digest, system.config["serve"])
         request = program.Request(settings, stages.inputs_json(artifacts, ("prepare",)), folder)
-        stages.run_program(module, environment, system.config, request, show)
+        stages.run_program(bench.program, bench.environment, system.config, request, show)
     report = LoadTest.model_validate_json(file.read_text(encoding="utf-8"))
     show({"event": "stage", "stage": "loadtest", "state": system.role})
     for level in report.levels:

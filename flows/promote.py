@@ -26,11 +26,11 @@ from pipeline.config.schema import Config
 from pipeline.deployment import promote as deployment
 from pipeline.deployment.state import Deployment
 from pipeline.deployment.steps import Promotion, PromotionStep
-from pipeline.environments import interpreters
 from pipeline.environments.interpreters import Environment
 from pipeline.errors import RegistryError, RoutingError, ServingError
 from pipeline.program import Event
 from pipeline.registry import versions
+from pipeline.serving import runtimes
 
 SetChampion = Callable[[str, str], None]
 RETRY_DELAY_S = 2
@@ -45,7 +45,7 @@ def promote(name: str, version: str | None = None) -> dict[str, Any]:
     """
     release = versions.release(name, version)
     config = versions.config_of(release.run_id)
-    environment = interpreters.serving(config.model_dump(mode="json"))
+    environment = runtimes.environment_of(config.model_dump(mode="json"))
     on_event = progress.logged(get_run_logger())
     _take_steps(Promotion(release, config, environment, versions.set_champion, on_event))
     return deployment.status(name).model_dump(mode="json")

@@ -14,9 +14,9 @@ from typing import Any
 from flows.stages import OnEvent
 from pipeline.artifacts import Artifact, Release, ServedUnit, Stage
 from pipeline.config.schema import Config
-from pipeline.environments import interpreters
 from pipeline.errors import EnvironmentMissing, Problem, RegistryError, ServingError
 from pipeline.registry import versions
+from pipeline.serving import runtimes
 from pipeline.serving import serve as serving
 
 
@@ -35,7 +35,7 @@ def systems(
 ) -> list[System]:
     """The systems to measure, in order; merged is left out where it is itself the candidate."""
     settings = Config.model_validate(config)
-    environment = interpreters.serving(config)
+    environment = runtimes.environment_of(config)
     found = []
     for role in settings.evaluate.compare:
         model = artifacts["base" if role == "base" else "merge"].payload
@@ -55,7 +55,7 @@ def _incumbent(champion: Release, settings: Config, config: Mapping[str, Any], s
     judged_with = versions.config_of(champion.run_id)
     for serve, whole in ((judged_with.serve, judged_with.model_dump(mode="json")), (settings.serve, config)):
         try:
-            environment = interpreters.serving(whole)
+            environment = runtimes.environment_of(whole)
             unit = serving.served_unit(champion.model_path, serve, settings.name, environment)
         except (EnvironmentMissing, ServingError) as error:
             why = str(error.problems[0].what)

@@ -1,6 +1,6 @@
-"""What stages hand each other: frozen records, and the digests that say they are the same.
+"""The records that stages hand each other: frozen, and compared by digest.
 
-Every record is JSON; digests come from `digests.py`. Where records lie on disk is `store.py`'s business.
+Every record is JSON; digests come from `digests.py`. `store.py` knows where records lie on disk.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ Stage = Literal[
     "ledger",
     "register",
 ]
+RuntimeName = Literal["process", "docker"]  # where vLLM runs: the keys of serving.runtimes.RUNTIMES
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 
 class Record(BaseModel):
-    """A frozen record; an unknown field is an error, so that old records are noticed."""
+    """A frozen record; an unknown field is an error, so that an old record is noticed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Artifact(Record):
     """A finished folder in the store.
 
-    `path` holds `payload/` (what the digest covers), `extra/` (plots, reports, curves), `log.txt` and `artifact.json`.
-    `parents` maps each input's name to its digest; `made_by` names the deciding package versions; `detail` is what
-    the stage's docstring says.
+    `path` holds `payload/` (covered by the digest), `extra/` (plots, reports, curves), `log.txt` and `artifact.json`.
+    `parents` maps each input's name to its digest; `made_by` names the deciding package versions; the stage's docstring
+    describes `detail`.
     """
 
     stage: Stage
@@ -73,9 +74,9 @@ class Interval(Record):
 
 
 class Item(Record):
-    """One holdout row as it was answered: the scores by metric (0 to 1), the answer and the expected one.
+    """One holdout row with its answer: the scores by metric (0 to 1), the answer and the expected one.
 
-    `columns` are the row's own further columns that data.columns names: what slices and groups are made from.
+    `columns` are the row's further columns that data.columns names; slices and groups are made from them.
     """
 
     id: str
@@ -103,11 +104,15 @@ LedgerStep = Literal["base", "adapter", "merged_original", "merged_dequantized",
 
 
 class LedgerEntry(Record):
-    """One step of a model's making, scored on the first items of the holdout: the loss ledger's line.
+    """One step of a model's making, scored on the first items of the holdout: a line of the loss ledger.
 
-    base: before training; adapter: on the NF4 base, as trained; merged_*: both ways to merge, the one that was taken last;
-    quantized: AWQ's weights in transformers; served: the candidate as vLLM serves it. `items` come in holdout order, the
-    same for every step.
+    - base: before training
+    - adapter: on the NF4 base, as trained
+    - merged_*: both ways to merge; the chosen way comes last
+    - quantized: the quantized weights in transformers
+    - served: the candidate as vLLM serves it
+
+    `items` come in holdout order, the same for every step.
     """
 
     step: LedgerStep
@@ -116,7 +121,7 @@ class LedgerEntry(Record):
 
 
 class PromptResult(Record):
-    """One must-pass prompt as a system answered it; `broken` says which assertions failed and how."""
+    """One must-pass prompt with a system's answer; `broken` lists the assertions that failed, and how."""
 
     id: str
     prompt: str
@@ -135,7 +140,7 @@ class TaskResult(Record):
 
 
 class Judgement(Record):
-    """One item as an LLM judge saw it, in both orders: who gave the better answer."""
+    """An LLM judge's view of one item, in both orders: the side with the better answer."""
 
     id: str
     candidate_first: Literal["candidate", "other", "tie"]
@@ -163,9 +168,9 @@ class JudgeReport(Record):
 class LoadLevel(Record):
     """One level of a load sweep: vLLM bench's metric names, milliseconds, tokens/s and requests/s; one value a repeat.
 
-    `completed` and `failed` count the requests of all repeats. `samples` has what the intervals are made from: for each
-    repeat one value a finished request (ttft_ms, e2el_ms, output_tokens, gaps) and, as itl_ms, the requests' gaps
-    between tokens one after the other, `gaps` many from each.
+    `completed` and `failed` count the requests of all repeats. Intervals are made from `samples`: for each repeat one value a
+    finished request (ttft_ms, e2el_ms, output_tokens, gaps). Its itl_ms are the requests' gaps between tokens one after the
+    other, `gaps` many from each.
     """
 
     max_concurrency: int
@@ -184,7 +189,7 @@ class LoadTest(Record):
 
 
 class Reports(Record):
-    """All that a gate judges, by system (candidate, base, incumbent) but for what an LLM judge said of pairs."""
+    """All that a gate compares, by system (candidate, base, incumbent); an LLM judge's reports are of pairs."""
 
     evaluations: dict[str, Evaluation]
     loadtests: dict[str, LoadTest] = {}
@@ -194,7 +199,7 @@ class Reports(Record):
 
 
 class Check(Record):
-    """One line of the gate's table; `estimate` is what was judged against `threshold`, in the metric's own unit."""
+    """One line of the gate's table: `estimate` against `threshold`, in the metric's own unit."""
 
     name: str
     outcome: Outcome
@@ -215,7 +220,7 @@ class Verdict(Record):
 
 
 class ServedUnit(Record):
-    """What is judged, approved and served: change one field and the digest, thus the approval, is another.
+    """The thing that is measured, approved and served. Another value in one field gives another digest and voids the approval.
 
     Host, port, paths, keys and timeouts are left out on purpose.
     """
@@ -223,10 +228,10 @@ class ServedUnit(Record):
     weights: str = Field(description="digest of the model folder's weight files")
     tokenizer: str = Field(description="digest of its tokenizer and chat template files")
     configuration: str = Field(description="digest of config.json and generation_config.json")
-    runtime: Literal["process", "docker"]
-    runtime_digest: str = Field(description="of what is installed, or the image's digest")
+    runtime: RuntimeName
+    runtime_digest: str = Field(description="of the installed packages, or the image's digest")
     vllm_version: str
-    flags: tuple[str, ...] = Field(description="vLLM's command line, less what is left out, sorted")
+    flags: tuple[str, ...] = Field(description="vLLM's command line without command.LEFT_OUT, sorted")
     env: dict[str, str]
     device: str = Field(description="class of device, such as cpu-x86_64-avx512_bf16 or NVIDIA H100 80GB HBM3")
 
@@ -237,10 +242,10 @@ class ServedUnit(Record):
 
 
 class Build(Record):
-    """All that one run made, as the gate, the report and the registry take it.
+    """The whole outcome of one run, for the gate, the report and the registry.
 
     `key` is the digest of everything the build depends on; `config` the resolved config; `artifacts` the finished
-    folders by stage (merge and quantize absent where they were not asked for); `ledger` the loss ledger, in order.
+    folders by stage, without stages that the config turns off; `ledger` the loss ledger, in order.
     """
 
     name: str
@@ -259,7 +264,7 @@ class Build(Record):
 
     @property
     def reports(self) -> Reports:
-        """What the gate judges of it."""
+        """The part of it that the gate reads."""
         return Reports(
             evaluations=self.evaluations,
             loadtests=self.loadtests,
@@ -280,7 +285,7 @@ class Approval(Record):
 
 
 class Release(Record):
-    """An approved model version: what `promote` may serve. `model_path` is the folder in MLflow's artifact store."""
+    """An approved model version, which `promote` may serve. `model_path` is the folder in MLflow's artifact store."""
 
     name: str
     version: str

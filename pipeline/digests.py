@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 
-def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON value, keys sorted."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def digest_of(document: Any) -> str:
+    """SHA-256 of a JSON document, keys sorted."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def digest_file(path: Path) -> str:

@@ -28,8 +28,8 @@ from typing import Any
 class Problem:
     """One thing that is wrong, where it is, and what to do about it.
 
-    `file` and `line` (1-based) locate it, `key` is a config key or column, `what` says what was found,
-    `allowed` what would have been right, `remedy` the next command or edit.
+    `file` and `line` (1-based) locate it; `key` is a config key or column. `what` describes it, `allowed` tells what is
+    right, `remedy` is the next command or edit.
     """
 
     what: str
@@ -48,7 +48,7 @@ class Problem:
 
 
 class TunegateError(Exception):
-    """Something a user can act on; `problems` holds all that was found, in file order."""
+    """An error that a user can act on; `problems` lists every problem, in file order."""
 
     exit_code = 1
 
@@ -124,7 +124,7 @@ class GateFailed(TunegateError):
 
 
 class ReviewError(TunegateError):
-    """There is no approval, or it is void because the served unit changed."""
+    """An approval is missing, or void because the served unit changed."""
 
     exit_code = 5
 
@@ -135,8 +135,8 @@ class Busy(TunegateError):
     exit_code = 6
 
 
-def from_json(data: dict[str, Any]) -> TunegateError:
+def from_json(record: dict[str, Any]) -> TunegateError:
     """Rebuild an error that a stage program wrote; an unknown type becomes StageFailed."""
     kinds = {kind.__name__: kind for kind in TunegateError.__subclasses__()}
-    problems = [Problem(**problem) for problem in data["problems"]]
-    return kinds.get(data["type"], StageFailed)(problems)
+    problems = [Problem(**problem) for problem in record["problems"]]
+    return kinds.get(record["type"], StageFailed)(problems)

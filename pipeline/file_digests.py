@@ -1,7 +1,7 @@
 """SHA-256 of local files, remembered by size, times and inode, so that asking again costs a stat.
 
-`remembered` keeps its memory in the store; what serves is asked by `read_here`, which believes nothing but what this
-process itself has read.
+`remembered` keeps its memory in the store. Serving uses `read_here`, which trusts only bytes that this process itself has
+read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.store import home
 if TYPE_CHECKING:
     from pipeline.artifacts import Artifact
 
-# A file changed again within its clock's tick would look the same: one so fresh is not remembered.
+# A file changed again within its clock's tick would look the same, so a file is not remembered before this age.
 FRESH_NS = 2_000_000_000
 _READ: dict[Path, tuple[list[int], str]] = {}
 
@@ -30,9 +30,9 @@ def remembered(path: Path) -> str:
     before = _stamp(path)
     memory = home() / "work" / "digests" / f"{digest_of(str(path))[:32]}.json"
     with contextlib.suppress(OSError, ValueError, KeyError):
-        known = json.loads(memory.read_text(encoding="utf-8"))
-        if known["stamp"] == before:
-            return str(known["sha256"])
+        record = json.loads(memory.read_text(encoding="utf-8"))
+        if record["stamp"] == before:
+            return str(record["sha256"])
     digest = digest_file(path)
     if _stamp(path) == before and time.time_ns() - before[1] > FRESH_NS:
         with contextlib.suppress(OSError):  # a store that can't be written costs time only
@@ -45,9 +45,9 @@ def read_here(path: Path) -> str:
     """The file's SHA-256, read by this process: in full at first, and again when its stamp changed."""
     path = path.resolve()
     before = _stamp(path)
-    known = _READ.get(path)
-    if known is not None and known[0] == before:
-        return known[1]
+    memory = _READ.get(path)
+    if memory is not None and memory[0] == before:
+        return memory[1]
     digest = digest_file(path)
     if _stamp(path) == before and time.time_ns() - before[1] > FRESH_NS:
         _READ[path] = (before, digest)
@@ -60,7 +60,7 @@ def remembered_folder(folder: Path, names: list[str]) -> str:
 
 
 def is_intact(artifact: Artifact) -> bool:
-    """Whether an artefact's payload still is what its record says; files that didn't change since cost a stat each."""
+    """Whether an artefact's payload still has the digest in its record; unchanged files cost a stat each."""
     names = [path.relative_to(artifact.payload).as_posix() for path in artifact.payload.rglob("*") if path.is_file()]
     return remembered_folder(artifact.payload, names) == artifact.digest
 

@@ -9,23 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HALF_WRITTEN = re.compile(r"\..+\.\d+")  # what `write_json` leaves when it is killed
+HALF_WRITTEN = re.compile(r"\..+\.\d+")  # the file that a killed `write_json` leaves
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, document: Any) -> None:
     """Write JSON beside `path`, then rename, so that no half-written file is ever visible."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
 def finished_lines(path: Path) -> list[bytes]:
-    """The lines that a killed run finished; one that it was writing when it died is cut off the file."""
+    """The lines that a killed run finished; a half-written last line is cut off the file."""
     if not path.is_file():
         return []
     whole, newline, _ = path.read_bytes().rpartition(b"\n")
-    with path.open("r+b") as kept:
-        kept.truncate(len(whole) + len(newline))
+    with path.open("r+b") as file:
+        file.truncate(len(whole) + len(newline))
     return whole.splitlines()
 
 

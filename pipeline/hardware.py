@@ -1,8 +1,7 @@
-"""The only question asked of the machine: which device is here, how much of it, and what of it is free. No torch is needed.
+"""The machine's device: its kind, its size, and how much of it is free. Needs no torch.
 
-A GPU is asked of nvidia-smi, a CPU of /proc, memory and cores within the container's limits.
-`TUNEGATE_DEVICE=cpu` or `=cuda` says which to use; unset, a visible GPU is used. Limits: Linux, NVIDIA, GPUs
-of one kind (the first speaks for all).
+nvidia-smi tells of GPUs, /proc of a CPU; memory and cores are within the container's limits. `TUNEGATE_DEVICE=cpu` or `=cuda`
+chooses; unset, a visible GPU is used. Limits: Linux, NVIDIA, GPUs of one kind (the first stands for all).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Literal
 
 from pipeline.errors import ResourceError
 
-# The vector units whose kernels round differently, best first: what a CPU's class is made of.
+# Vector units whose kernels round differently, best first: a CPU's class is named after the first that it has.
 ISA = {
     "x86_64": {"amx_bf16": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"},
     "aarch64": {"sve2": "sve2", "sve": "sve", "bf16": "bf16", "asimd": "asimd"},
@@ -33,11 +32,11 @@ WITHOUT_BF16 = ("cpu-x86_64-avx2", "cpu-x86_64-generic")  # they emulate it
 
 @dataclass(frozen=True)
 class Device:
-    """What a stage or a server computes on.
+    """The device that a stage or a server computes on.
 
-    `device_class` is what a ServedUnit records, such as `cpu-x86_64-avx512_bf16` or `NVIDIA H100 80GB HBM3`;
-    machines of one class run the same kernels. `memory` is in bytes (of one GPU, or the machine's), `cores`
-    counts usable CPU cores, `count` GPUs; `bf16` says whether bfloat16 arithmetic is native.
+    A ServedUnit records `device_class`, such as `cpu-x86_64-avx512_bf16` or `NVIDIA H100 80GB HBM3`; machines of one class run
+    the same kernels. `memory` is in bytes (of one GPU, or the machine's), `cores` counts usable CPU cores, `count` GPUs. `bf16`
+    tells whether bfloat16 arithmetic is native.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -50,7 +49,7 @@ class Device:
 
     @property
     def serving_dtype(self) -> Literal["bfloat16", "float16", "float32"]:
-        """What `serve.dtype: auto` is here: bfloat16 unless its products are slow, as on a CPU with AVX2 alone."""
+        """The meaning of `serve.dtype: auto` here: bfloat16 unless its products are slow, as on a CPU with AVX2 alone."""
         if self.bf16:
             return "bfloat16"
         if self.kind == "cuda":
@@ -60,9 +59,9 @@ class Device:
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """One GPU's memory now, in bytes, and who holds it: `pid N (program) X GiB` each, as far as nvidia-smi shows them.
+    """One GPU's memory now, in bytes, and its holders, each `pid N (program) X GiB`, as far as nvidia-smi shows them.
 
-    In a container it shows none of the processes outside.
+    In a container nvidia-smi shows no process outside.
     """
 
     free: int
@@ -70,9 +69,9 @@ class GpuMemory:
     holders: tuple[str, ...]
 
     def told(self) -> str:
-        """In words: how much is free, and who holds the rest."""
-        held = ", ".join(self.holders) or "nobody that nvidia-smi shows here"
-        return f"{self.free / 2**30:.1f} of {self.total / 2**30:.1f} GiB are free; held by {held}"
+        """In words: how much is free, and the holders of the rest."""
+        holders = ", ".join(self.holders) or "nobody that nvidia-smi shows here"
+        return f"{self.free / 2**30:.1f} of {self.total / 2**30:.1f} GiB are free; held by {holders}"
 
 
 def gpu_memory() -> tuple[GpuMemory, ...]:
@@ -87,7 +86,7 @@ def gpu_memory() -> tuple[GpuMemory, ...]:
         GpuMemory(
             int(free) * 2**20,
             int(total) * 2**20,
-            tuple(f"pid {pid} ({name}) {int(used) / 2**10:.1f} GiB" for on, pid, name, used in holding if on == uuid),
+            tuple(f"pid {pid} ({name}) {int(size) / 2**10:.1f} GiB" for on, pid, name, size in holding if on == uuid),
         )
         for _, uuid, free, total in rows
     )
@@ -102,22 +101,26 @@ def settled_gpu_memory(
     """
     until = time.monotonic() + wait_s
     while True:
-        found = gpu_memory()[:count]
-        if all(map(is_enough, found)) or time.monotonic() > until:
-            return found
+        cards = gpu_memory()[:count]
+        if all(map(is_enough, cards)) or time.monotonic() > until:
+            return cards
         time.sleep(0.5)
 
 
 def device() -> Device:
     """The device that work goes to; raises ResourceError when TUNEGATE_DEVICE=cuda and no GPU is visible."""
-    wanted = os.environ.get("TUNEGATE_DEVICE", "")
-    if wanted not in {"", "cpu", "cuda"}:
-        raise ResourceError(f"TUNEGATE_DEVICE is {wanted!r}", allowed="cpu, cuda, or unset")
-    if wanted != "cpu":
+    choice = os.environ.get("TUNEGATE_DEVICE", "")
+    if choice not in {"", "cpu", "cuda"}:
+        raise ResourceError(
+            f"TUNEGATE_DEVICE is {choice!r}",
+            allowed="cpu, cuda, or unset",
+            remedy="export TUNEGATE_DEVICE=cpu, or unset it",
+        )
+    if choice != "cpu":
         gpu = _gpu(os.environ.get("CUDA_VISIBLE_DEVICES"))
         if gpu is not None:
             return gpu
-    if wanted == "cuda":
+    if choice == "cuda":
         raise ResourceError(
             "TUNEGATE_DEVICE is cuda, but nvidia-smi shows no visible GPU",
             remedy="check `nvidia-smi` and CUDA_VISIBLE_DEVICES, or unset TUNEGATE_DEVICE to use the CPU",
@@ -158,13 +161,13 @@ def _visible(csv: str, columns: int, visible: str | None) -> list[list[str]]:
     rows = _rows(csv, columns)
     if visible is None:
         return rows
-    chosen: list[list[str]] = []
+    visible_rows: list[list[str]] = []
     for entry in (part.strip() for part in visible.split(",")):
-        found = next((row for row in rows if entry and (entry == row[0] or row[1].startswith(entry))), None)
-        if found is None:
+        card = next((row for row in rows if entry and (entry == row[0] or row[1].startswith(entry))), None)
+        if card is None:
             break
-        chosen.append(found)
-    return chosen
+        visible_rows.append(card)
+    return visible_rows
 
 
 def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -177,28 +180,28 @@ def memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) ->
 
 def cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Cores this process may use, within its affinity and the cgroup's quota; at least 1."""
-    allowed = len(os.sched_getaffinity(0))
+    affinity = len(os.sched_getaffinity(0))
     quota, _, period = _read(cgroup / "cpu.max").partition(" ")
-    return max(1, min(allowed, int(quota) // int(period))) if quota.isdigit() and period.isdigit() else allowed
+    return max(1, min(affinity, int(quota) // int(period))) if quota.isdigit() and period.isdigit() else affinity
 
 
 def _gpu(visible: str | None) -> Device | None:
-    shown = _nvidia_smi("--query-gpu=index,uuid,name,memory.total,compute_cap")
-    return None if shown is None else gpu_of(shown, visible, cores())
+    csv = _nvidia_smi("--query-gpu=index,uuid,name,memory.total,compute_cap")
+    return None if csv is None else gpu_of(csv, visible, cores())
 
 
 def _nvidia_smi(query: str) -> str | None:
-    """What it prints as bare CSV; None where it isn't there or fails."""
+    """nvidia-smi's answer as bare CSV; None where it isn't there or fails."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     try:
-        shown = subprocess.run(
+        child = subprocess.run(
             [tool, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=30, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return shown.stdout if shown.returncode == 0 else None
+    return child.stdout if child.returncode == 0 else None
 
 
 def _field(cpuinfo: str, *names: str) -> str:

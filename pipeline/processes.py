@@ -25,7 +25,7 @@ class Process:
 def find(pid: int) -> Process | None:
     """The process that runs under this pid now, or None; a zombie doesn't run.
 
-    One whose first thread ended while others live still runs: a killed program of many threads is so for some
+    A process whose first thread ended while others live still runs. A killed program of many threads is so for some
     milliseconds, and holds its sockets and locks until its last thread is gone.
     """
     fields = _fields(pid)
@@ -35,7 +35,7 @@ def find(pid: int) -> Process | None:
 
 
 def _fields(pid: int) -> list[str] | None:
-    """What /proc/PID/stat says after the command's name, or None."""
+    """The fields of /proc/PID/stat after the command's name, or None."""
     with suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     return None
@@ -53,25 +53,24 @@ def spawn(command: Sequence[str], environ: Mapping[str, str], log: Path) -> Proc
         child = subprocess.Popen(
             command, env=dict(environ), stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
         )
-    found = find(child.pid)
-    return found or Process(child.pid, 0)
+    return find(child.pid) or Process(child.pid, 0)
 
 
 def end(process: Process, timeout_s: float) -> None:
-    """End the process and its group: SIGTERM, then SIGKILL after `timeout_s` seconds; one that is gone is left alone."""
+    """End the process and its group: SIGTERM, then SIGKILL after `timeout_s` seconds. Does nothing if it is gone."""
     if not is_alive(process):
         return
     for sign, patience in ((signal.SIGTERM, timeout_s), (signal.SIGKILL, 10.0)):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
         deadline = time.monotonic() + patience
-        while left := _group(process.pid):
+        while members := _group(process.pid):
             if time.monotonic() > deadline:
                 break
             with suppress(ChildProcessError):
                 os.waitpid(process.pid, os.WNOHANG)  # when it is our own child
             time.sleep(0.02)
-        if not left:
+        if not members:
             return
 
 

@@ -1,9 +1,9 @@
 """The wire between a flow and a stage: JSON request in, JSON lines of progress out, JSON result at the end.
 
-A stage is a program, `python -m pipeline.STAGE REQUEST.json`, run in the environment that holds its packages. It reads
-its request, writes its payload into the folder the request names, prints events on standard output (anything
-else that a library prints goes to standard error, which the flow keeps as the stage's log), and leaves
-`result.json` beside the payload. The same program is a container's or a Kubernetes job's command.
+A stage is a program, `python -m pipeline.STAGE REQUEST.json`, run in the environment that has its packages. It reads its
+request, writes its payload into the folder that the request names, and leaves `result.json` beside the payload. Standard output
+is for events alone: anything else that a library prints goes to standard error, which the flow keeps as the stage's log. The same
+program is a container's or a Kubernetes job's command.
 
 Runs in every environment: standard library and the package's own errors only.
 """
@@ -36,9 +36,9 @@ def emit(event: str, **fields: Any) -> None:
     print(json.dumps({"event": event, **fields}), file=_events, flush=True)
 
 
-def progress(done: float, total: float, unit: str, **metrics: float) -> None:
-    """Report that `done` of `total` `unit`s are done, with current figures such as loss."""
-    emit("progress", done=done, total=total, unit=unit, metrics=metrics)
+def progress(amount: float, total: float, unit: str, **metrics: float) -> None:
+    """Report that `amount` of `total` `unit`s are done, with current figures such as loss."""
+    emit("progress", done=amount, total=total, unit=unit, metrics=metrics)
 
 
 def metric(name: str, value: float, step: int) -> None:
@@ -53,10 +53,10 @@ def message(text: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What a stage program is handed.
+    """A stage program's order.
 
-    `config` holds the resolved sections it may read, `inputs` the records of the artefacts it takes, `folder` where it
-    works: checkpoints may lie there, the finished payload goes to `folder/payload`.
+    `config` holds the resolved sections it may read, `inputs` the records of the artefacts it takes. It works in `folder`:
+    checkpoints may lie there, the finished payload goes to `folder/payload`.
     """
 
     config: dict[str, Any]
@@ -89,15 +89,15 @@ def main(stage: Callable[[Request], dict[str, Any]]) -> None:
     Exits 0 with a result, or with the error's exit code after an `error` event; a traceback goes to the log.
     """
     request = begin()
-    for left in request.folder.rglob(".*.*"):
-        if HALF_WRITTEN.fullmatch(left.name):  # by a run that was killed: it would count as part of the payload
-            left.unlink()
+    for file in request.folder.rglob(".*.*"):
+        if HALF_WRITTEN.fullmatch(file.name):  # by a run that was killed: it would count as part of the payload
+            file.unlink()
     try:
-        result = stage(request)
+        details = stage(request)
     except TunegateError as error:
         emit("error", **error.to_json())
         sys.exit(error.exit_code)
-    write_json(request.folder / "result.json", result)
+    write_json(request.folder / "result.json", details)
 
 
 def run(
@@ -115,9 +115,9 @@ def run(
     naming the log when it died without a word.
     """
     file, log = write_request(request), request.folder / "log.txt"
-    reported: list[Event] = []
+    errors: list[Event] = []
     with log.open("a", encoding="utf-8") as sink:
-        begun = sink.tell()
+        offset = sink.tell()
         child = subprocess.Popen(
             [*command, str(file)],
             env=dict(environ),
@@ -128,14 +128,14 @@ def run(
         )
         try:
             for line in child.stdout or ():
-                relay(line, sink, reported, on_event)
+                relay(line, sink, errors, on_event)
             child.wait()
         finally:
             _end(child)
-    result = result_of(request) if child.returncode == 0 and not reported else None
-    if result is None:
-        raise error_of(reported, log, begun) or StageFailed([_death(child.returncode, log)])
-    return result
+    details = result_of(request) if child.returncode == 0 and not errors else None
+    if details is None:
+        raise error_of(errors, log, offset) or StageFailed([_death(child.returncode, log)])
+    return details
 
 
 def write_request(request: Request) -> Path:
@@ -147,22 +147,22 @@ def write_request(request: Request) -> Path:
     return file
 
 
-def relay(line: str, sink: IO[str], reported: list[Event], on_event: Callable[[Event], None]) -> None:
-    """Hand on one line of a program's output: errors to `reported`, other events to `on_event`, the rest to its log."""
+def relay(line: str, sink: IO[str], errors: list[Event], on_event: Callable[[Event], None]) -> None:
+    """Hand on one line of a program's output: errors to `errors`, other events to `on_event`, the rest to its log."""
     before, event = _split(line)
     sink.write(before)
     if event and event["event"] == "error":
-        reported.append(event)
+        errors.append(event)
     elif event:
         on_event(event)
 
 
 def _split(line: str) -> tuple[str, Event | None]:
-    """What a line holds beside an event, and the event.
+    """The text of a line beside an event, and the event.
 
-    In a pod's log an event may stand behind what standard error left without a line's end, such as a progress bar.
+    In a pod's log an event may stand behind text of standard error that lacks a line's end, such as a progress bar.
     """
-    for at in (0, *(found.start() for found in EVENT.finditer(line, 1))):
+    for at in (0, *(match.start() for match in EVENT.finditer(line, 1))):
         with suppress(ValueError):
             event = json.loads(line[at:])
             if isinstance(event, dict) and "event" in event:
@@ -172,18 +172,18 @@ def _split(line: str) -> tuple[str, Event | None]:
 
 def result_of(request: Request) -> dict[str, Any] | None:
     """The result that an ended program left, or None."""
-    result = request.folder / "result.json"
-    return dict(json.loads(result.read_text(encoding="utf-8"))) if result.is_file() else None
+    file = request.folder / "result.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
-def error_of(reported: Sequence[Event], log: Path, begun: int) -> TunegateError | None:
-    """The error that an ended program reported, or None.
+def error_of(errors: Sequence[Event], log: Path, offset: int) -> TunegateError | None:
+    """The last error that an ended program reported, or None.
 
-    One that says only that it or a part of it ended gives way to what bitsandbytes wrote, behind the first `begun` bytes of its log.
+    A StageFailed, which tells only that something ended, gives way to bitsandbytes' last words in the log from byte `offset`.
     """
-    error = from_json(reported[-1]) if reported else None
+    error = from_json(errors[-1]) if errors else None
     if error is None or type(error) is StageFailed:
-        return out_of_memory.that_ended(log, begun) or error
+        return out_of_memory.that_ended(log, offset) or error
     return error
 
 

@@ -1,7 +1,7 @@
 """Where artefacts lie: mlruns/work/STAGE/KEY/, complete or not there at all.
 
-A stage works in a partial folder of the same key, which is renamed when it is done; after `kill -9` the next run finds
-the partial folder, with the checkpoints in it, and goes on. One lock a key keeps two runs apart.
+A stage works in a partial folder of the same key, which is renamed when it is done. After `kill -9` the next run finds the
+partial folder with its checkpoints and goes on. One lock a key keeps two runs apart.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -60,7 +59,7 @@ def holds(file: Path) -> bool:
 
 
 def folder_of(stage: str, key: str) -> Path:
-    """Where the finished artefact of this key lies, if it is there."""
+    """The folder of the finished artefact of this key, if it is there."""
     return home() / "work" / stage / key
 
 
@@ -81,22 +80,22 @@ def find(stage: str, key: str) -> Artifact | None:
 
 
 def build_folder(key: str) -> Path:
-    """Where a build keeps its reports and its record."""
+    """The folder of a build's reports and its record."""
     return home() / "work" / "build" / key
 
 
 def peek_build(key: str) -> dict[str, Any] | None:
-    """What a finished build left (outcome, version, run), or None."""
+    """A finished build's record (outcome, version, run), or None."""
     file = build_folder(key) / "finished.json"
     return dict(json.loads(file.read_text(encoding="utf-8"))) if holds(file) else None
 
 
 def finished_builds(name: str | None = None) -> list[dict[str, Any]]:
-    """What finished builds left, newest first: those of one model, or all."""
-    found = [
-        dict(json.loads(file.read_text(encoding="utf-8"))) for file in build_folder("*").parent.glob("*/finished.json")
-    ]
-    return sorted((one for one in found if name in (None, one["name"])), key=lambda one: str(one["at"]), reverse=True)
+    """The records of finished builds, newest first: those of one model, or all."""
+    files = build_folder("*").parent.glob("*/finished.json")
+    builds = [dict(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    of_name = (build for build in builds if name in (None, build["name"]))
+    return sorted(of_name, key=lambda build: str(build["at"]), reverse=True)
 
 
 @contextmanager
@@ -121,7 +120,7 @@ def lock(name: str, *, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def making(stage: str, key: str) -> Iterator[Path]:
-    """Hold the key's lock and yield its partial folder, which may hold what a killed run left."""
+    """Hold the key's lock and yield its partial folder, which may hold a killed run's files."""
     with lock(f"{stage}/{key}"):
         partial = folder_of(stage, f".{key}.partial")
         partial.mkdir(parents=True, exist_ok=True)
@@ -129,7 +128,7 @@ def making(stage: str, key: str) -> Iterator[Path]:
 
 
 def finished(partial: Path) -> Path:
-    """Where what is made in this partial folder will lie; another folder stays as it is."""
+    """The folder that this partial folder will become; another folder stays as it is."""
     return partial.with_name(partial.name.removeprefix(".").removesuffix(".partial"))
 
 
@@ -163,7 +162,7 @@ class RunningBuild:
     @property
     def is_here(self) -> bool:
         """Whether `pid` is a process of this machine."""
-        return self.host == socket.gethostname()
+        return self.host == os.uname().nodename
 
     def __str__(self) -> str:
         return f"build of {self.name} runs as process {self.pid}" + ("" if self.is_here else f" on {self.host}")
@@ -173,17 +172,17 @@ class RunningBuild:
 def running(name: str) -> Iterator[None]:
     """Keep a note, for `status`, `cancel` and `gc`, that this process runs a build of `name`.
 
-    The note is locked for as long as the process lives, so that one whose process was killed says nothing, whichever machine or
-    pod it ran in.
+    The note is locked for as long as the process lives, so that a killed process's note doesn't count, whichever machine or pod
+    it ran in.
     """
-    note = RunningBuild(name, socket.gethostname(), os.getpid())
+    note = RunningBuild(name, os.uname().nodename, os.getpid())
     file = home() / "running" / f"{note.host}-{note.pid}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}")
-    with beside.open("w", encoding="utf-8") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        held.write(json.dumps(asdict(note)))
-        held.flush()
+    with beside.open("w", encoding="utf-8") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.write(json.dumps(asdict(note)))
+        stream.flush()
         beside.replace(file)
         try:
             yield
@@ -193,20 +192,11 @@ def running(name: str) -> Iterator[None]:
 
 def running_builds() -> list[RunningBuild]:
     """The builds that work in this store now."""
-    found = []
+    builds = []
     for file in sorted((home() / "running").glob("*.json")):
         with suppress(FileNotFoundError), file.open(encoding="utf-8") as note:  # it may end meanwhile
             try:
                 fcntl.flock(note, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                found.append(RunningBuild(**json.load(note)))
-    return found
-
-
-def all_artifacts() -> Iterator[Artifact]:
-    """Every finished artefact in the store."""
-    for file in sorted((home() / "work").glob("*/*/artifact.json")):
-        if not file.parent.name.startswith("."):
-            artifact = find(file.parent.parent.name, file.parent.name)
-            if artifact is not None:
-                yield artifact
+                builds.append(RunningBuild(**json.load(note)))
+    return builds

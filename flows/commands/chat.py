@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,15 @@ import httpx
 
 from flows import progress
 from flows.commands.review import one_name, waiting
-from pipeline import loopback, store
+from pipeline import store
+from pipeline.chat import client, stream
 from pipeline.deployment import promote
-from pipeline.environments import interpreters
 from pipeline.errors import ReviewError, ServingError
 from pipeline.registry import versions
-from pipeline.serving import serve
+from pipeline.serving import runtimes, serve
+from pipeline.serving.server import ToServe
+
+ANSWER_TIMEOUT_S = 600.0
 
 
 def chat(options: argparse.Namespace) -> int:
@@ -26,18 +28,20 @@ def chat(options: argparse.Namespace) -> int:
     Raises ServingError when nothing serves or answers, ReviewError when no candidate waits.
     """
     name = one_name(options.name)
-    with _chat_server(name, candidate=options.candidate) as (url, headers, model):
+    with (
+        _chat_server(name, candidate=options.candidate) as (url, key, model),
+        client(url, ANSWER_TIMEOUT_S, key) as http,
+    ):
         messages = [{"role": "system", "content": options.system}] if options.system else []
         for text in [options.message] if options.message else _typed():
             messages.append({"role": "user", "content": text})
-            answer = _stream(url, headers, {"model": model, "messages": messages, "stream": True, "temperature": 0})
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "assistant", "content": _say(http, model, messages)})
     return 0
 
 
 @contextmanager
-def _chat_server(name: str, *, candidate: bool) -> Iterator[tuple[str, dict[str, str], str]]:
-    """The URL to ask, its headers, and the model's name there."""
+def _chat_server(name: str, *, candidate: bool) -> Iterator[tuple[str, str | None, str]]:
+    """The URL to ask, its API key, and the model's name there."""
     if not candidate:
         live = promote.status(name)
         if live.url is None:
@@ -46,22 +50,17 @@ def _chat_server(name: str, *, candidate: bool) -> Iterator[tuple[str, dict[str,
             )
         assert live.version is not None  # noqa: S101 - a release is live
         config = versions.config_of(versions.version(name, live.version).run_id)
-        key = os.environ.get(config.promote.api_key_env)
-        yield live.url, {"Authorization": f"Bearer {key}"} if key else {}, config.serve.served_model_name or name
+        yield live.url, os.environ.get(config.promote.api_key_env), config.serve.served_model_name or name
         return
     version = waiting(name)
     if version is None:
         raise ReviewError("no version waits for review", key=name, remedy=f"tunegate chat {name}")
     config = versions.config_of(version.run_id)
-    environment = interpreters.serving(config.model_dump(mode="json"))
+    environment = runtimes.environment_of(config.model_dump(mode="json"))
     folder = store.home() / "work" / "chat" / name
-    with (
-        progress.shown() as on_event,
-        serve.running(
-            version.unit, versions.model_path(version), config.serve, name, folder, environment, on_event
-        ) as server,
-    ):
-        yield server.url, {}, server.model
+    to_serve = ToServe(version.unit, versions.model_path(version), config.serve, name, folder, environment)
+    with progress.shown() as on_event, serve.running(to_serve, on_event) as server:
+        yield server.url, None, server.model
 
 
 def _typed() -> Iterator[str]:
@@ -76,24 +75,11 @@ def _typed() -> Iterator[str]:
         yield text
 
 
-def _stream(url: str, headers: dict[str, str], body: dict[str, object]) -> str:
-    said = ""
-    try:
-        with (
-            loopback.client(url, 600) as http,
-            http.stream("POST", "/v1/chat/completions", headers=headers, json=body) as response,
-        ):
-            if response.is_error:
-                response.read()
-                raise ServingError(
-                    f"{url} answered {response.status_code}: {response.text[:300]}", remedy="tunegate status"
-                )
-            for line in response.iter_lines():
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    piece = json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or ""
-                    said += piece
-                    print(piece, end="", flush=True)
-    except httpx.HTTPError as error:
-        raise ServingError(f"{url} did not answer: {error}", remedy="tunegate status, tunegate logs") from error
+def _say(http: httpx.Client, model: str, messages: list[dict[str, str]]) -> str:
+    """Print an answer piece by piece; returns the whole."""
+    answer = ""
+    for piece in stream(http, model, messages):
+        answer += piece
+        print(piece, end="", flush=True)
     print()
-    return said
+    return answer

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from flows import cli
 from flows.commands.review import waiting
-from pipeline import loopback, store
+from pipeline import chat, store
 from pipeline.data import demo_tickets
 from pipeline.deployment import promote
 
@@ -71,12 +71,10 @@ def _ask(holdout: Path) -> None:
     live = promote.status(NAME)
     row = json.loads(random.choice(holdout.read_text(encoding="utf-8").splitlines()))  # noqa: S311 - any ticket will do
     *prompt, reference = row["messages"]
-    body = {"model": NAME, "messages": prompt, "temperature": 0, "max_tokens": 128}
     began = time.monotonic()
-    with loopback.client(str(live.url), 120) as http:
-        response = http.post("/v1/chat/completions", json=body)
-    response.raise_for_status()
+    with chat.client(str(live.url), 120) as http:
+        answer = chat.complete(http, NAME, prompt, max_tokens=128)
     print(f'\n$ curl {live.url}/v1/chat/completions -d \'{{"model": "{NAME}", "messages": […]}}\'')
     print(f"  ticket    {prompt[-1]['content']}")
-    print(f"  answer    {response.json()['choices'][0]['message']['content']}  ({time.monotonic() - began:.1f} s)")
+    print(f"  answer    {answer.text}  ({time.monotonic() - began:.1f} s)")
     print(f"  expected  {reference['content']}")

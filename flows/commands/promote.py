@@ -11,11 +11,11 @@ from pipeline.artifacts import Release
 from pipeline.config.schema import Config
 from pipeline.deployment import promote as deployment
 from pipeline.deployment import state, steps
-from pipeline.environments import interpreters
 from pipeline.environments.interpreters import Environment
 from pipeline.errors import RegistryError, ReviewError
 from pipeline.registry import versions
 from pipeline.registry.versions import Version
+from pipeline.serving import runtimes
 
 
 def promote(options: argparse.Namespace) -> int:
@@ -26,7 +26,7 @@ def promote(options: argparse.Namespace) -> int:
     name = one_name(options.name)
     release = versions.release(name, options.version)
     config = versions.config_of(release.run_id)
-    environment = interpreters.serving(config.model_dump(mode="json"))
+    environment = runtimes.environment_of(config.model_dump(mode="json"))
     if options.dry_run:
         steps.verify(release, config, environment)
         print(
@@ -50,7 +50,7 @@ def rollback(options: argparse.Namespace) -> int:
     if options.dry_run:
         print(f"would put back {name} v{release.version}, unit {release.unit.digest[:12]}")
         return 0
-    _bring(release, config, interpreters.serving(config.model_dump(mode="json")))
+    _bring(release, config, runtimes.environment_of(config.model_dump(mode="json")))
     return print_status(name)
 
 

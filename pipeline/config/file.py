@@ -45,9 +45,11 @@ ALIASES = {
     "lora_rank": "lora_r",
     "lora_target": "lora_target_modules",
     "val_size": "val_set_size",
+    "stage": "objective",
     # axolotl
     "revision_of_model": "base_model_revision",
     "dropout": "lora_dropout",
+    "rl": "objective",
 }
 DATASET_TYPES = {"chat_template": "messages", "conversational": "messages", "prompt-completion": "prompt_completion"}
 
@@ -111,14 +113,14 @@ def load_policy(path: Path) -> GateConfig:
     raw, lines = _read(path)
     whole = "gate" in raw
     policy = raw["gate"] if whole else raw
-    placed = lines if whole else {("gate", *at): line for at, line in lines.items()}
+    key_lines = lines if whole else {("gate", *at): line for at, line in lines.items()}
     rest = {"name": "policy", "data": {"datasets": [{"path": "any"}]}}
     data = {**rest, "gate": policy}
-    problems = list(_truths(data, placed, path))
+    problems = list(_truths(data, key_lines, path))
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        problems += _problems(error, data, placed, path)
+        problems += _problems(error, data, key_lines, path)
     if problems:
         raise ConfigError(_with_one_remedy(problems, f"tunegate gate --policy {shlex.quote(str(path))}"))
     return config.gate
@@ -137,14 +139,14 @@ def _with_one_remedy(problems: Sequence[Problem], again: str) -> list[Problem]:
     places: dict[tuple[Any, ...], Problem] = {}
     for problem in sorted(problems, key=lambda problem: problem.line or 0):
         place = (problem.file, problem.line, problem.key)
-        known = places.get(place)
-        places[place] = _either(known, problem) if known and not problem.remedy else problem
-    found = list(places.values())
-    if any(problem.remedy is None for problem in found):
-        last = found[-1]
-        own = f"{last.remedy}; then" if last.remedy else f"correct {'them' if len(found) > 1 else 'it'}, then"
-        found[-1] = replace(last, remedy=f"{own}: {again}")
-    return found
+        earlier = places.get(place)
+        places[place] = _either(earlier, problem) if earlier and not problem.remedy else problem
+    unique = list(places.values())
+    if any(problem.remedy is None for problem in unique):
+        last = unique[-1]
+        own = f"{last.remedy}; then" if last.remedy else f"correct {'them' if len(unique) > 1 else 'it'}, then"
+        unique[-1] = replace(last, remedy=f"{own}: {again}")
+    return unique
 
 
 def _either(first: Problem, second: Problem) -> Problem:
@@ -152,7 +154,7 @@ def _either(first: Problem, second: Problem) -> Problem:
     if first.allowed == second.allowed or not (first.allowed and second.allowed):
         return first
     value = first.what.rpartition(": ")[0]
-    what = f"{value}: is none of the choices" if value else first.what
+    what = f"{value}: is not one of the choices" if value else first.what
     return replace(first, what=what, allowed=f"{first.allowed}, or {second.allowed}")
 
 
@@ -160,7 +162,7 @@ def _truths(data: Mapping[str, Any], lines: Mapping[KeyPath, int], path: Path) -
     for at in words.truths(data):
         line = _line(at, lines)
         yield Problem(
-            "is a truth value, as which YAML reads yes, no, on and off", "--set" if line == 0 else str(path), line or None,
+            "is a boolean (YAML reads yes, no, on, off as one)", "--set" if line == 0 else str(path), line or None,
             ".".join(map(str, at)), "a number",
         )  # fmt: skip
 
@@ -170,12 +172,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     try:
         value, lines = yaml_lines.read(path)
     except (FileNotFoundError, IsADirectoryError):
-        known = ", ".join(sorted(str(file) for file in Path("configs").glob("*.yaml"))) or "a YAML file"
+        configs = ", ".join(sorted(str(file) for file in Path("configs").glob("*.yaml"))) or "a YAML file"
         raise ConfigError(
-            "no such config file", file=str(path), allowed=known, remedy="tunegate check CONFIG"
+            "no such config file", file=str(path), allowed=configs, remedy="tunegate check CONFIG"
         ) from None
     if not isinstance(value, dict):
-        raise ConfigError("the file holds no keys", file=str(path), line=1, allowed="a mapping of settings",
+        raise ConfigError("the file must hold keys", file=str(path), line=1, allowed="a mapping of settings",
                           remedy="start from configs/demo.yaml")  # fmt: skip
     return value, lines
 
@@ -203,17 +205,17 @@ def _place(
     path: Path,
     problems: list[Problem],
 ) -> None:
-    written = str(source[-1])
-    key = ALIASES.get(written, written)
+    spelling = str(source[-1])
+    key = ALIASES.get(spelling, spelling)
     line = lines.get(source)
-    if written in SETTLED:
+    if spelling in SETTLED:
         problems.append(
-            Problem("is not a choice here", str(path), line, written, SETTLED[written], f"delete line {line}")
+            Problem("is not a choice here", str(path), line, spelling, SETTLED[spelling], f"delete line {line}")
         )
         return
-    if written == "dataset_name":
+    if spelling == "dataset_name":
         key, value = "datasets", [{"path": value}]
-    if written == "quantization_bit":
+    if spelling == "quantization_bit":
         key, value = "load_in_4bit", value == 4
     section = (
         str(at[0])
@@ -230,15 +232,15 @@ def _place(
                 f"{key} is given twice, flat and in a section or under another tool's name",
                 str(path),
                 line,
-                written,
+                spelling,
                 "one value",
                 "delete one",
             )
         )
         return
     where[key] = _dataset_types(value) if key in ("datasets", "test_datasets") else value
-    for known in [known for known in lines if known[: len(source)] == source]:
-        lines.setdefault((*target, *known[len(source) :]), lines[known])
+    for inner in [inner for inner in lines if inner[: len(source)] == source]:
+        lines.setdefault((*target, *inner[len(source) :]), lines[inner])
 
 
 def _dataset_types(value: Any) -> Any:
@@ -268,7 +270,7 @@ def _override(data: dict[str, Any], lines: dict[KeyPath, int], text: str, path: 
     for key in keys[:-1]:
         where = where[int(key)] if isinstance(where, list) and key.isdigit() else where.setdefault(key, {})
         if not isinstance(where, dict | list):
-            problems.append(Problem(f"{key} holds no keys", "--set", None, text, None, f"see `tunegate check {path}`"))
+            problems.append(Problem(f"{key} must hold keys", "--set", None, text, None, f"see `tunegate check {path}`"))
             return
     last: Any = keys[-1]
     where[int(last) if isinstance(where, list) else last] = yaml.safe_load(value)
@@ -282,15 +284,15 @@ def _problems(
         if isinstance(detail["input"], bool) and detail["type"].startswith(("greater", "less")):
             continue  # `_truths` says what it is
         at = tuple(part for part in detail["loc"])
-        known = _written(at, data)
-        line = _line(known, lines)
-        key = ".".join(str(part) for part in known) or "the file"
+        place = _written(at, data)
+        line = _line(place, lines)
+        key = ".".join(str(part) for part in place) or "the file"
         yield Problem(
             what=words.what(detail),
             file="--set" if line == 0 else str(path),
             line=line or None,
             key=key,
-            allowed=words.allowed(detail, known, ALIASES, FLAT),
+            allowed=words.allowed(detail, place, ALIASES, FLAT),
         )
 
 
@@ -312,16 +314,16 @@ def _line(at: KeyPath, lines: Mapping[KeyPath, int]) -> int | None:
 
 def _written(at: KeyPath, data: Any) -> KeyPath:
     """The part of pydantic's location that stands in the file: union tags are dropped, a missing last key is kept."""
-    kept: list[str | int] = []
+    parts: list[str | int] = []
     for n, part in enumerate(at):
         inside = (isinstance(data, dict) and part in data) or (
             isinstance(data, list) and isinstance(part, int) and part < len(data)
         )
         if not inside and not (n == len(at) - 1 and isinstance(data, dict)):
             continue
-        kept.append(part)
+        parts.append(part)
         data = data[part] if inside else None
-    return tuple(kept)
+    return tuple(parts)
 
 
 def _resolve(config: Config, root: Path) -> Config:
@@ -334,13 +336,13 @@ def _resolve(config: Config, root: Path) -> Config:
         }
     )
     evaluate = config.evaluate
-    asked: dict[str, Any] = {
+    updates: dict[str, Any] = {
         "tasks": tuple(entry.model_copy(update={"task": _task(entry.task, root)}) for entry in evaluate.tasks)
     }
     if evaluate.prompts:
-        asked["prompts"] = str((root / Path(evaluate.prompts).expanduser()).resolve())
+        updates["prompts"] = str((root / Path(evaluate.prompts).expanduser()).resolve())
     base = absolute_or_id(config.base_model, root, (".gguf",))
-    return config.model_copy(update={"data": data, "base_model": base, "evaluate": evaluate.model_copy(update=asked)})
+    return config.model_copy(update={"data": data, "base_model": base, "evaluate": evaluate.model_copy(update=updates)})
 
 
 def _absolute(source: Any, root: Path) -> Any:
@@ -357,7 +359,7 @@ def _task(name: str, root: Path) -> str:
 def absolute_or_id(name: str, root: Path, suffixes: tuple[str, ...]) -> str:
     """A path made absolute under `root`, or a hub id (or pypi:PACKAGE) as it stands.
 
-    What exists, starts with . or / or ~, or ends like a file is a path; so is everything that isn't shaped OWNER/NAME.
+    A path is a name that exists, starts with `.`, `/` or `~`, ends like a file, or isn't shaped OWNER/NAME.
     """
     path = Path(name).expanduser()
     if name.startswith("pypi:"):

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pipeline.config.section import PositiveInt, Section
 
-# What Kubernetes takes: names (RFC 1123), labels with their values, environment variables, quantities.
+# Forms that Kubernetes takes: names (RFC 1123), labels with their values, environment variables, quantities.
 NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 DnsLabel = Annotated[str, Field(pattern=f"^{NAME}$", examples=["tunegate"])]
@@ -24,14 +24,14 @@ Quantity = Annotated[
 
 
 class ResourcesConfig(Section):
-    """What a pod asks of its node, in Kubernetes' own names and quantities, such as {cpu: 2, memory: 8Gi, nvidia.com/gpu: 1}."""
+    """A pod's requests to its node, in Kubernetes' own names and quantities, such as {cpu: 2, memory: 8Gi, nvidia.com/gpu: 1}."""
 
     requests: dict[LabelKey, Quantity | int] = Field(default_factory=dict)
     limits: dict[LabelKey, Quantity | int] = Field(default_factory=dict)
 
 
 class PodConfig(Section):
-    """Which node a pod runs on, and how much of it."""
+    """A pod's node, and its share of it."""
 
     resources: ResourcesConfig = Field(default_factory=ResourcesConfig)
     node_selector: dict[LabelKey, LabelValue] = Field(default_factory=dict)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.artifacts import RuntimeName
 from pipeline.config.gate import GateConfig
 from pipeline.config.kubernetes import KubernetesConfig
 from pipeline.config.section import Bytes, Fraction, PositiveInt, Section, ShareOrRows
@@ -93,6 +94,7 @@ class DataConfig(Section):
 class FinetuneConfig(Section):
     """QLoRA, by axolotl's names."""
 
+    objective: Literal["sft"] = Field("sft", description="sft: supervised, cross entropy of the answers")
     adapter: Literal["qlora", "lora"] = "qlora"
     load_in_4bit: bool = True
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -195,7 +197,7 @@ class ContainerConfig(Section):
 class ServeConfig(Section):
     """vLLM as it is judged and as it serves; all but `container` and the timeouts is part of the served unit."""
 
-    runtime: Literal["process", "docker"] = "process"
+    runtime: RuntimeName = "process"
     image: str | None = Field(None, description="for docker: image with its digest, name@sha256:…")
     container: ContainerConfig = Field(default_factory=ContainerConfig)
     max_model_len: PositiveInt = 2048
@@ -323,7 +325,7 @@ class PromoteConfig(Section):
 
 
 class NotifyConfig(Section):
-    """Who hears that a review waits."""
+    """The address that hears of a waiting review."""
 
     webhook_env: str | None = Field(None, description="variable holding a URL that gets a JSON POST")
 

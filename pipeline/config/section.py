@@ -1,4 +1,4 @@
-"""What every section of a config is made of: frozen, closed to unknown keys, with a few shared types."""
+"""The base of every section of a config: frozen, closed to unknown keys, with a few shared types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pydantic's findings in words: what is wrong with a value, and what is allowed, with an example where the field has one."""
+"""pydantic's findings in words: the mistake, and the allowed values, with an example where the field has one."""
 
 from __future__ import annotations
 
@@ -13,43 +13,47 @@ from pipeline.config.schema import Config
 from pipeline.config.section import Section
 from pipeline.config.yaml_lines import KeyPath
 
-# By pydantic's type of error: what the value is, and what is allowed where that doesn't follow from the field.
+# By pydantic's type of error: the mistake, and the allowed kind where that doesn't follow from the field.
 WORDS = {
-    "int_type": ("is no whole number", "a whole number"),
-    "int_parsing": ("is no whole number", "a whole number"),
-    "int_from_float": ("is no whole number", "a whole number"),
-    "float_type": ("is no number", "a number"),
-    "float_parsing": ("is no number", "a number"),
+    "int_type": ("is not a whole number", "a whole number"),
+    "int_parsing": ("is not a whole number", "a whole number"),
+    "int_from_float": ("is not a whole number", "a whole number"),
+    "float_type": ("is not a number", "a number"),
+    "float_parsing": ("is not a number", "a number"),
     "bool_type": ("is neither true nor false", "true or false"),
     "bool_parsing": ("is neither true nor false", "true or false"),
-    "string_type": ("is no text", "text, in quotes where YAML reads it as something else"),
-    "tuple_type": ("is no list", "a list"),
-    "dict_type": ("holds no keys", "a mapping of keys"),
-    "model_type": ("holds no keys", "a mapping of keys"),
-    "literal_error": ("is none of the choices", None),
+    "string_type": ("is not text", "text, in quotes where YAML reads it as something else"),
+    "tuple_type": ("is not a list", "a list"),
+    "dict_type": ("must hold keys", "a mapping of keys"),
+    "model_type": ("must hold keys", "a mapping of keys"),
+    "literal_error": ("is not one of the choices", None),
     "greater_than": ("is too small", None),
     "greater_than_equal": ("is too small", None),
     "less_than": ("is too large", None),
     "less_than_equal": ("is too large", None),
-    "string_pattern_mismatch": ("doesn't have the form that is allowed", None),
+    "string_pattern_mismatch": ("doesn't have the allowed form", None),
 }
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "min_length": "at least"}
 NUMBERS = {int, float}
 
 
 def what(detail: Mapping[str, Any]) -> str:
-    """What was found, beginning with the value where that is short."""
+    """The mistake, after the value where that is short."""
     if detail["type"] == "extra_forbidden":
         return "unknown key"
     if detail["type"] == "missing":
         return "is required but missing"
-    given, message = detail.get("input"), str(detail["msg"]).removeprefix("Value error, ")
-    said = WORDS.get(detail["type"], (message, None))[0]
-    return said if isinstance(given, dict | list | Section) else f"{given!r}: {said[0].lower()}{said[1:]}"
+    input_value, message = detail.get("input"), str(detail["msg"]).removeprefix("Value error, ")
+    message = WORDS.get(detail["type"], (message, None))[0]
+    return (
+        message
+        if isinstance(input_value, dict | list | Section)
+        else f"{input_value!r}: {message[0].lower()}{message[1:]}"
+    )
 
 
 def allowed(detail: Mapping[str, Any], at: KeyPath, aliases: Collection[str], flat: Collection[str]) -> str | None:
-    """What would have been right; for an unknown key the one that was probably meant, also by another tool's name."""
+    """The allowed values; for an unknown key the one that was probably meant, also by another tool's name."""
     if detail["type"] == "extra_forbidden":
         return _meant(at, aliases, flat)
     context, field = detail.get("ctx", {}), _field(at)
@@ -57,11 +61,11 @@ def allowed(detail: Mapping[str, Any], at: KeyPath, aliases: Collection[str], fl
         return str(context["expected"])
     if "pattern" in context:
         return _form(field) or f"text matching {context['pattern']}"
-    told = WORDS.get(detail["type"], (None, None))[1]
+    kind = WORDS.get(detail["type"], (None, None))[1]
     if detail["type"] == "tuple_type" and field and isinstance(field.default, tuple) and field.default:
-        return f"{told}, such as {json.dumps(field.default, default=_plain)}"
+        return f"{kind}, such as {json.dumps(field.default, default=_plain)}"
     return (
-        told
+        kind
         or ", ".join(f"{sign} {_number(context[name])}" for name, sign in BOUNDS.items() if name in context)
         or None
     )
@@ -75,17 +79,17 @@ def _form(field: FieldInfo | None) -> str | None:
 
 
 def truths(value: Any, model: type[Section] = Config, at: KeyPath = ()) -> Iterator[KeyPath]:
-    """The places of truth values where a number is wanted: YAML reads no, off, yes and on so, and pydantic takes them for 0 and 1."""
+    """The places of booleans where a number belongs: YAML reads no, off, yes and on as one, and pydantic would take 0 and 1."""
     for key, inner in value.items() if isinstance(value, dict) else ():
         field = model.model_fields.get(str(key))
         if field is None:
             continue
         section = section_in(field.annotation)
-        for place, one in _each(inner, (*at, key)):
-            if isinstance(one, bool) and _wants_number(field.annotation):
+        for place, leaf in _each(inner, (*at, key)):
+            if isinstance(leaf, bool) and _wants_number(field.annotation):
                 yield place
             elif section is not None:
-                yield from truths(one, section, place)
+                yield from truths(leaf, section, place)
 
 
 def known_keys(at: KeyPath, flat: Collection[str]) -> set[str]:
@@ -99,7 +103,7 @@ def section_in(annotation: Any) -> Any:
     """The section that an annotation holds, or None."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    return next((found for part in getattr(annotation, "__args__", ()) if (found := section_in(part))), None)
+    return next((section for part in getattr(annotation, "__args__", ()) if (section := section_in(part))), None)
 
 
 def _meant(at: KeyPath, aliases: Collection[str], flat: Collection[str]) -> str:

@@ -1,10 +1,13 @@
-"""Public benchmarks, read so that their documents can be found again in what is trained on.
+"""Public benchmarks, read so that their documents can be recognized in training rows.
 
-A document is a row, in a .txt file a line; its passages are the texts in it, however deep, or those of the columns
-that the config names. It is known by its passages' n-grams; a passage of fewer words, but at least INSIDE, is an
-n-gram as a whole, unless it mostly counts and enumerates (a 2 b 4 c 8 d 16). A document that has no such passage is
-known by its longest one, which has to be all of a message where it is shorter than INSIDE. What can't be read can't
-be looked for: a defect of a benchmark's file stops the run.
+A document is a row; in a .txt file it is a line. Its passages are the texts in it, at any depth, or those of the columns
+that the config names. A document is recognized by word n-grams:
+
+- the n-grams of each passage of at least `ngram` words;
+- a shorter passage of at least INSIDE words, as a whole, unless it mostly counts and enumerates (a 2 b 4 c 8 d 16);
+- its longest passage, where no passage qualifies. Below INSIDE words it must be all of a message.
+
+A defect in a benchmark's file stops the run: a document that can't be read can't be looked for.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import checks, files, rows
-from pipeline.data.defects import Defect, Ledger
+from pipeline.data.defects import Defect, DefectLog
 from pipeline.data.formats import Values
 from pipeline.data.ngrams import INSIDE, Index, Needle, grams_of
 from pipeline.data.reading import TABLES, names
@@ -24,7 +27,7 @@ KIND = "benchmark"
 
 
 @dataclass
-class FileSummary:
+class BenchmarkSummary:
     """A benchmark's file: its documents, and how many of them are too short to be looked for."""
 
     name: str
@@ -33,26 +36,26 @@ class FileSummary:
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Where documents go, and how many words their n-grams have."""
+class DocumentReader:
+    """Reads documents into `index`; `ngram` is the number of words of an n-gram."""
 
     index: Index
-    ledger: Ledger
+    log: DefectLog
     ngram: int
 
-    def read(self, columns: Sequence[str], name: str, path: Path) -> FileSummary:
-        """Read one file; `columns` are those that count, none for all. Its defects go by `name`."""
-        summary = FileSummary(name)
+    def read(self, columns: Sequence[str], name: str, path: Path) -> BenchmarkSummary:
+        """Read one file and log its defects under `name`. Only `columns` count; without any, all do."""
+        summary = BenchmarkSummary(name)
         file = rows.add_file(self.index.db, name)
         self.index.add(self._needles(columns, path, file, summary))
         return summary
 
-    def _needles(self, columns: Sequence[str], path: Path, file: int, summary: FileSummary) -> Iterator[Needle]:
+    def _needles(self, columns: Sequence[str], path: Path, file: int, summary: BenchmarkSummary) -> Iterator[Needle]:
         for row in files.read(path):
             texts = list(passages({name: row.values[name] for name in columns if name in row.values} or row.values))
             defects = row.defects or tuple(_defects(row.values, texts, columns, path))
             for defect in defects:
-                self.ledger.add(summary.name, replace(defect, line=defect.line or row.line), stops=True)
+                self.log.add(summary.name, replace(defect, line=defect.line or row.line), stops=True)
             if any(defect.kind == "missing_benchmark_column" for defect in defects):
                 return
             if not defects:
@@ -63,27 +66,27 @@ class Reader:
 
 
 def _defects(values: Values, texts: Sequence[str], columns: Sequence[str], path: Path) -> Iterator[Defect]:
-    """The named columns that a row lacks (a table lacks them in all of its rows), and text that no file can hold."""
+    """The columns of the config that a row lacks (a table lacks them in every row), and text that no file can hold."""
     if missing := [name for name in columns if name not in values]:
         kind = "missing_benchmark_column" if path.suffix in TABLES else "missing_field"
-        yield Defect(kind, f"has no {names(missing)}", key="data.benchmarks.columns", allowed=names(values))
+        yield Defect(kind, f"lacks {names(missing)}", key="data.benchmarks.columns", allowed=names(values))
     for text in texts:
         yield from checks.half_characters(text, "document")
 
 
 def passages(value: Any) -> Iterator[str]:
-    """The texts in a value, those of its lists and objects one by one."""
+    """The texts in a value; of lists and objects, those of every entry."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from passages(inner)
+        for entry in value.values() if isinstance(value, Mapping) else value:
+            yield from passages(entry)
 
 
 def telling_passages(texts: Sequence[Sequence[str]], ngram: int) -> list[Sequence[str]]:
-    """The passages, as words, that a document is known by."""
-    known = [text for text in texts if len(text) >= ngram or (len(text) >= INSIDE and _tells(text))]
-    return known or [max(texts, key=len, default=())]
+    """The passages, as words, by which a document is recognized."""
+    telling = [text for text in texts if len(text) >= ngram or (len(text) >= INSIDE and _tells(text))]
+    return telling or [max(texts, key=len, default=())]
 
 
 def _tells(text: Sequence[str]) -> bool:

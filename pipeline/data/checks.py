@@ -1,6 +1,6 @@
-"""Whether a row can be trained on: turns in order, nothing empty, nothing that would break the chat template.
+"""Whether a row can be trained on: turns in order, texts that aren't empty and don't break the chat template.
 
-Each check says what is wrong, all of it; none repairs. Standard library only.
+The checks report every defect and repair none. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 def special_tokens_pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     """A pattern that finds any of a tokenizer's special tokens, the longest first."""
-    known = sorted((token for token in tokens if token), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, known)) or r"(?!)")
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 def check(body: Body, special: re.Pattern[str]) -> list[Defect]:
-    """All that is wrong with a row's conversation or text."""
+    """Every defect of a row's conversation or text."""
     if isinstance(body, str):
-        found = [] if body.strip() else [Defect("empty_message", "the text is empty", key="text")]
-        return [*found, *_characters(body, "text", special)]
-    parts = (
+        empty = [] if body.strip() else [Defect("empty_message", "the text is empty", key="text")]
+        return [*empty, *_characters(body, "text", special)]
+    in_messages = (
         defect
         for place, message in enumerate(body)
         for defect in _characters(message["content"], _name(place, message), special)
     )
-    return [*_order(body), *_empty(body), *parts]
+    return [*_order(body), *_empty(body), *in_messages]
 
 
 def _order(messages: Sequence[Message]) -> Iterator[Defect]:
@@ -43,8 +43,8 @@ def _order(messages: Sequence[Message]) -> Iterator[Defect]:
     wrong = [n for n, role in enumerate(turns) if role != ("user", "assistant")[n % 2]]
     if wrong:
         first = wrong[0]
-        what = f"two {turns[first]} messages in a row" if first else f"the {turns[first]} speaks first"
-        yield Defect("wrong_role_order", what, allowed="system (optional), user, assistant, user, assistant …")
+        mistake = f"two {turns[first]} messages in a row" if first else f"the {turns[first]} speaks first"
+        yield Defect("wrong_role_order", mistake, allowed="system (optional), user, assistant, user, assistant …")
     if not turns or turns[-1] != "assistant":
         yield Defect("no_answer", "the conversation does not end with the assistant")
 
@@ -53,8 +53,8 @@ def _empty(messages: Sequence[Message]) -> Iterator[Defect]:
     for place, message in enumerate(messages):
         if not message["content"].strip():
             answer = place == len(messages) - 1 and message["role"] == "assistant"
-            kind, what = ("empty_answer", "the answer is empty") if answer else ("empty_message", "is empty")
-            yield Defect(kind, what, key=_name(place, message))
+            kind, mistake = ("empty_answer", "the answer is empty") if answer else ("empty_message", "is empty")
+            yield Defect(kind, mistake, key=_name(place, message))
 
 
 def _characters(text: str, key: str, special: re.Pattern[str]) -> Iterator[Defect]:

@@ -1,7 +1,7 @@
-"""What can be wrong with data: each kind of defect with its remedy, and the ledger that keeps them all.
+"""Defects of data: each kind with its remedy, and the log that all of them go to.
 
-The ledger writes every defect to a JSON Lines file as it is found and keeps the first of each kind in memory:
-a file with a million defects costs no more memory than one with twenty. Standard library only.
+The log writes every defect to a JSON Lines file at once and keeps the first SHOWN of each kind in memory.
+A file with a million defects costs as much memory as one with twenty. Standard library only.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ KINDS: dict[str, Kind] = {
     "bad_utf8": Kind("convert the file: iconv -f WINDOWS-1252 -t UTF-8 {file} > {file}.utf8"),
     "broken_json": Kind("correct the line, or write the file with a JSON library"),
     "duplicate_key": Kind("keep one of the two values"),
-    "nan": Kind("write null or leave the key out; NaN and Infinity are no JSON"),
+    "nan": Kind("write null or leave the key out; JSON doesn't know NaN and Infinity"),
     "not_an_object": Kind('write each row as one object, such as {{"messages": […]}}'),
     "ragged_row": Kind("put fields that hold commas, quotes or line ends in double quotes"),
     "bad_quotes": Kind('double each quote inside a quoted field: ""like this""'),
@@ -77,7 +77,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Defect:
-    """One defect: its kind, what was found, the line (1-based; in Parquet the row) and the column or key."""
+    """One defect: its kind, a description (`what`), the line (1-based; in Parquet the row) and the column or key."""
 
     kind: str
     what: str
@@ -91,8 +91,8 @@ class Defect:
         return Problem(self.what, file=file, line=self.line, key=self.key, allowed=self.allowed, remedy=remedy)
 
 
-class Ledger:
-    """All defects of a run: counted, written to `path` as JSON Lines, the first of each kind kept."""
+class DefectLog:
+    """All defects of a run: counted, written to `path` as JSON Lines, the first of each kind in memory."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class Ledger:
         self._file.close()
 
     def add(self, file: str, defect: Defect, *, stops: bool = False) -> None:
-        """Note one defect of `file`; `stops`: it stops the run though its kind doesn't."""
+        """Note one defect of `file`; with `stops` it stops the run even if its kind doesn't."""
         self._stops |= stops
         self.add_problem(defect.kind, defect.problem(file))
 
@@ -127,13 +127,13 @@ class Ledger:
         self._file.write(json.dumps({"kind": kind, **asdict(problem)}) + "\n")
 
     def add_row(self, file: str, defects: list[Defect]) -> None:
-        """Note one row of `file`, which is sound when `defects` is empty."""
+        """Note one row of `file`; a row without `defects` is sound."""
         self.rows += 1
         self.defective_rows += bool(defects)
         for defect in defects:
             self.add(file, defect)
 
-    def judge(self, max_defect_rate: float) -> None:
+    def raise_if_too_many(self, max_defect_rate: float) -> None:
         """Raise DataError when a defect stops the run or the share of defective rows is too high."""
         self._file.flush()
         stopping = self._stops or any(KINDS[kind].stops for kind in self.counts)
@@ -151,16 +151,16 @@ class Ledger:
         first = sorted(self._first, key=lambda problem: (self._files[str(problem.file)], problem.line or 0))
         raise DataError([*first, *more, *self._rate(stopping, max_defect_rate)])
 
-    def _rate(self, stopping: bool, allowed: float) -> list[Problem]:
-        if stopping or not allowed:
+    def _rate(self, stopping: bool, max_defect_rate: float) -> list[Problem]:
+        if stopping or not max_defect_rate:
             return []
-        found = f"{self.defective_rows} of {self.rows} rows are defective ({self.defective_rows / self.rows:.1%})"
+        share = self.defective_rows / self.rows
         return [
             Problem(
-                found,
+                f"{self.defective_rows} of {self.rows} rows are defective ({share:.1%})",
                 file=str(self.path),
                 key="data.max_defect_rate",
-                allowed=f"at most {allowed:.1%}",
+                allowed=f"at most {max_defect_rate:.1%}",
                 remedy="correct the rows, or raise data.max_defect_rate",
             )
         ]

@@ -1,16 +1,22 @@
-"""Made-up support tickets with their triage as strict JSON: the demo's data, a task that has to be learned.
+"""Invented support tickets with their triage as strict JSON: the demo's data, a task that has to be learned.
 
     python -m pipeline.data.demo_tickets FOLDER --train 800 --holdout 240 --seed 42
 
 writes FOLDER/tickets-train.jsonl and FOLDER/tickets-holdout.jsonl, one TRL conversation a line. The answer
-follows from the text by fixed rules: `category` from what the ticket is about, `priority` from how much hurts
-and how soon, `product` is the one named, `entities` are the codes and mail addresses in order of appearance.
-Nothing in the prompt says which categories and priorities there are: an untuned model can't know.
+follows from the text by fixed rules:
+
+- `category` is that of the problem sentence, `priority` that of the impact sentence;
+- `product` is the product's name in the text;
+- `entities` are the codes and mail addresses in order of appearance.
+
+The prompt lists neither categories nor priorities, so an untuned model can't know them.
 
 A holdout ticket never shares its pair of problem and impact sentence, its names, codes or addresses with a
-training ticket, and some of its sentences occur in no training ticket at all. The same seed and size
-give the same bytes; a larger size starts with the rows of the smaller one. Limits: English, one problem a
-ticket, a closed list of products; it shows that the chain works, it judges no model. Standard library only.
+training ticket. Some of its sentences occur in no training ticket at all. The same seed and size give the same
+bytes; a larger size starts with the rows of the smaller one.
+
+Limits: English, one problem a ticket, a closed list of products. The task shows that the chain works; it says
+nothing about how good a model is. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ Split = Literal["train", "holdout"]
 SYSTEM = "Triage the ticket as JSON: category, priority, product, entities."
 PRODUCTS = ("Atlas", "Beacon", "Comet", "Falcon", "Harbor", "Lantern", "Orchid", "Willow")
 
-# (a|b) is a choice made anew for each ticket. {product} {invoice} {error} {order} {mail} are filled in.
+# (a|b) is a choice, drawn for each ticket. {product} {invoice} {error} {order} {mail} are filled in.
 # The last RESERVED sentences of every list are the holdout's alone.
 RESERVED = 2
 PROBLEMS: dict[str, tuple[str, ...]] = {
@@ -195,13 +201,13 @@ PLACE = re.compile(r"\{(invoice|error|order|mail)\}")
 def tickets(split: Split, count: int, seed: int) -> Iterator[dict[str, object]]:
     """`count` different conversations of one split, as `{"messages": [system, user, assistant]}`."""
     draw = random.Random(f"{split} {seed}")  # noqa: S311 - reproducible on purpose
-    seen: set[str] = set()
-    while len(seen) < count:
+    texts: set[str] = set()
+    while len(texts) < count:
         text, answer = _ticket(split, draw)
-        if text not in seen:
-            seen.add(text)
-            said = (("system", SYSTEM), ("user", text), ("assistant", answer))
-            yield {"messages": [{"role": role, "content": content} for role, content in said]}
+        if text not in texts:
+            texts.add(text)
+            turns = (("system", SYSTEM), ("user", text), ("assistant", answer))
+            yield {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def write(folder: Path, train: int, holdout: int, seed: int) -> tuple[Path, Path]:
@@ -237,8 +243,8 @@ def _sentences(split: Split, category: str, priority: str, draw: random.Random) 
     problems, impacts = PROBLEMS[category], IMPACTS[priority]
     while True:
         i, j = draw.randrange(len(problems)), draw.randrange(len(impacts))
-        reserved = i >= len(problems) - RESERVED or j >= len(impacts) - RESERVED
-        if (reserved or (i + j) % 4 == 0) == (split == "holdout"):
+        is_reserved = i >= len(problems) - RESERVED or j >= len(impacts) - RESERVED
+        if (is_reserved or (i + j) % 4 == 0) == (split == "holdout"):
             return problems[i], impacts[j]
 
 
@@ -263,8 +269,8 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=800, help="training tickets (default: 800)")
     parser.add_argument("--holdout", type=int, default=240, help="held-out tickets (default: 240)")
     parser.add_argument("--seed", type=int, default=42)
-    chosen = parser.parse_args()
-    for path in write(chosen.folder, chosen.train, chosen.holdout, chosen.seed):
+    options = parser.parse_args()
+    for path in write(options.folder, options.train, options.holdout, options.seed):
         print(path)
 
 

@@ -1,12 +1,12 @@
-"""Rows that say the same: equal ones are dropped, near ones found by MinHash and locality-sensitive hashing.
+"""Rows that say the same: equal rows are dropped, near rows found by MinHash and locality-sensitive hashing.
 
-Equal means equal after folding case, punctuation and space. Near means that the word 3-grams of two prompts
-(and those of their system messages) have a Jaccard similarity of at least the threshold. The signatures
-come from datasketch; their bands lie in the run's SQLite file, so memory stays the same for any number of
-rows, and disk grows by about 40 bytes a band and row. A pair at the threshold is found with a probability
-of 99 %, a more similar one more surely; what is found is checked by its exact similarity. In a bucket that
-many rows share, a holdout row is compared with the first CANDIDATES training rows of it, a training row
-with the first one.
+Equal: the same after folding case, punctuation and space. Near: the word 3-grams of two prompts, and those of their
+system messages, have a Jaccard similarity of at least the threshold.
+
+The signatures come from datasketch. Their bands lie in the run's SQLite file: memory stays the same for any number of
+rows, disk grows by about 40 bytes a band and row. A pair at the threshold is found with a probability of 99 %, a more
+similar pair with a higher one. Every candidate pair is checked by its exact similarity. In a bucket of many rows,
+a holdout row is compared with the first CANDIDATES training rows, a training row with the first one.
 
 Not found here: a holdout question inside a longer text or an earlier turn (`data/leaks.py` looks for those),
 translations, paraphrases.
@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import json
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Place:
-    """A row by file and line, with the set that it is in and the beginning of its prompt."""
+    """A row by file and line, with its split and the beginning of its prompt."""
 
     file: str
     line: int
@@ -93,18 +93,20 @@ def bands_for(threshold: float) -> tuple[int, int]:
 
 def shingles(text: str) -> frozenset[str]:
     """The folded text's word 3-grams; a shorter text is one shingle."""
-    found = words(text)
-    size = min(WORDS, len(found))
-    return frozenset(" ".join(found[n : n + size]) for n in range(len(found) - size + 1)) if found else frozenset()
+    text_words = words(text)
+    if not text_words:
+        return frozenset()
+    size = min(WORDS, len(text_words))
+    return frozenset(" ".join(text_words[n : n + size]) for n in range(len(text_words) - size + 1))
 
 
 def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
-    """Shared part of two sets, 0 to 1; two empty sets are equal."""
+    """The size of the intersection by that of the union, 0 to 1; two empty sets are equal."""
     return len(first & second) / len(first | second) if first or second else 1.0
 
 
 def similarity(first: Body, second: Body) -> float:
-    """How similar two rows' prompts are: their turns or, where that is less, their system messages."""
+    """The similarity of two rows' turns, or that of their system messages where it is lower."""
     turns, systems = (
         jaccard(shingles(of(first)), shingles(of(second))) for of in (lambda b: prompt_text(b, system=False), _system)
     )
@@ -112,9 +114,9 @@ def similarity(first: Body, second: Body) -> float:
 
 
 def find_near(db: sqlite3.Connection, threshold: float, report: Report) -> Iterator[Pair]:
-    """Each row's most similar other row: a holdout row's among the rest (a leak), others' among earlier ones.
+    """Each row's most similar row: of a holdout row among the rest (a leak), of any other row among earlier ones.
 
-    Call after the splits are drawn. `report` is told how many rows of how many have been hashed.
+    Call after the splits are drawn. `report` is called with the number of rows hashed so far, and of all rows.
     """
     _fill_bands(db, threshold, report)
     db.execute("CREATE INDEX bands_key ON bands (key, holdout, n)")
@@ -123,11 +125,21 @@ def find_near(db: sqlite3.Connection, threshold: float, report: Report) -> Itera
     db.executemany("INSERT OR IGNORE INTO pairs VALUES (?, ?, ?)", _candidates(db))
     db.execute("COMMIT")
     by_row = itertools.groupby(db.execute("SELECT a, b, leak FROM pairs ORDER BY a, b"), key=lambda pair: pair[0])
-    for a, group in by_row:
-        mine = body_of(db, a)
-        best, b, leak = max(((similarity(mine, body_of(db, b)), -b, leak) for _, b, leak in group))
+    for row, pairs in by_row:
+        best, partner, leak = _most_similar(db, row, pairs)
         if best >= threshold:
-            yield Pair(round(best, 4), bool(leak), place(db, a), place(db, -b))
+            yield Pair(round(best, 4), leak, place(db, row), place(db, partner))
+
+
+def _most_similar(db: sqlite3.Connection, row: int, pairs: Iterable[tuple[int, int, int]]) -> tuple[float, int, bool]:
+    """The highest similarity among a row's pairs, the row that has it (of several the first), and whether it leaks."""
+    body = body_of(db, row)
+    best, partner, best_leaks = -1.0, 0, False
+    for _, candidate, leak in pairs:  # in order of rows, so that the first of equals stays
+        candidate_similarity = similarity(body, body_of(db, candidate))
+        if candidate_similarity > best:
+            best, partner, best_leaks = candidate_similarity, candidate, bool(leak)
+    return best, partner, best_leaks
 
 
 def _fill_bands(db: sqlite3.Connection, threshold: float, report: Report) -> None:
@@ -137,14 +149,14 @@ def _fill_bands(db: sqlite3.Connection, threshold: float, report: Report) -> Non
     empty = MinHash(num_perm=PERMUTATIONS, seed=1)
     total = count(db, KEPT)
     db.execute("CREATE TABLE bands (key INTEGER NOT NULL, holdout INTEGER NOT NULL, n INTEGER NOT NULL)")
-    reading = db.execute(f"SELECT n, split = 'holdout', body FROM rows WHERE {KEPT} ORDER BY n")  # noqa: S608
-    for done in itertools.count(step=BATCH):
-        some = reading.fetchmany(BATCH)
-        report(min(done, total), total)
-        if not some:
+    cursor = db.execute(f"SELECT n, split = 'holdout', body FROM rows WHERE {KEPT} ORDER BY n")  # noqa: S608
+    for rows_so_far in itertools.count(step=BATCH):
+        batch = cursor.fetchmany(BATCH)
+        report(min(rows_so_far, total), total)
+        if not batch:
             return
         db.execute("BEGIN")
-        for n, holdout, body in some:
+        for n, holdout, body in batch:
             signature = _signature(empty, prompt_text(json.loads(body), system=False))
             keys = (_key(band, signature[band * rows : (band + 1) * rows]) for band in range(bands))
             db.executemany("INSERT INTO bands VALUES (?, ?, ?)", ((key, holdout, n) for key in keys))
@@ -153,9 +165,9 @@ def _fill_bands(db: sqlite3.Connection, threshold: float, report: Report) -> Non
 
 def _signature(empty: Any, text: str) -> Any:
     minhash = empty.copy()
-    encoded = [shingle.encode() for shingle in shingles(text)]
-    for some in range(0, len(encoded), SLICE):  # the hashes of a slice are a matrix of SLICE x PERMUTATIONS
-        minhash.update_batch(encoded[some : some + SLICE])
+    text_bytes = [shingle.encode() for shingle in shingles(text)]
+    for start in range(0, len(text_bytes), SLICE):  # the hashes of a slice are a matrix of SLICE x PERMUTATIONS
+        minhash.update_batch(text_bytes[start : start + SLICE])
     return minhash.hashvalues
 
 
@@ -166,11 +178,11 @@ def _key(band: int, values: Any) -> int:
 
 def _candidates(db: sqlite3.Connection) -> Iterator[tuple[int, int, bool]]:
     """Pairs that share a bucket, training rows of a bucket first."""
-    ordered = db.execute("SELECT key, holdout, n FROM bands ORDER BY key, holdout, n")
-    for _, bucket in itertools.groupby(ordered, key=lambda row: row[0]):
+    entries = db.execute("SELECT key, holdout, n FROM bands ORDER BY key, holdout, n")
+    for _, bucket in itertools.groupby(entries, key=lambda row: row[0]):
         train: list[int] = []
         for _, holdout, n in bucket:
-            yield from ((n, other, bool(holdout)) for other in (train if holdout else train[:1]))
+            yield from ((n, partner, bool(holdout)) for partner in (train if holdout else train[:1]))
             if not holdout and len(train) < CANDIDATES:
                 train.append(n)
 

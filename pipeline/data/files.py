@@ -1,7 +1,7 @@
 """Data files as rows with line numbers: JSON Lines, a JSON list, CSV, Parquet, lines of text; one row in memory at a time.
 
-Bytes that are no UTF-8 are carried through parsing as surrogates, so that the row they stand in can be named
-and reading goes on. Memory is bounded by MAX_ROW (JSON, CSV) or by BATCH rows and a page a column (Parquet).
+Bytes that aren't UTF-8 pass through parsing as surrogates. So the error can name their row, and reading goes on.
+Memory is bounded by MAX_ROW (JSON, CSV) or by BATCH rows and a page a column (Parquet).
 Limits: CSV means commas and double quotes; a JSON list must be the whole file.
 """
 
@@ -23,17 +23,17 @@ CHUNK = 64 * 2**10
 BATCH = 512
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-NAMES = {list: "a list", str: "a string", type(None): "null", bool: "a truth value"}
+NAMES = {list: "a list", str: "a string", type(None): "null", bool: "a boolean"}
 BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
-# What matters to find the end of a list's element; \\. steps over an escape.
+# The marks that decide where a list's element ends; \\. steps over an escape.
 JSON_MARKS = re.compile(r'\\.|["{}\[\],\n]', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class FileRow:
-    """A row of a file at its line (in Parquet: its number), or what is wrong there.
+    """A row of a file at its line (in Parquet: its number), or the defects there.
 
-    `defects` non-empty: the row is lost. `is_row` is false for a defect of the file as a whole.
+    A row with `defects` is lost. `is_row` is false for a defect of the file as a whole.
     """
 
     line: int
@@ -45,8 +45,8 @@ class FileRow:
 class _Broken(ValueError):
     """A row's JSON is wrong; `kind` is the kind of defect."""
 
-    def __init__(self, kind: str, what: str) -> None:
-        super().__init__(what)
+    def __init__(self, kind: str, mistake: str) -> None:
+        super().__init__(mistake)
         self.kind = kind
 
 
@@ -60,16 +60,16 @@ def read(path: Path) -> Iterator[FileRow]:
             return
         if start.startswith(codecs.BOM_UTF8):
             yield _whole("bom", "begins with a byte order mark", 1)
-    found = False
+    is_empty = True
     for row in READERS[path.suffix](path):
-        found = True
+        is_empty = False
         yield row
-    if not found:
-        yield _whole("empty_file", "holds no rows")
+    if is_empty:
+        yield _whole("empty_file", "is empty: it must hold at least one row")
 
 
 def about_how_many(path: Path) -> int:
-    """About how many rows a file has: its line ends, or what a Parquet file says (0 if it can't)."""
+    """An estimate of a file's rows: its line ends, or of Parquet the number in its metadata (0 if unreadable)."""
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -82,18 +82,18 @@ def about_how_many(path: Path) -> int:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(CHUNK), b""))
 
 
-def _whole(kind: str, what: str, line: int | None = None) -> FileRow:
+def _whole(kind: str, mistake: str, line: int | None = None) -> FileRow:
     """A defect of the file as a whole."""
-    return FileRow(line or 1, defects=(Defect(kind, what, line),), is_row=False)
+    return FileRow(line or 1, defects=(Defect(kind, mistake, line),), is_row=False)
 
 
-def _bad(kind: str, what: str, line: int) -> FileRow:
+def _bad(kind: str, mistake: str, line: int) -> FileRow:
     """A row that is lost."""
-    return FileRow(line, defects=(Defect(kind, what, line),))
+    return FileRow(line, defects=(Defect(kind, mistake, line),))
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends, without a byte order mark; bytes that are no UTF-8 as surrogates."""
+    """Lines with their ends, without a byte order mark; bytes that aren't UTF-8 become surrogates."""
     with path.open("rb") as file:
         if file.read(3) != codecs.BOM_UTF8:
             file.seek(0)
@@ -116,8 +116,8 @@ def _text_lines(path: Path) -> Iterator[FileRow]:
         if len(text) > MAX_ROW:
             yield _whole("row_too_big", f"the line is longer than {MAX_ROW >> 20} MiB", line)
             return
-        if lost := NOT_UTF8.search(text):
-            yield _bad("bad_utf8", f"byte 0x{ord(lost[0]) - 0xDC00:02X} is no UTF-8", line)
+        if bad_byte := NOT_UTF8.search(text):
+            yield _bad("bad_utf8", f"byte 0x{ord(bad_byte[0]) - 0xDC00:02X} isn't UTF-8", line)
         elif text.strip():
             yield FileRow(line, {"text": text.strip()})
 
@@ -135,13 +135,13 @@ def _json(path: Path) -> Iterator[FileRow]:
 
 def _parsed(text: str, line: int) -> FileRow:
     """One JSON object that begins on `line`."""
-    lost = NOT_UTF8.search(text)
-    if lost:
-        byte, before = ord(lost[0]) - 0xDC00, text[: lost.start()]
+    bad_byte = NOT_UTF8.search(text)
+    if bad_byte:
+        byte, before = ord(bad_byte[0]) - 0xDC00, text[: bad_byte.start()]
         column = len(before) - before.rfind("\n")
-        return _bad("bad_utf8", f"byte 0x{byte:02X} in column {column} is no UTF-8", line + before.count("\n"))
+        return _bad("bad_utf8", f"byte 0x{byte:02X} in column {column} isn't UTF-8", line + before.count("\n"))
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        row = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except _Broken as error:
         return _bad(error.kind, str(error), line)
     except json.JSONDecodeError as error:
@@ -149,22 +149,22 @@ def _parsed(text: str, line: int) -> FileRow:
         return _bad(kind, f"{error.msg} (column {error.colno})", line + error.lineno - 1)
     except (ValueError, RecursionError) as error:
         return _bad("broken_json", f"can't be parsed: {error}", line)
-    if not isinstance(value, dict):
-        return _bad("not_an_object", f"is {NAMES.get(type(value), 'a number')}, not an object with keys", line)
-    return FileRow(line, value)
+    if not isinstance(row, dict):
+        return _bad("not_an_object", f"is {NAMES.get(type(row), 'a number')}, not an object with keys", line)
+    return FileRow(line, row)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise _Broken("duplicate_key", f"the key {twice!r} occurs more than once in one object")
-    return value
+    return entries
 
 
 def _refuse_constant(name: str) -> Any:
-    raise _Broken("nan", f"{name} is no JSON value")
+    raise _Broken("nan", f"{name} isn't a JSON value")
 
 
 def _json_list(path: Path) -> Iterator[FileRow]:
@@ -176,7 +176,7 @@ def _json_list(path: Path) -> Iterator[FileRow]:
         elif text.strip():
             yield _parsed(text.lstrip(), line)
         else:
-            yield _bad("broken_json", "there is a comma too many", line)
+            yield _bad("broken_json", "one comma too many", line)
 
 
 def _elements(path: Path) -> Iterator[tuple[int, str | None]]:
@@ -193,16 +193,16 @@ def _elements(path: Path) -> Iterator[tuple[int, str | None]]:
 
 def _chunks(path: Path) -> Iterator[str]:
     """Pieces of text, none ending inside an escape."""
-    kept = ""
+    half_escape = ""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     with path.open("rb") as file:
         if file.read(3) != codecs.BOM_UTF8:
             file.seek(0)
         while raw := file.read(CHUNK):
-            text = kept + decoder.decode(raw)
+            text = half_escape + decoder.decode(raw)
             slashes = len(text) - len(text.rstrip("\\"))
-            kept = "\\" if slashes % 2 else ""
-            yield text[: len(text) - len(kept)]
+            half_escape = "\\" if slashes % 2 else ""
+            yield text[: len(text) - len(half_escape)]
 
 
 class _Scan:
@@ -218,24 +218,24 @@ class _Scan:
     def feed(self, chunk: str) -> Iterator[tuple[int, str]]:
         """The elements that end in this chunk."""
         begin = 0
-        for mark in JSON_MARKS.finditer(chunk):
-            what = mark[0]
-            if what == "\n":
+        for match in JSON_MARKS.finditer(chunk):
+            mark = match[0]
+            if mark == "\n":
                 self.line += 1
-            elif what == '"':
+            elif mark == '"':
                 self.in_string = not self.in_string
             elif self.in_string or self.ended:
                 continue
-            elif what == "," and self.depth == 1:
-                yield self._element(chunk[begin : mark.start()])
-                begin, self.comma = mark.end(), True
+            elif mark == "," and self.depth == 1:
+                yield self._element(chunk[begin : match.start()])
+                begin, self.comma = match.end(), True
             else:
-                self.depth += BRACKETS.get(what, 0)
-                if what == "[" and self.depth == 1:
-                    begin, self.parts, self.first_line = mark.end(), [], self.line
-                elif what == "]" and self.depth == 0:
-                    yield from self._end(chunk[begin : mark.start()])
-                    begin = mark.end()
+                self.depth += BRACKETS.get(mark, 0)
+                if mark == "[" and self.depth == 1:
+                    begin, self.parts, self.first_line = match.end(), [], self.line
+                elif mark == "]" and self.depth == 0:
+                    yield from self._end(chunk[begin : match.start()])
+                    begin = match.end()
         if not self.ended or chunk[begin:].strip():
             self.parts.append(chunk[begin:])
             self.size += len(chunk) - begin
@@ -286,9 +286,9 @@ def _csv(path: Path) -> Iterator[FileRow]:
 
 
 def _csv_row(header: list[str], fields: list[str], line: int) -> FileRow:
-    lost = NOT_UTF8.search("\n".join(fields))
-    if lost:
-        return _bad("bad_utf8", f"byte 0x{ord(lost[0]) - 0xDC00:02X} is no UTF-8", line)
+    bad_byte = NOT_UTF8.search("\n".join(fields))
+    if bad_byte:
+        return _bad("bad_utf8", f"byte 0x{ord(bad_byte[0]) - 0xDC00:02X} isn't UTF-8", line)
     if len(fields) != len(header):
         return _bad("ragged_row", f"has {len(fields)} fields where the header has {len(header)}", line)
     return FileRow(line, dict(zip(header, fields, strict=True)))
@@ -316,17 +316,17 @@ def _parquet(path: Path) -> Iterator[FileRow]:
 
 
 def _parquet_ends(path: Path) -> str | None:
-    """What the first and last four bytes say is wrong with a Parquet file."""
+    """The mistake in the first or last four bytes of a Parquet file; None when both are PAR1."""
     with path.open("rb") as file:
         if file.read(4) != b"PAR1":
-            return "is no Parquet file: it doesn't begin with PAR1"
+            return "isn't a Parquet file: it doesn't begin with PAR1"
         file.seek(-4, 2)
         whole = file.read(4) == b"PAR1" and file.tell() > 12
         return None if whole else "is cut off: it doesn't end in PAR1"
 
 
 def _batch_rows(batch: Any, number: int) -> Iterator[FileRow]:
-    """Rows of an Arrow batch; text in Arrow may still hold bytes that are no UTF-8."""
+    """Rows of an Arrow batch; text in Arrow may still hold bytes that aren't UTF-8."""
     try:
         for line, values in enumerate(batch.to_pylist(), number):
             yield FileRow(line, values)
@@ -335,7 +335,7 @@ def _batch_rows(batch: Any, number: int) -> Iterator[FileRow]:
             try:
                 yield FileRow(line, batch.slice(line - number, 1).to_pylist()[0])
             except UnicodeDecodeError as error:
-                yield _bad("bad_utf8", f"byte 0x{error.object[error.start]:02X} is no UTF-8", line)
+                yield _bad("bad_utf8", f"byte 0x{error.object[error.start]:02X} isn't UTF-8", line)
 
 
 READERS = {".csv": _csv, ".json": _json, ".jsonl": _json_lines, ".parquet": _parquet, ".txt": _text_lines}

@@ -1,17 +1,23 @@
-"""Texts found again in rows by the word n-grams that they share, however long the rows are.
+"""Texts recognized in rows by the word n-grams that they share, however long the rows are.
 
-What is looked for is a needle: a benchmark's document, a holdout row's prompt or its answer. Needles' n-grams are
-64-bit hashes in the run's SQLite file, where every row's n-grams are looked up; a filter of fixed size lets only
-those through that may be there. So memory stays the same for any number of needles and rows; disk grows by
-about 60 bytes for each n-gram of a needle and 40 for each place where one is found. Two different n-grams have
-the same hash with a probability of 2**-58 at most.
+A needle is a text to look for: a benchmark's document, a holdout row's prompt or its answer. The needles' n-grams are
+64-bit hashes in the run's SQLite file, where every row's n-grams are looked up. A filter of fixed size stops most keys
+that no needle has. Costs:
 
-What many texts share is no finding. An n-gram counts for nothing that a second needle of its kind has too and
-either more than COMMON needles or more than COMMON rows: a phrase of the trade (GPT-3 ignored what is in more than
-ten training documents, arXiv 2005.14165, appendix C). One that most needles or most rows have, or more than COMMON
-needles that are a tenth of all, is a template's, such as a system message's: it is left out where the share of a
-needle that a row has is counted. A text of fewer than INSIDE words is too likely to stand in a longer one by chance:
-it is found only as the whole of a message, and one of fewer than SHORTEST words not at all.
+- memory: the same for any number of needles and rows;
+- disk: about 60 bytes for each n-gram of a needle, and 40 for each place in a row that has one;
+- two different n-grams have the same hash with a probability of 2**-58 at most.
+
+Phrases that many texts share must not count as leaks:
+
+- Ignore an n-gram if at least two needles contain it and it occurs in more than COMMON needles or more than COMMON
+  rows. Needles are counted by kind. GPT-3 ignored n-grams in more than ten training documents (arXiv 2005.14165, appendix C).
+- Ignore an n-gram that most needles (at least two) or most rows (more than COMMON) contain.
+- An n-gram of most needles or rows, or of more than COMMON needles and a tenth of all, belongs to a template.
+  A system message is one. Words in a template don't count in the share of a needle that a row has.
+
+A text of fewer than INSIDE words is likely to be in a longer one by chance. It is found only as the whole of a message;
+a text of fewer than SHORTEST words is never found.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import hashlib
 import heapq
 import itertools
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -49,10 +55,10 @@ CREATE TABLE needles (
     kind TEXT NOT NULL,
     file INTEGER NOT NULL, line INTEGER NOT NULL,
     row INTEGER,                -- of a holdout row, its number
-    text TEXT NOT NULL          -- the beginning, to be shown
+    text TEXT NOT NULL          -- its beginning, for messages
 );
 CREATE TABLE grams (key INTEGER NOT NULL, kind TEXT NOT NULL, needle INTEGER NOT NULL);
-CREATE TABLE hits (key INTEGER NOT NULL, row INTEGER NOT NULL, shown INTEGER NOT NULL);
+CREATE TABLE hits (key INTEGER NOT NULL, row INTEGER NOT NULL, is_prompt INTEGER NOT NULL);
 CREATE TABLE shared (key INTEGER NOT NULL, kind TEXT NOT NULL, template INTEGER NOT NULL);
 CREATE TABLE templates (key INTEGER NOT NULL, kind TEXT NOT NULL);
 """
@@ -60,7 +66,7 @@ CREATE TABLE templates (key INTEGER NOT NULL, kind TEXT NOT NULL);
 
 @dataclass(frozen=True)
 class Needle:
-    """A text to be looked for: where it stands, how it begins, its n-grams, and the number of a holdout row."""
+    """A text to look for: where it stands, how it begins, its n-grams, and of a holdout row its number."""
 
     kind: str
     file: int
@@ -72,11 +78,11 @@ class Needle:
 
 @dataclass(frozen=True)
 class Text:
-    """A row's message or text; `shown` when a model reads it and isn't trained to say it."""
+    """A row's message or text; `is_prompt` when a model reads it and isn't trained to say it."""
 
     row: int
     text: str
-    shown: bool
+    is_prompt: bool
 
 
 @lru_cache(maxsize=2**13)
@@ -97,21 +103,20 @@ class Words:
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[str]]) -> Words:
-        """Texts that are words already."""
+        """The hashes of texts that are split into words."""
         lengths = np.array([len(text) for text in texts], dtype=np.int64)
         flat = (_hash(word) for text in texts for word in text)
         return cls(np.fromiter(flat, np.uint64, int(lengths.sum())), lengths)
 
-    def ngrams(self, sizes: Iterable[int]) -> Iterator[tuple[int, NDArray[np.int64], Keys]]:
+    def ngrams(self, sizes: Collection[int]) -> Iterator[tuple[int, NDArray[np.int64], Keys]]:
         """Each size's n-grams: the places of their first words, and their keys. Below INSIDE only whole texts are one."""
-        wanted = set(sizes)
         total = len(self.hashes)
         whole = np.repeat(self.lengths, self.lengths)
         left = np.repeat(np.cumsum(self.lengths), self.lengths) - np.arange(total)
         sums = np.zeros(total, dtype=np.uint64)
-        for size in range(1, min(max(wanted, default=0), total) + 1):
+        for size in range(1, min(max(sizes, default=0), total) + 1):
             sums = sums[: total - size + 1] + self.hashes[size - 1 :] * FACTORS[size - 1]
-            if size in wanted:
+            if size in sizes:
                 fits = left[: len(sums)] >= size
                 if size < INSIDE:
                     fits &= (left[: len(sums)] == size) & (whole[: len(sums)] == size)
@@ -121,19 +126,19 @@ class Words:
 
 def grams_of(texts: Sequence[Sequence[str]], size: int) -> list[Gram]:
     """The (key, place, size) of all n-grams in texts of words, in order; a shorter text is one as a whole."""
-    found: list[Gram] = []
+    grams: list[Gram] = []
     start = 0
     for text in texts:
-        wanted = min(size, len(text))
-        for _, places, keys in Words.of([text]).ngrams([wanted] if wanted >= SHORTEST else []):
-            found += [(key, start + n, wanted) for key, n in zip(keys.tolist(), places.tolist(), strict=True)]
+        length = min(size, len(text))
+        for _, places, keys in Words.of([text]).ngrams([length] if length >= SHORTEST else []):
+            grams += [(key, start + n, length) for key, n in zip(keys.tolist(), places.tolist(), strict=True)]
         start += len(text)
-    return found
+    return grams
 
 
 @dataclass
 class Filter:
-    """Says of most keys that aren't among those added that they aren't; a bit a key (a Bloom filter of one hash)."""
+    """A Bloom filter of one hash, a bit a key: it passes every key that was added and few others."""
 
     bits: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(FILTER_BITS // 8, dtype=np.uint8))
 
@@ -145,8 +150,8 @@ class Filter:
     def may_have(self, keys: Keys) -> NDArray[np.bool_]:
         """Which of the keys may have been added."""
         byte, bit = self._place(keys)
-        found: NDArray[np.bool_] = (self.bits[byte] & bit) != 0
-        return found
+        passes: NDArray[np.bool_] = (self.bits[byte] & bit) != 0
+        return passes
 
     def _place(self, keys: Keys) -> tuple[Hashes, NDArray[np.uint8]]:
         bit = keys.view(np.uint64) % np.uint64(FILTER_BITS)
@@ -162,7 +167,7 @@ class Index:
         db.executescript(SCHEMA)
 
     def add(self, needles: Iterable[Needle]) -> None:
-        """Take needles in."""
+        """Store needles and their n-grams."""
         self.db.execute("BEGIN")
         for needle in needles:
             where = (needle.kind, needle.file, needle.line, needle.row, needle.text[:300])
@@ -176,83 +181,87 @@ class Index:
     def search(self, texts: Iterable[Text], rows: int, report: Report) -> None:
         """Note which rows have which needles' n-grams, then forget those that don't count.
 
-        `texts` come row by row; `report` is told how many of the `rows` have been searched.
+        `texts` come row by row; `report` is called with the number of rows searched so far, and of all `rows`.
         """
         self.db.execute("CREATE INDEX grams_key ON grams (key, kind, needle)")
         self._forget_what_needles_share()
-        known = self._filter()
-        searched = 0
+        needle_filter = self._filter()
+        rows_so_far = 0
         for batch in _batches(texts):
-            self._note(batch, known)
-            searched += len({text.row for text in batch})
-            report(min(searched, rows), rows)
-        self.db.execute("CREATE INDEX hits_key ON hits (key, row, shown)")
+            self._note(batch, needle_filter)
+            rows_so_far += len({text.row for text in batch})
+            report(min(rows_so_far, rows), rows)
+        self.db.execute("CREATE INDEX hits_key ON hits (key, row, is_prompt)")
         self._forget_what_rows_share(rows)
         self.db.execute("CREATE INDEX grams_needle ON grams (needle)")
         self.db.execute("CREATE INDEX templates_key ON templates (key, kind)")
 
-    def candidates(self, kind: str, *, shown: bool = False) -> Iterator[tuple[int, list[int]]]:
+    def candidates(self, kind: str, *, prompts_only: bool = False) -> Iterator[tuple[int, list[int]]]:
         """Each needle of a kind of which a row has an n-gram, and up to CANDIDATES such rows, those with most first.
 
-        `shown`: what the assistant says in a row doesn't count.
+        `prompts_only` leaves out assistant messages.
         """
         query = (
             "SELECT needle, row, count(DISTINCT key) FROM hits CROSS JOIN grams USING (key)"
-            " WHERE kind = ? AND shown >= ? GROUP BY needle, row ORDER BY needle, row"
+            " WHERE kind = ? AND is_prompt >= ? GROUP BY needle, row ORDER BY needle, row"
         )
-        found = self.db.execute(query, (kind, shown))
-        for needle, group in itertools.groupby(found, key=lambda match: match[0]):
-            most = heapq.nsmallest(CANDIDATES, ((-shared, row) for _, row, shared in group))
-            yield needle, [row for _, row in most]
+        matches = self.db.execute(query, (kind, prompts_only))
+        for needle, group in itertools.groupby(matches, key=lambda match: match[0]):
+            most = heapq.nlargest(CANDIDATES, group, key=lambda match: match[2])  # of equals the first rows
+            yield needle, [row for _, row, _ in most]
 
     def share(self, kind: str, texts: Sequence[Sequence[str]], row: Iterable[Text]) -> float:
-        """The share of a needle's n-grams that a row's texts have, of those that touch no template; 0 where all do."""
+        """The share of a needle's n-grams outside templates that a row's texts have; 0 if all touch a template."""
         grams = grams_of(texts, INSIDE)
         template = np.zeros(sum(map(len, texts)), dtype=np.bool_)
         for key, place, size in grams:
             template[place : place + size] |= self._is_template(kind, key)
         own = [key for key, place, size in grams if not template[place : place + size].any()]
-        hashed = Words.of([words(text.text) for text in row])
-        theirs = {key for _, _, keys in hashed.ngrams(range(SHORTEST, INSIDE + 1)) for key in keys.tolist()}
-        return sum(key in theirs for key in own) / len(own) if own else 0.0
+        row_words = Words.of([words(text.text) for text in row])
+        row_keys = {key for _, _, keys in row_words.ngrams(range(SHORTEST, INSIDE + 1)) for key in keys.tolist()}
+        return sum(key in row_keys for key in own) / len(own) if own else 0.0
 
-    def part(self, needle: int, row: int) -> float:
-        """The share of a needle's n-grams that count which a row has."""
+    def share_of_counting(self, needle: int, row: int) -> float:
+        """The share of a needle's counting n-grams that a row has."""
         (total,) = self.db.execute("SELECT count(*) FROM grams WHERE needle = ?", (needle,)).fetchone()
         query = "SELECT count(DISTINCT key) FROM grams JOIN hits USING (key) WHERE needle = ? AND row = ?"
         return float(self.db.execute(query, (needle, row)).fetchone()[0] / total)
 
-    def shared(self, needle: int, row: int, texts: Iterable[Text]) -> str:
-        """The longest n-gram that counts of a needle in a row's texts, the first of them, in folded words."""
+    def longest_in_common(self, needle: int, row: int, texts: Iterable[Text]) -> str:
+        """The longest counting n-gram of a needle in a row's texts, the first of several, in folded words."""
         query = "SELECT key FROM hits JOIN grams USING (key) WHERE needle = ? AND row = ?"
         keys = [key for (key,) in self.db.execute(query, (needle, row))]
-        found = [(size, " ".join(some[place : place + size])) for some in (words(text.text) for text in texts)
-                 for size, places, theirs in Words.of([some]).ngrams(self.sizes)
-                 for place in places[np.isin(theirs, keys)].tolist()]  # fmt: skip
-        return max(found, key=lambda gram: gram[0])[1]
+        matches = [
+            text_words[place : place + size]
+            for text_words in (words(text.text) for text in texts)
+            for size, places, text_keys in Words.of([text_words]).ngrams(self.sizes)
+            for place in places[np.isin(text_keys, keys)].tolist()
+        ]
+        longest: list[str] = max(matches, key=len)
+        return " ".join(longest)
 
     def count(self, kind: str) -> int:
         """How many needles of a kind there are."""
         return int(self.db.execute("SELECT count(*) FROM needles WHERE kind = ?", (kind,)).fetchone()[0])
 
     def _filter(self) -> Filter:
-        known = Filter()
-        reading = self.db.execute("SELECT DISTINCT key FROM grams")
-        while some := reading.fetchmany(SLICE):
-            known.add(np.array(some, dtype=np.int64).ravel())
-        return known
+        needle_filter = Filter()
+        cursor = self.db.execute("SELECT DISTINCT key FROM grams")
+        while keys := cursor.fetchmany(SLICE):
+            needle_filter.add(np.array(keys, dtype=np.int64).ravel())
+        return needle_filter
 
-    def _note(self, batch: list[Text], known: Filter) -> None:
-        hashed = Words.of([words(text.text) for text in batch])
-        place_of = np.repeat(np.arange(len(batch)), hashed.lengths)
-        where = np.array([(text.row, text.shown) for text in batch], dtype=np.int64)
-        for _, places, keys in hashed.ngrams(self.sizes):
-            maybe = known.may_have(keys)
-            found = np.column_stack([keys[maybe], where[place_of[places[maybe]]]])
+    def _note(self, batch: list[Text], needle_filter: Filter) -> None:
+        batch_words = Words.of([words(text.text) for text in batch])
+        text_of_word = np.repeat(np.arange(len(batch)), batch_words.lengths)
+        rows = np.array([(text.row, text.is_prompt) for text in batch], dtype=np.int64)
+        for _, places, keys in batch_words.ngrams(self.sizes):
+            maybe = needle_filter.may_have(keys)
+            hits = np.column_stack([keys[maybe], rows[text_of_word[places[maybe]]]])
             self.db.execute("BEGIN")
             self.db.executemany(
                 "INSERT INTO hits SELECT ?1, ?2, ?3 WHERE EXISTS (SELECT 1 FROM grams WHERE key = ?1)",
-                np.unique(found, axis=0).tolist(),
+                np.unique(hits, axis=0).tolist(),
             )
             self.db.execute("COMMIT")
 
@@ -275,22 +284,22 @@ class Index:
             {"common": COMMON, "total": total},
         )
 
-    def _forget(self, shared: str, values: Mapping[str, str | int]) -> None:
-        """Forget the n-grams that `shared` selects, with their kind and whether they are a template's."""
+    def _forget(self, selection: str, parameters: Mapping[str, str | int]) -> None:
+        """Forget the n-grams that a query selects; its columns are the key, the kind and whether it is a template's."""
         self.db.execute("DELETE FROM shared")
-        self.db.execute(f"INSERT INTO shared {shared}", values)
+        self.db.execute(f"INSERT INTO shared {selection}", parameters)
         self.db.execute("INSERT INTO templates SELECT key, kind FROM shared WHERE template")
         self.db.execute("DELETE FROM grams WHERE (key, kind) IN (SELECT key, kind FROM shared)")
 
 
 def _batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    """Rows' texts in batches of about BATCH_CHARACTERS, no row in two of them."""
+    """Rows' texts in batches of about BATCH_CHARACTERS; all texts of a row are in one batch."""
     batch: list[Text] = []
     size = 0
     for _, row in itertools.groupby(texts, key=lambda text: text.row):
-        some = list(row)
-        batch += some
-        size += sum(len(text.text) for text in some)
+        row_texts = list(row)
+        batch += row_texts
+        size += sum(len(text.text) for text in row_texts)
         if size > BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

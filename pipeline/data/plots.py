@@ -51,17 +51,17 @@ def _answers(labels: Mapping[str, Mapping[str, Mapping[str, int]]], file: Path) 
     """A panel a key, its most frequent values first; each bar is the share of the set's rows."""
     from matplotlib import pyplot as plt
 
-    shown = {key: _most_frequent(values) for key, values in labels.items()}
-    heights = [max(2.0, 0.22 * len(values)) for values in shown.values()]
+    bars = {key: _most_frequent(values) for key, values in labels.items()}
+    heights = [max(2.0, 0.22 * len(values)) for values in bars.values()]
     figure, panels = plt.subplots(
-        len(shown),
+        len(bars),
         1,
         figsize=(8, sum(heights) + 1),
         height_ratios=heights,
         squeeze=False,
         layout="constrained",
     )
-    for axes, (key, values) in zip(panels[:, 0], shown.items(), strict=True):
+    for axes, (key, values) in zip(panels[:, 0], bars.items(), strict=True):
         for offset, split in ((-0.2, "train"), (0.2, "holdout")):
             total = sum(splits.get(split, 0) for splits in labels[key].values()) or 1
             widths = [labels[key][value].get(split, 0) / total for value in values]

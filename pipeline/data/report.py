@@ -1,4 +1,4 @@
-"""What a person should know about the data before training on it: report.json, report.md and two plots."""
+"""The data report, to be read before training: report.json, report.md and two plots."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.splits import SPLITS
 from pipeline.data.summary import Summary
 from pipeline.files import write_json
 
 SHOWN_WITH = ("pipeline.data.plots",)
-SPLITS = ("train", "val", "calibration", "holdout")
 WHY = {
     "defective": "defects, within data.max_defect_rate",
     "duplicate": "prompt and answer equal an earlier row's",
@@ -30,7 +30,7 @@ def write(summary: Summary, folder: Path) -> None:
 
 
 def markdown(summary: Summary, plots: list[str]) -> str:
-    """The report for people."""
+    """The text of report.md."""
     near, parts = summary["near_duplicates"], ["# Data report", ""]
     parts += _table(
         ["set", "rows", "tokens", "of them in answers", "median", "95 %", "99 %", "longest"],
@@ -88,20 +88,20 @@ def markdown(summary: Summary, plots: list[str]) -> str:
     return "\n".join(parts)
 
 
-def _benchmarks(found: Mapping[str, Any]) -> list[str]:
-    if not found["files"]:
+def _benchmarks(benchmarks: Mapping[str, Any]) -> list[str]:
+    if not benchmarks["files"]:
         return []
     return [
         "## Benchmarks",
         "",
-        f"Documents found in train, val or calibration: {found['overlapping']} of {found['documents']}.",
-        f"Too short to be looked for: {found['too_short']}.",
+        f"Documents found in train, val or calibration: {benchmarks['overlapping']} of {benchmarks['documents']}.",
+        f"Too short to be looked for: {benchmarks['too_short']}.",
         "",
         *_table(
             ["file", "documents", "too short"],
-            [[file["name"], file["documents"], file["too_short"]] for file in found["files"]],
+            [[file["name"], file["documents"], file["too_short"]] for file in benchmarks["files"]],
         ),
-        *_table(["document", *OVERLAP], [_overlap(overlap) for overlap in found["first"]]),
+        *_table(["document", *OVERLAP], [_overlap(overlap) for overlap in benchmarks["first"]]),
     ]
 
 
@@ -113,8 +113,9 @@ def _where(place: Mapping[str, Any]) -> str:
     return f"{place['text'][:80]} ({Path(place['file']).name}:{place['line']})"
 
 
-def _overlap(found: Mapping[str, Any]) -> list[str]:
-    return [_where(found["first"]), found["second"]["split"], _where(found["second"]), found["shared"]]
+def _overlap(overlap: Mapping[str, Any]) -> list[str]:
+    first, second = overlap["first"], overlap["second"]
+    return [_where(first), second["split"], _where(second), overlap["shared"]]
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> list[str]:

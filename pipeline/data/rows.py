@@ -1,6 +1,6 @@
 """The rows of a run in an SQLite file, so that memory doesn't grow with the data.
 
-Disk: about the size of the text plus 200 bytes a row. The file is scratch: every run makes it anew. Its page
+Disk: about the size of the text plus 200 bytes a row. The file is scratch: every run creates a new one. Its page
 cache is 8 MiB, and sorting spills into the same folder.
 """
 
@@ -46,8 +46,8 @@ CREATE TABLE rows (
 
 
 @dataclass(frozen=True)
-class Row:
-    """A sound row: where it stands, what it says, its tokens, why it is dropped already, its further columns."""
+class SoundRow:
+    """A row without defects: its place and body, its tokens, the reason if it is dropped, its further columns."""
 
     side: int
     file: int
@@ -55,16 +55,16 @@ class Row:
     body: Body
     tokens: int
     answer_tokens: int
-    dropped: str | None = None
+    drop_reason: str | None = None
     columns: Mapping[str, str] | None = None
 
 
 def create(path: Path) -> sqlite3.Connection:
-    """An empty store of rows at `path`; whatever was there goes."""
+    """An empty store of rows at `path`; an earlier file there is deleted."""
     path.unlink(missing_ok=True)
     os.environ["SQLITE_TMPDIR"] = str(path.parent)
     db = sqlite3.connect(path, isolation_level=None)
-    # Nothing here outlives a crash, so nothing is journaled.
+    # The file needn't outlive a crash, so nothing is journaled.
     for pragma in ("journal_mode=OFF", "synchronous=OFF", "temp_store=FILE", "cache_size=-8192"):
         db.execute(f"PRAGMA {pragma}")
     db.executescript(SCHEMA)
@@ -76,7 +76,7 @@ def add_file(db: sqlite3.Connection, name: str) -> int:
     return int(db.execute("INSERT INTO files (name) VALUES (?)", (name,)).lastrowid or 0)
 
 
-def add(db: sqlite3.Connection, rows: Iterable[Row], seed: int) -> None:
+def add(db: sqlite3.Connection, rows: Iterable[SoundRow], seed: int) -> None:
     """Store rows; their places in the draws follow from the folded prompt and the seed alone."""
     db.execute("BEGIN")
     db.executemany(
@@ -87,7 +87,7 @@ def add(db: sqlite3.Connection, rows: Iterable[Row], seed: int) -> None:
     db.execute("COMMIT")
 
 
-def _record(row: Row, seed: int) -> tuple[Any, ...]:
+def _record(row: SoundRow, seed: int) -> tuple[Any, ...]:
     prompt = _digest(prompt_text(row.body))
     label = None if isinstance(row.body, str) else row.body[-1]["content"]
     return (
@@ -95,7 +95,7 @@ def _record(row: Row, seed: int) -> tuple[Any, ...]:
         prompt, b"" if label is None else _digest(label), *_draws(prompt, seed), row.tokens,
         row.answer_tokens, label is None, label if label and len(label) <= LABEL_LENGTH else None,
         json.dumps(row.body, ensure_ascii=False),
-        json.dumps(row.columns, ensure_ascii=False) if row.columns else None, row.dropped,
+        json.dumps(row.columns, ensure_ascii=False) if row.columns else None, row.drop_reason,
     )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def content_id(body: Body) -> str:
 
 
 def prompt_text(body: Body, *, system: bool = True) -> str:
-    """What the model is shown before the answer, turn after turn; of a text, all of it."""
+    """The text that the model reads before the answer, turn after turn; of a text, all of it."""
     if isinstance(body, str):
         return body
     return "\n\n".join(message["content"] for message in body[:-1] if system or message["role"] != "system")
@@ -120,8 +120,8 @@ def _punctuation() -> dict[int, str]:
 
 def fold(text: str) -> str:
     """The text without case, punctuation and extra space; a text of punctuation alone stays as it is."""
-    folded = " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_punctuation()).split())
-    return folded or text.strip()
+    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_punctuation()).split())
+    return plain or text.strip()
 
 
 def words(text: str) -> list[str]:
@@ -141,7 +141,7 @@ def _draws(prompt: bytes, seed: int) -> tuple[int, int, int]:
 
 
 def payload(db: sqlite3.Connection, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of a split as the payload has them, in an order drawn from their content; the holdout's with their columns."""
+    """The rows of a split in the payload's form, in an order drawn from their content; the holdout's with their columns."""
     order = "draw_calibration" if split == "calibration" else "draw"
     query = f"SELECT id, is_text, body, columns FROM rows WHERE split = ? ORDER BY {order}, id"  # noqa: S608 - constants
     for identifier, is_text, body, columns in db.execute(query, (split,)):
@@ -150,18 +150,18 @@ def payload(db: sqlite3.Connection, split: str) -> Iterator[dict[str, Any]]:
 
 
 def count(db: sqlite3.Connection, where: str, *values: Any) -> int:
-    """How many rows a condition holds for."""
+    """The number of rows that meet a condition."""
     return int(db.execute(f"SELECT count(*) FROM rows WHERE {where}", values).fetchone()[0])  # noqa: S608 - ours
 
 
 def dropped(db: sqlite3.Connection) -> dict[str, int]:
-    """How many rows were dropped, by reason."""
+    """The number of dropped rows by reason."""
     query = "SELECT dropped, count(*) FROM rows WHERE dropped IS NOT NULL GROUP BY dropped ORDER BY dropped"
     return dict(db.execute(query).fetchall())
 
 
 def places(db: sqlite3.Connection, side: int) -> dict[str, int]:
-    """How many rows of a side are in each split, or dropped and why, most first."""
+    """The rows of a side by split, or by the reason for which they were dropped; most first."""
     query = (
         "SELECT coalesce(split, 'dropped as ' || dropped) AS place, count(*) FROM rows"
         " WHERE side = ? GROUP BY place ORDER BY count(*) DESC, place"

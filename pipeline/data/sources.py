@@ -1,7 +1,7 @@
-"""Where a dataset's files are: a file, a folder, a hub dataset at a fixed commit; and what their digest is.
+"""The files of a dataset (a file, a folder, or a hub dataset at a fixed commit), and their digest.
 
-The digest is asked for by every `tunegate check`: standard library only, and an unchanged file isn't read
-again. Folders are searched with their subfolders; hidden files are left out.
+Every `tunegate check` computes the digest: standard library only, and an unchanged file isn't read again.
+Folders are searched with their subfolders; hidden files are left out.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Source = Mapping[str, Any]
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a dataset path names a hub dataset, OWNER/NAME, and no file that is there."""
+    """Whether a dataset path names a hub dataset, OWNER/NAME, and not an existing file."""
     return not Path(path).exists() and not path.endswith((*SUFFIXES, *COMPRESSED)) and bool(HUB_ID.fullmatch(path))
 
 
 @dataclass(frozen=True)
-class Named:
+class ConfigSource:
     """A source with its key in the config, such as data.datasets.0, and the suffixes that its files may have."""
 
     key: str
@@ -44,42 +44,42 @@ class Named:
     suffixes: tuple[str, ...]
 
     def problem(self, defect: Defect) -> Problem:
-        """What is wrong with its path; of the demo's data, which is made, how."""
-        found = replace(defect.problem(self.source["path"]), key=f"{self.key}.path")
+        """A defect of its path as a problem; for the demo's data the remedy is the command that writes it."""
+        problem = replace(defect.problem(self.source["path"]), key=f"{self.key}.path")
         if defect.kind != "missing_file" or Path(self.source["path"]).name not in DEMO:
-            return found
-        made = home() / "demo"
+            return problem
+        folder = home() / "demo"
         return replace(
-            found,
-            remedy=f"tunegate demo --data-only, then the same command with --data-dir {made}",
+            problem,
+            remedy=f"tunegate demo --data-only, then the same command with --data-dir {folder}",
         )
 
 
-def sources(data: Mapping[str, Any], group: str) -> list[Named]:
+def sources(data: Mapping[str, Any], group: str) -> list[ConfigSource]:
     """The sources of a data config's `datasets`, `test_datasets` or `benchmarks`."""
-    return [Named(f"data.{group}.{place}", source, GROUPS[group]) for place, source in enumerate(data[group])]
+    return [ConfigSource(f"data.{group}.{place}", source, GROUPS[group]) for place, source in enumerate(data[group])]
 
 
 def local_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path] | Defect:
-    """The data files of a file or folder, sorted by name, or what is wrong with it."""
+    """The data files of a file or folder, sorted by name, or its defect."""
     if not path.exists():
         return Defect(
-            "missing_file", "there is no such file or folder", allowed=", ".join(_near(path, suffixes)) or None
+            "missing_file", "the file or folder doesn't exist", allowed=", ".join(_near(path, suffixes)) or None
         )
     if not os.access(path, os.R_OK):
-        return Defect("unreadable_file", "may not be read")
+        return Defect("unreadable_file", "isn't readable for this user")
     if path.is_file():
         return _wrong_suffix(path, suffixes) or [path]
     inside = sorted(entry for entry in path.rglob("*") if entry.is_file() and not _is_hidden(entry, path))
-    packed = [entry for entry in inside if _is_packed_data(entry)]
-    if packed:
-        return Defect("compressed_file", f"holds packed data: {packed[0].relative_to(path)}")
-    found = [entry for entry in inside if entry.suffix in suffixes]
-    return found or Defect("no_data_files", "holds no data files", allowed=" ".join(suffixes))
+    archives = [entry for entry in inside if _is_packed_data(entry)]
+    if archives:
+        return Defect("compressed_file", f"holds packed data: {archives[0].relative_to(path)}")
+    data_files = [entry for entry in inside if entry.suffix in suffixes]
+    return data_files or Defect("no_data_files", "must hold at least one data file", allowed=" ".join(suffixes))
 
 
 def _near(path: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Up to ten data files where `path` was looked for, and folders where it doesn't end like a file."""
+    """Up to ten data files in the folder of `path`; also its folders, if `path` doesn't end like a file."""
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     fit = (entry for entry in beside if entry.suffix in suffixes or (not path.suffix and entry.is_dir()))
     return sorted(entry.name for entry in fit if not entry.name.startswith("."))[:10]
@@ -88,41 +88,43 @@ def _near(path: Path, suffixes: tuple[str, ...]) -> list[str]:
 def sources_digest(data: Mapping[str, Any]) -> str:
     """SHA-256 over the bytes of all files of a data config (as JSON); a hub dataset counts by its commit.
 
-    Raises DataError naming every file that is missing or no data file, ConfigError for a hub dataset without
+    Raises DataError naming every file that is missing or isn't a data file, ConfigError for a hub dataset without
     a commit.
     """
     problems: list[Problem] = []
-    found = [named for group in GROUPS for named in sources(data, group)]
-    parts = [_digest_parts(named, problems) for named in found]
-    unpinned = [_unpinned(named) for named in found if _moves(named.source)]
+    all_sources = [entry for group in GROUPS for entry in sources(data, group)]
+    parts = [_digest_parts(entry, problems) for entry in all_sources]
+    revision_problems = [_revision_problem(entry) for entry in all_sources if _moves(entry.source)]
     if problems:
-        raise DataError([*problems, *unpinned])
-    if unpinned:
-        raise ConfigError(unpinned)
+        raise DataError([*problems, *revision_problems])
+    if revision_problems:
+        raise ConfigError(revision_problems)
     return digest_of([[len(data[group]) for group in GROUPS], *parts])
 
 
-def _digest_parts(named: Named, problems: list[Problem]) -> list[Any]:
-    source = named.source
+def _digest_parts(entry: ConfigSource, problems: list[Problem]) -> list[Any]:
+    source = entry.source
     if is_hub_id(source["path"]):
         return ["hub", source["path"], source["revision"], source["split"]]
-    found = local_files(Path(source["path"]), named.suffixes)
-    if isinstance(found, Defect):
-        problems.append(named.problem(found))
+    data_files = local_files(Path(source["path"]), entry.suffixes)
+    if isinstance(data_files, Defect):
+        problems.append(entry.problem(data_files))
         return []
-    return [[file.name, remembered(file)] for file in found]
+    return [[file.name, remembered(file)] for file in data_files]
 
 
 def _moves(source: Source) -> bool:
     return is_hub_id(source["path"]) and not COMMIT.fullmatch(source["revision"] or "")
 
 
-def _unpinned(named: Named) -> Problem:
+def _revision_problem(entry: ConfigSource) -> Problem:
+    path, revision = entry.source["path"], entry.source["revision"]
+    reason = f": {revision} isn't a commit" if revision else ""
     return Problem(
-        f"the hub dataset {named.source['path']} has {named.source['revision'] or 'no revision'} for a commit",
-        key=f"{named.key}.revision",
+        f"the hub dataset {path} must be pinned to a commit{reason}",
+        key=f"{entry.key}.revision",
         allowed="a commit, 40 hex digits",
-        remedy="copy the commit from the dataset page's history, or name a file if this was meant to be one",
+        remedy="copy the commit from the history on the dataset's page; if you meant a file, correct the path",
     )
 
 

@@ -1,7 +1,6 @@
 """The figures of a prepared data set: rows, tokens, labels, leaks. `report` shows them, the artefact's record keeps some.
 
-Label figures are given where the answers are labels (few different short ones), or JSON objects (for each key with few
-different values).
+Label figures exist where answers are labels (few different short answers) or JSON objects (each key with few values).
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from typing import Any
 
 from pipeline.data import duplicates
 from pipeline.data import rows as data_rows
-from pipeline.data.benchmarks import FileSummary as DocumentSummary
-from pipeline.data.defects import Ledger
+from pipeline.data.benchmarks import BenchmarkSummary
+from pipeline.data.defects import DefectLog
 from pipeline.data.reading import FileSummary
+from pipeline.data.splits import SPLITS
 
-SPLITS = ("train", "val", "calibration", "holdout")
 MOST_LABELS = 200
 SHOWN = 20
 SHOWN_LABELS = 30
@@ -30,23 +29,23 @@ Summary = dict[str, Any]
 def summarise(
     db: sqlite3.Connection,
     files: list[FileSummary],
-    benchmarks: list[DocumentSummary],
-    ledger: Ledger,
+    benchmarks: list[BenchmarkSummary],
+    log: DefectLog,
     leaks: Mapping[str, Any],
 ) -> Summary:
-    """All figures of the report, as JSON; `leaks` are `data_leaks.check`'s."""
-    conflicts, shown = duplicates.conflicts(db, SHOWN)
+    """All figures of the report, as JSON; `leaks` is the result of `leaks.check`."""
+    conflicts, first_conflicts = duplicates.conflicts(db, SHOWN)
     labels = _labels(db)
     return {
         "files": [_file(summary) for summary in files],
-        "rows_read": ledger.rows,
+        "rows_read": log.rows,
         "rows": {split: data_rows.count(db, "split = ?", split) for split in SPLITS},
         "tokens": {split: _tokens(db, split) for split in SPLITS},
         "dropped": {
-            **({"defective": ledger.defective_rows} if ledger.defective_rows else {}),
+            **({"defective": log.defective_rows} if log.defective_rows else {}),
             **data_rows.dropped(db),
         },
-        "defects": dict(sorted(ledger.counts.items())),
+        "defects": dict(sorted(log.counts.items())),
         **leaks,
         "benchmarks": {
             **leaks["benchmarks"],
@@ -54,7 +53,7 @@ def summarise(
             "files": [vars(summary) for summary in benchmarks],
         },
         "conflicting_prompts": conflicts,
-        "conflicts": [[vars(place) for place in group] for group in shown],
+        "conflicts": [[vars(place) for place in group] for group in first_conflicts],
         "labels": labels,
         "unseen_labels": _unseen(labels),
         "lengths": {split: _histogram(db, split) for split in SPLITS},
@@ -64,12 +63,12 @@ def summarise(
 
 def detail(summary: Summary) -> dict[str, Any]:
     """The part of the summary that stays with the artefact's record."""
-    kept = ("rows_read", "rows", "tokens", "dropped", "defects", "conflicting_prompts")
+    names = ("rows_read", "rows", "tokens", "dropped", "defects", "conflicting_prompts")
     leaks = {
         kind: {name: value for name, value in summary[kind].items() if name not in ("first", "files")}
         for kind in ("near_duplicates", "inside", "benchmarks")
     }
-    return {**{name: summary[name] for name in kept}, **leaks}
+    return {**{name: summary[name] for name in names}, **leaks}
 
 
 def _file(summary: FileSummary) -> dict[str, Any]:
@@ -98,10 +97,10 @@ def _tokens(db: sqlite3.Connection, split: str) -> dict[str, int]:
     figures = {"total": total, "answers": answers}
     for percent in (50, 95, 99, 100):
         rank = -(-rows * percent // 100)
-        seen = 0
+        rows_so_far = 0
         for tokens, count in histogram:
-            seen += count
-            if seen >= rank:
+            rows_so_far += count
+            if rows_so_far >= rank:
                 figures[f"p{percent}" if percent < 100 else "max"] = tokens
                 break
     return figures
@@ -112,34 +111,34 @@ def _labels(db: sqlite3.Connection) -> dict[str, dict[str, dict[str, int]]]:
     rows = data_rows.count(db, "split IS NOT NULL AND is_text = 0")
     query = "SELECT count(DISTINCT label) FROM rows WHERE split IS NOT NULL AND is_text = 0"
     different = db.execute(query).fetchone()[0]
-    counted = db.execute(
+    counts = db.execute(
         "SELECT label, split, count(*) FROM rows WHERE split IS NOT NULL AND label IS NOT NULL GROUP BY label, split"
     )
-    unlabelled = data_rows.count(db, "split IS NOT NULL AND is_text = 0 AND label IS NULL")
-    if unlabelled or not different:
+    long_answers = data_rows.count(db, "split IS NOT NULL AND is_text = 0 AND label IS NULL")
+    if long_answers or not different:
         return {}
     if different <= min(MOST_LABELS, rows / 2):
-        found: dict[str, dict[str, int]] = {}
-        for label, split, count in counted:
-            found.setdefault(label, {})[split] = count
-        return {"answer": found}
-    return _json_labels(counted)
+        rows_by_label: dict[str, dict[str, int]] = {}
+        for label, split, count in counts:
+            rows_by_label.setdefault(label, {})[split] = count
+        return {"answer": rows_by_label}
+    return _json_labels(counts)
 
 
 def _unseen(labels: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, list[str]]:
-    """Labels of the holdout that training never sees: nothing can be learned about them."""
+    """Labels that are in the holdout and not in train; a model can't learn them."""
     unseen = {
-        key: sorted(value for value, splits in values.items() if splits.get("holdout") and not splits.get("train"))
-        for key, values in labels.items()
+        key: sorted(label for label, splits in rows.items() if splits.get("holdout") and not splits.get("train"))
+        for key, rows in labels.items()
     }
-    return {key: values for key, values in unseen.items() if values}
+    return {key: key_labels for key, key_labels in unseen.items() if key_labels}
 
 
-def _json_labels(counted: sqlite3.Cursor) -> dict[str, dict[str, dict[str, int]]]:
+def _json_labels(counts: sqlite3.Cursor) -> dict[str, dict[str, dict[str, int]]]:
     """The values of each key of answers that are JSON objects; a key with too many values is left out."""
-    found: dict[str, dict[str, Counter[str]]] = {}
+    rows_by_key: dict[str, dict[str, Counter[str]]] = {}
     too_many: set[str] = set()
-    for label, split, count in counted:
+    for label, split, count in counts:
         try:
             answer = json.loads(label)
         except ValueError:
@@ -147,15 +146,15 @@ def _json_labels(counted: sqlite3.Cursor) -> dict[str, dict[str, dict[str, int]]
         if not isinstance(answer, dict):
             return {}
         for key, value in answer.items():
-            values = found.setdefault(key, {})
+            values = rows_by_key.setdefault(key, {})
             if isinstance(value, str | bool | int) and key not in too_many:
                 values.setdefault(str(value), Counter())[split] += count
-            if len(values) > MOST_LABELS or len(found) > MOST_LABELS:
+            if len(values) > MOST_LABELS or len(rows_by_key) > MOST_LABELS:
                 too_many.add(key)
-                found[key] = {}
+                rows_by_key[key] = {}
     return {
         key: {value: dict(splits) for value, splits in values.items()}
-        for key, values in found.items()
+        for key, values in rows_by_key.items()
         if values and len(values) <= SHOWN_LABELS * 2
     }
 

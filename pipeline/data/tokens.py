@@ -1,6 +1,6 @@
-"""How many tokens a row has, by the base model's own tokenizer and chat template, and what its length means.
+"""Lengths of rows in tokens, by the base model's own tokenizer and chat template, and the defects that follow from them.
 
-The tokenizer comes from the base model's folder; nothing is downloaded and no code of the model's runs.
+The tokenizer comes from the base model's folder; nothing is downloaded, and code in that folder doesn't run.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pipeline.errors import ModelError
 
 @dataclass(frozen=True)
 class Length:
-    """Tokens of a row with all that the template adds: of the whole row, and of its answer (0 for a text).
+    """Tokens of a row, including those that the template adds: of the whole row, and of its answer (0 for a text).
 
     The answer is counted by itself, which may differ by a token from its part of the whole.
-    `drop`: the row is longer than the config wants and is to be left out without being a defect.
+    A row to `drop` is too long; the config leaves it out without calling it a defect.
     """
 
     tokens: int
@@ -32,7 +32,7 @@ class Length:
 
 
 class TokenCounter:
-    """The base model's tokenizer, asked for lengths in batches."""
+    """Counts tokens with the base model's tokenizer, in batches."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoTokenizer
@@ -42,27 +42,27 @@ class TokenCounter:
 
     @cached_property
     def special(self) -> re.Pattern[str]:
-        """A pattern of the tokens that mean something to the model and must not stand in a text."""
-        added = self._tokenizer.added_tokens_decoder.values()
-        marked = [token.content for token in added if token.special]
-        return special_tokens_pattern([*marked, *self._tokenizer.all_special_tokens])
+        """A pattern of the tokens that mean something to the model and must not be in a text."""
+        decoder = self._tokenizer.added_tokens_decoder
+        special = [token.content for token in decoder.values() if token.special]
+        return special_tokens_pattern([*special, *self._tokenizer.all_special_tokens])
 
     def lengths(self, bodies: Sequence[Body]) -> list[Length | Defect]:
-        """The length of each row, or why the chat template refuses it.
+        """The length of each row, or the defect if the chat template refuses it.
 
-        Raises ModelError when there are conversations and the base model has no chat template.
+        Raises ModelError for conversations when the base model lacks a chat template.
         """
         texts: list[str] = []
-        refused: dict[int, Defect] = {}
+        defects: dict[int, Defect] = {}
         for place, body in enumerate(bodies):
             try:
                 texts += [body, ""] if isinstance(body, str) else self._rendered(body)
             except _Refused as error:
-                refused[place] = Defect("template_refused", f"the chat template refuses it: {error}")
+                defects[place] = Defect("template_refused", f"the chat template refuses it: {error}")
                 texts += ["", ""]
-        counted = self._count(texts)
-        lengths = [Length(tokens, answer) for tokens, answer in zip(counted[::2], counted[1::2], strict=True)]
-        return [refused.get(place) or length for place, length in enumerate(lengths)]
+        counts = self._count(texts)
+        lengths = [Length(tokens, answer) for tokens, answer in zip(counts[::2], counts[1::2], strict=True)]
+        return [defects.get(place) or length for place, length in enumerate(lengths)]
 
     def _count(self, texts: list[str]) -> list[int]:
         """Tokens of each text, from the Rust tokenizer itself: lists of ids would be most of the work."""
@@ -74,12 +74,12 @@ class TokenCounter:
         return [len(encoding) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _rendered(self, messages: list[Message]) -> list[str]:
-        """The whole conversation, and what of it follows the prompt and the start of the answer's turn."""
+        """The whole conversation, and the part behind the prompt and the start of the answer's turn."""
         from jinja2 import TemplateError
 
         if not self._tokenizer.chat_template:
             raise ModelError(
-                "the base model has no chat template, so conversations can't be written for it",
+                "the base model's chat template is missing; without one, conversations can't be rendered",
                 file=str(self.folder),
                 remedy="use its -instruct or -chat version, or train on rows of type: text",
             )
@@ -97,16 +97,16 @@ class _Refused(Exception):
     """The chat template raised an error."""
 
 
-def judge(length: Length, *, sequence_len: int, strategy: str) -> Length | Defect:
-    """The length, marked when the row is to be dropped, or the defect that it is.
+def length_or_defect(length: Length, *, sequence_len: int, strategy: str) -> Length | Defect:
+    """The length, with `drop` set if the row is to be dropped, or the defect if the row is too long to train on.
 
-    Training cuts a row after `sequence_len` tokens; one whose prompt alone is that long loses its answer.
+    Training cuts a row after `sequence_len` tokens; if the prompt alone is that long, the row loses its answer.
     """
     if length.tokens <= sequence_len or strategy == "drop":
         return replace(length, drop=length.tokens > sequence_len)
     prompt = length.tokens - length.answer if length.answer else 0
-    what = f"has {length.tokens} tokens" + (f", {prompt} of them before the answer" if prompt else "")
-    allowed = f"sequence_len: {sequence_len}"
+    size = f"has {length.tokens} tokens" + (f", {prompt} of them before the answer" if prompt else "")
+    limit = f"sequence_len: {sequence_len}"
     if prompt >= sequence_len:
-        return Defect("answer_cut_off", f"{what}, so all of the answer would be cut off", allowed=allowed)
-    return Defect("too_long", what, allowed=allowed) if strategy == "raise" else length
+        return Defect("answer_cut_off", f"{size}, so all of the answer would be cut off", allowed=limit)
+    return Defect("too_long", size, allowed=limit) if strategy == "raise" else length

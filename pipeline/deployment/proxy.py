@@ -29,7 +29,7 @@ from typing import Any
 
 import httpx
 
-from pipeline import loopback, processes, store
+from pipeline import chat, processes, store
 from pipeline.config.schema import PromoteConfig
 from pipeline.deployment.caddy import caddy_config, client_url, is_loopback, url_of
 from pipeline.errors import ConfigError, RoutingError
@@ -108,7 +108,7 @@ def loss(promote: PromoteConfig, folder: Path) -> str | None:
 def check(proxy: Proxy, promote: PromoteConfig) -> None:
     """Ask the live server for its models through the proxy. Raises RoutingError when that isn't answered."""
     try:
-        with loopback.client(proxy.url, START_TIMEOUT_S) as http:
+        with chat.client(proxy.url, START_TIMEOUT_S) as http:
             http.get("/v1/models", headers=client_headers(promote)).raise_for_status()
     except httpx.HTTPError as error:
         raise RoutingError(
@@ -289,7 +289,7 @@ def _is_usable(proxy: Proxy, promote: PromoteConfig, key: str | None) -> bool:
     """Whether the running Caddy answers, and was started with this key: it can't be changed later."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        with loopback.client(proxy.url, HANG_TIMEOUT_S) as http:
+        with chat.client(proxy.url, HANG_TIMEOUT_S) as http:
             status = http.get("/", headers=headers).status_code
     except httpx.HTTPError:
         return False

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeGuard
 
-import httpx
-
-from pipeline import loopback
+from pipeline import chat
 from pipeline.artifacts import Release, ServedUnit
 from pipeline.config.schema import Config
 from pipeline.deployment import proxy, state
@@ -25,7 +23,7 @@ from pipeline.environments.interpreters import Environment
 from pipeline.errors import Problem, ReviewError, RoutingError, ServingError
 from pipeline.program import Event
 from pipeline.serving import serve
-from pipeline.serving.server import Server
+from pipeline.serving.server import Server, ToServe
 
 # A server must be seen without a request for this long before it counts as drained: a request that the proxy sent
 # just before the switch may not show in the server's figures yet.
@@ -33,7 +31,7 @@ SETTLE_S = 1.0
 TIMEOUT_MARGIN_S = 120.0  # added to the longest time that a step's settings allow
 SHORT_STEP_S = 480.0  # a step that waits for no setting
 KEEP_SERVER_FOLDERS = 5
-CANARY_TIMEOUT_S = 120.0
+CANARY_TIMEOUT_S, CANARY_TOKENS = 120.0, 16
 CANARY_QUESTIONS = ("Hello!", "What can you do?", "Name a colour.")
 
 
@@ -185,19 +183,28 @@ def _new_server(incoming: Placement, promotion: Promotion) -> Server:
     half = serve.find(incoming.folder)
     if half is not None and serve.condition(half).state != "running":
         serve.stop(half, 1)  # its starter was killed, and a server that isn't ready yet ends with its starter
-    return serve.start(
+    to_serve = ToServe(
         incoming.release.unit, incoming.release.model_path, promotion.config.serve, promotion.name, incoming.folder,
-        promotion.environment, keep=True, on_event=promotion.on_event,
+        promotion.environment,
     )  # fmt: skip
+    return serve.start(to_serve, keep=True, on_event=promotion.on_event)
 
 
 def _canary(promotion: Promotion) -> None:
     """Ask the new server for real answers, whole and as a stream, before any client meets it."""
     server = _server(_incoming(state.read(promotion.name)))
-    with loopback.client(server.url, CANARY_TIMEOUT_S) as http:
-        answers = [_completion(http, server, question) for question in CANARY_QUESTIONS]
-        _streamed_completion(http, server, CANARY_QUESTIONS[0])
-    if not any(answers):
+    conversations = [[{"role": "user", "content": question}] for question in CANARY_QUESTIONS]
+    try:
+        with chat.client(server.url, CANARY_TIMEOUT_S) as http:
+            answers = [chat.complete(http, server.model, messages, CANARY_TOKENS) for messages in conversations]
+            for _ in chat.stream(http, server.model, conversations[0], CANARY_TOKENS):
+                pass
+    except ServingError as error:
+        raise _no_answer(server, error.problems[0].what) from error
+    for answer in answers:
+        if answer.finish_reason not in ("stop", "length"):
+            raise _no_answer(server, f"an answer's finish_reason is {answer.finish_reason}")
+    if not any(_says_something(answer) for answer in answers):
         raise ServingError(
             "the new server's answers are empty and don't end",
             key=server.url,
@@ -376,40 +383,9 @@ def _in_flight(server: Server) -> int | None:
         return None if serve.is_running(server) else 0
 
 
-def _completion(http: httpx.Client, server: Server, question: str) -> bool:
-    """Whether one real answer says something or ends by itself: a tuned model may have nothing to say to strangers.
-
-    Raises ServingError when it isn't an answer at all.
-    """
-    try:
-        response = http.post("/v1/chat/completions", json=_question(server, question))
-        response.raise_for_status()
-        answer = response.json()
-        choice = answer["choices"][0]
-        sane = choice["finish_reason"] in ("stop", "length") and answer["usage"]["completion_tokens"] > 0
-        text = str(choice["message"]["content"] or "")
-    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise _no_answer(server, f"{error!r}") from error
-    if not sane:
-        raise _no_answer(server, response.text[:300])
-    return bool(text.strip()) or choice["finish_reason"] == "stop"
-
-
-def _streamed_completion(http: httpx.Client, server: Server, question: str) -> None:
-    body = {**_question(server, question), "stream": True}
-    try:
-        with http.stream("POST", "/v1/chat/completions", json=body) as response:
-            response.raise_for_status()
-            last = [line for line in response.iter_lines() if line][-1]
-    except (httpx.HTTPError, IndexError) as error:
-        raise _no_answer(server, f"{error!r}") from error
-    if last != "data: [DONE]":
-        raise _no_answer(server, f"a stream ended in {last[:300]}")
-
-
-def _question(server: Server, question: str) -> dict[str, object]:
-    messages = [{"role": "user", "content": question}]
-    return {"model": server.model, "messages": messages, "max_tokens": 16, "temperature": 0}
+def _says_something(answer: chat.Answer) -> bool:
+    """Whether an answer has text or ends by itself: a tuned model may have nothing to say to strangers."""
+    return bool(answer.text.strip()) or answer.finish_reason == "stop"
 
 
 def _no_answer(server: Server, reason: str) -> ServingError:

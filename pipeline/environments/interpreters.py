@@ -1,11 +1,11 @@
-"""Which interpreter runs which stage.
+"""The interpreter of each stage.
 
-An environment is a virtual environment made by pipeline.environments.install, or, from the config, any interpreter with
-folders for its PYTHONPATH (a CUDA host whose own Python holds the packages). What holds for a host and not for
-one use is said once: TUNEGATE_ENVIRONMENTS names a YAML file with the section `environments` alone, and a config's
-own entries win. Standard library only, but for that file; no interpreter is started to read versions from a virtual
-environment. The stage programs are found through the project's folder on PYTHONPATH, so tunegate is used from a
-checkout (an editable install), not from a wheel.
+An environment is a virtual environment made by `pipeline.environments.install`. Or the config names any interpreter, with
+folders for its PYTHONPATH: a CUDA host's own Python may hold the packages. A host says so once for all configs:
+TUNEGATE_ENVIRONMENTS names a YAML file with the section `environments` alone, and a config's own entries win.
+
+Standard library only, but for that file. Versions in a virtual environment are read without starting its interpreter.
+Stage programs are found through the project's folder on PYTHONPATH: tunegate is used from a checkout, not from a wheel.
 """
 
 from __future__ import annotations
@@ -67,35 +67,30 @@ class Setting:
 
 def settings(config: Mapping[str, Any]) -> dict[str, EnvironmentSetting]:
     """The section `environments` of a resolved config, as `find` takes it."""
-    found = config.get("environments") or {}
-    return {name: Setting(value["interpreter"], tuple(value["pythonpath"])) for name, value in found.items()}
-
-
-def serving(config: Mapping[str, Any]) -> Environment | None:
-    """Where vLLM is installed; None when a container image holds it."""
-    return None if config["serve"]["runtime"] == "docker" else find("serve", settings(config))
+    section = config.get("environments") or {}
+    return {name: Setting(value["interpreter"], tuple(value["pythonpath"])) for name, value in section.items()}
 
 
 def of_host() -> dict[str, EnvironmentSetting]:
-    """What the file that TUNEGATE_ENVIRONMENTS names says of each environment; nothing where the variable isn't set.
+    """Each environment's setting in the file that TUNEGATE_ENVIRONMENTS names; empty where the variable isn't set.
 
     Raises ConfigError with every mistake of the file.
     """
-    named = os.environ.get(OF_HOST)
-    return dict(_read_settings(Path(named).expanduser())) if named else {}
+    path = os.environ.get(OF_HOST)
+    return dict(_read_settings(Path(path).expanduser())) if path else {}
 
 
 def _read_settings(file: Path) -> Iterator[tuple[str, EnvironmentSetting]]:
     import yaml  # here because most hosts have virtual environments, and `tunegate check` is quick
 
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        section = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         remedy = f"write it, or unset {OF_HOST}"
         raise ConfigError(f"is not a YAML file to read: {error}", file=str(file), key=OF_HOST, remedy=remedy) from error
-    if problems := list(_setting_problems(found, file)):
+    if problems := list(_setting_problems(section, file)):
         raise ConfigError(problems)
-    for name, value in found.items():
+    for name, value in section.items():
         interpreter, places = value.get("interpreter"), value.get("pythonpath") or ()
         yield name, Setting(interpreter and _beside(file, interpreter), tuple(_beside(file, place) for place in places))
 
@@ -107,23 +102,23 @@ def _beside(file: Path, entry: str) -> str:
     return str(file.absolute().parent / entry)
 
 
-def _setting_problems(found: Any, file: Path) -> Iterator[Problem]:
-    """What is wrong with a host's file, by the rules of a config's section `environments`."""
+def _setting_problems(section: Any, file: Path) -> Iterator[Problem]:
+    """Mistakes of a host's file, by the rules of a config's section `environments`."""
     remedy = f"correct {file}, named by {OF_HOST}"
-    if not isinstance(found, dict):
+    if not isinstance(section, dict):
         yield Problem(
-            "holds no environments", str(file), None, OF_HOST, "NAME: {interpreter: …, pythonpath: […]}", remedy
+            "must hold environments", str(file), None, OF_HOST, "NAME: {interpreter: …, pythonpath: […]}", remedy
         )
         return
-    for name, value in found.items():
+    for name, value in section.items():
         if name not in CONFIGURABLE:
-            yield Problem("is no such environment", str(file), None, str(name), ", ".join(CONFIGURABLE), remedy)
+            yield Problem("is not an environment", str(file), None, str(name), ", ".join(CONFIGURABLE), remedy)
         elif not isinstance(value, dict) or not {*value} <= {"interpreter", "pythonpath"}:
-            yield Problem("is something else", str(file), None, name, "the keys interpreter and pythonpath", remedy)
+            yield Problem("must be a mapping", str(file), None, name, "the keys interpreter and pythonpath", remedy)
         elif not isinstance(value.get("interpreter") or "", str):
-            yield Problem("is no text", str(file), None, f"{name}.interpreter", "a path or a command", remedy)
+            yield Problem("is not text", str(file), None, f"{name}.interpreter", "a path or a command", remedy)
         elif not _are_texts(value.get("pythonpath") or []):
-            yield Problem("is no list of folders", str(file), None, f"{name}.pythonpath", "a list of paths", remedy)
+            yield Problem("is not a list of folders", str(file), None, f"{name}.pythonpath", "a list of paths", remedy)
 
 
 def _are_texts(value: Any) -> bool:
@@ -136,7 +131,7 @@ def find(name: str, settings: Mapping[str, EnvironmentSetting] | None = None) ->
     Raises EnvironmentMissing with everything that isn't there and the command that makes it.
     """
     if name not in NAMES:
-        raise EnvironmentMissing(f"there is no environment {name!r}", allowed=", ".join(NAMES))
+        raise EnvironmentMissing(f"{name!r} is not an environment", allowed=", ".join(NAMES), remedy="name one of them")
     setting = (settings or {}).get(name) or of_host().get(name)
     interpreter: Path | Problem
     if setting and setting.interpreter:
@@ -163,22 +158,22 @@ def find(name: str, settings: Mapping[str, EnvironmentSetting] | None = None) ->
 
 def versions(env: Environment, packages: Sequence[str]) -> dict[str, str]:
     """The installed version of each package, in the order asked; raises EnvironmentMissing for the others."""
-    found = installed(env)
-    missing = [package for package in packages if _normal(package) not in found]
+    by_name = installed(env)
+    missing = [package for package in packages if _normal(package) not in by_name]
     if missing:
         raise EnvironmentMissing(
             f"{', '.join(missing)} not installed in {env.name} ({env.interpreter})", remedy=remedy(env.name)
         )
-    return {package: found[_normal(package)] for package in packages}
+    return {package: by_name[_normal(package)] for package in packages}
 
 
 def installed(env: Environment) -> dict[str, str]:
     """Name and version of every distribution that is imported from there, sorted."""
-    found: dict[str, str] = {}
+    by_name: dict[str, str] = {}
     for place in places(env):
-        for name, version in _distributions(place):
-            found.setdefault(name, version)
-    return dict(sorted(found.items()))
+        for distribution in distributions(place):
+            by_name.setdefault(distribution.name, distribution.version)
+    return dict(sorted(by_name.items()))
 
 
 def places(env: Environment) -> list[Path]:
@@ -196,14 +191,14 @@ def child_environ(env: Environment, keep: Sequence[str] = ()) -> dict[str, str]:
 
     Byte code is kept whatever the caller's shell says: importing torch and vLLM anew costs 10 s a process.
     """
-    found = {key: value for key, value in os.environ.items() if key in keep or not SECRET.search(key)}
+    environ = {key: value for key, value in os.environ.items() if key in keep or not SECRET.search(key)}
     for foreign in ("VIRTUAL_ENV", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"):
-        found.pop(foreign, None)
+        environ.pop(foreign, None)
     if os.environ.get("TUNEGATE_DEVICE") == "cpu":
-        found["CUDA_VISIBLE_DEVICES"] = ""
-    found["PYTHONPATH"] = os.pathsep.join(str(entry) for entry in (ROOT, *env.pythonpath))
-    found["PATH"] = os.pathsep.join([str(env.interpreter.parent), found.get("PATH", os.defpath)])
-    return found
+        environ["CUDA_VISIBLE_DEVICES"] = ""
+    environ["PYTHONPATH"] = os.pathsep.join(str(entry) for entry in (ROOT, *env.pythonpath))
+    environ["PATH"] = os.pathsep.join([str(env.interpreter.parent), environ.get("PATH", os.defpath)])
+    return environ
 
 
 def secrets_named(config: Mapping[str, Any]) -> set[str]:
@@ -228,15 +223,15 @@ def engine_sockets() -> list[str]:
     ]
 
 
-def _configured(name: str, wanted: str) -> Path | Problem:
-    found = shutil.which(str(Path(wanted).expanduser()))
-    if found is None:
+def _configured(name: str, program: str) -> Path | Problem:
+    path = shutil.which(str(Path(program).expanduser()))
+    if path is None:
         return Problem(
-            f"{wanted} is no program",
+            f"{program} is not a program",
             key=f"environments.{name}.interpreter",
             remedy=f"correct the path in the config, or in the file that {OF_HOST} names",
         )
-    return Path(found).absolute()
+    return Path(path).absolute()
 
 
 def _installed(name: str) -> Path | Problem:
@@ -260,32 +255,48 @@ def _site_packages(env: Environment) -> list[Path]:
         r"include-system-site-packages\s*=\s*true", settings.read_text(), re.IGNORECASE
     ):
         return sorted(home.glob("lib/python3*/site-packages"))
-    code = "import json, sys; print(json.dumps(sys.path))"
+    return import_path(env, child_environ(env))[1]
+
+
+def import_path(env: Environment, environ: Mapping[str, str]) -> tuple[str, list[Path]]:
+    """The interpreter's version text and `sys.path` under these variables; raises EnvironmentMissing when it doesn't start."""
+    code = "import json, sys; print(json.dumps([sys.version, sys.path]))"
     try:
-        shown = subprocess.run(
+        child = subprocess.run(
             [str(env.interpreter), "-P", "-c", code],
             capture_output=True,
             text=True,
             check=True,
-            env=child_environ(env),
+            timeout=60,
+            env=dict(environ),
         )
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         raise EnvironmentMissing(
             f"{env.interpreter} does not start as a Python of 3.11 or newer: {error}",
             key=f"environments.{env.name}.interpreter",
-            remedy="name another interpreter in the config",
+            remedy=f"{remedy(env.name)}, or name another interpreter in the config",
         ) from error
-    return [Path(entry) for entry in json.loads(shown.stdout)]
+    version, path = json.loads(child.stdout)
+    return str(version), [Path(entry) for entry in path]
 
 
-def _distributions(place: Path) -> list[tuple[str, str]]:
-    """Normalized name and version of every distribution in a folder, from its *.dist-info and *.egg-info."""
+@dataclass(frozen=True)
+class Distribution:
+    """One installed distribution: its normalized name, its version, and its *.dist-info or *.egg-info."""
+
+    name: str
+    version: str
+    info: Path
+
+
+def distributions(place: Path) -> list[Distribution]:
+    """Every distribution in a folder, sorted by the name of its *.dist-info or *.egg-info."""
     try:
-        names = [entry.name for entry in place.iterdir()]
+        infos = sorted(place.iterdir())
     except OSError:  # sys.path may name a zip file or nothing at all
         return []
-    found = (re.fullmatch(r"([^-]+)-([^-]+?)(-py3\.\d+)?\.(dist|egg)-info", name) for name in names)
-    return [(_normal(match[1]), match[2]) for match in found if match]
+    matches = ((info, re.fullmatch(r"([^-]+)-([^-]+?)(-py3\.\d+)?\.(dist|egg)-info", info.name)) for info in infos)
+    return [Distribution(_normal(match[1]), match[2], info) for info, match in matches if match]
 
 
 def _normal(name: str) -> str:

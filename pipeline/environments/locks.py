@@ -21,7 +21,7 @@ from pipeline.environments import uv
 
 LOCKS = uv.ROOT / "locks"
 PYTHONS = ("3.11", "3.12")
-PLATFORM = "x86_64-manylinux_2_31"  # older than 2.31 llguidance, which vLLM needs, has no wheels
+PLATFORM = "x86_64-manylinux_2_31"  # below 2.31 wheels of llguidance, which vLLM needs, are missing
 SOURCE_ONLY = ("autoawq", "rouge-score", "sqlitedict", "word2number")  # pure Python, published without wheels
 NEVER = "; python_version < '0'"
 
@@ -96,12 +96,12 @@ def check_resolves(lock: Lock, python: str, tool: Path, env: Mapping[str, str]) 
         override.write_text("\n".join(overrides))
         deps = [] if lock.deps else ["--no-deps"]
         arguments = ["pip", "compile", "--quiet", *platform, *deps, "--no-header", "--no-annotate"]
-        resolved = _uv(tool, [*arguments, "--override", str(override), str(source)], env)
-    known = {pin.split(";")[0].strip() for pin in pins}
-    strangers = [line for line in requirement_lines(resolved) if line.split(";")[0].strip() not in known]
+        closure = _uv(tool, [*arguments, "--override", str(override), str(source)], env)
+    names = {pin.split(";")[0].strip() for pin in pins}
+    strangers = [line for line in requirement_lines(closure) if line.split(";")[0].strip() not in names]
     if strangers:
         raise RuntimeError(f"{lock.file} for Python {python} also needs {', '.join(strangers)}")
-    return f"{lock.file}: Python {python}, {len(requirement_lines(resolved))} packages{left_out}"
+    return f"{lock.file}: Python {python}, {len(requirement_lines(closure))} packages{left_out}"
 
 
 def check_fresh(lock: Lock, tool: Path, env: Mapping[str, str]) -> None:
@@ -134,7 +134,7 @@ def _as_pinned(override: str, pins: list[str]) -> str:
 @contextmanager
 def _requirement_files(lock: Lock) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as scratch:
-        given: list[str] = []
+        arguments: list[str] = []
         for option, lines in (
             ("", lock.requirements),
             ("--constraints", lock.constraints),
@@ -143,12 +143,12 @@ def _requirement_files(lock: Lock) -> Iterator[list[str]]:
             if lines:
                 file = Path(scratch, f"{option.strip('-') or 'requirements'}.txt")
                 file.write_text("\n".join(lines))
-                given += [option, str(file)] if option else [str(file)]
+                arguments += [option, str(file)] if option else [str(file)]
         project = str(uv.ROOT / "pyproject.toml")
-        given += [project] if lock.project else []
-        given += [argument for group in lock.groups for argument in ("--group", f"{project}:{group}")]
-        given += [] if lock.deps else ["--no-deps"]
-        yield given
+        arguments += [project] if lock.project else []
+        arguments += [argument for group in lock.groups for argument in ("--group", f"{project}:{group}")]
+        arguments += [] if lock.deps else ["--no-deps"]
+        yield arguments
 
 
 def _has_torch(pins: list[str], platform: list[str], tool: Path, env: Mapping[str, str]) -> bool:
@@ -158,10 +158,10 @@ def _has_torch(pins: list[str], platform: list[str], tool: Path, env: Mapping[st
 
 
 def _uv(tool: Path, arguments: list[str], env: Mapping[str, str]) -> str:
-    done = subprocess.run([str(tool), *arguments], env=dict(env), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip())
-    return done.stdout
+    process = subprocess.run([str(tool), *arguments], env=dict(env), capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(process.stderr.strip())
+    return process.stdout
 
 
 def main() -> int:
@@ -173,23 +173,23 @@ def main() -> int:
         "--check", action="store_true", help="prove that the locks are fresh and resolve; change nothing"
     )
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions that pyproject.toml allows")
-    chosen = parser.parse_args()
+    options = parser.parse_args()
     # A mirror's extra index may know fewer files of a version, and so fewer hashes, than the main one.
     tool, env = uv.find(), {**uv.environ(), "UV_INDEX": "", "UV_INDEX_STRATEGY": "unsafe-best-match"}
-    failed = 0
+    status = 0
     for lock in ALL:
         try:
-            if chosen.check:
+            if options.check:
                 check_fresh(lock, tool, env)
                 print(*(check_resolves(lock, python, tool, env) for python in PYTHONS), sep="\n", flush=True)
             else:
                 (LOCKS / lock.file).parent.mkdir(parents=True, exist_ok=True)
-                compile_lock(lock, LOCKS / lock.file, tool, env, *(["--upgrade"] if chosen.upgrade else []))
+                compile_lock(lock, LOCKS / lock.file, tool, env, *(["--upgrade"] if options.upgrade else []))
                 print(f"locks/{lock.file}", flush=True)
         except RuntimeError as error:
             print(f"error: {lock.file}: {error}", file=sys.stderr, flush=True)
-            failed = 1
-    return failed
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

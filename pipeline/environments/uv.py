@@ -51,10 +51,10 @@ def bring(python: str) -> Path:
     """Install the locked uv with pip into .venv/uv; raises EnvironmentMissing if that fails."""
     home = folder() / "uv"
     home.parent.mkdir(parents=True, exist_ok=True)
-    made = subprocess.run([python, "-m", "venv", "--clear", str(home)], capture_output=True, text=True, check=False)
-    if made.returncode:
+    process = subprocess.run([python, "-m", "venv", "--clear", str(home)], capture_output=True, text=True, check=False)
+    if process.returncode:
         raise EnvironmentMissing(
-            f"{python} -m venv failed: {(made.stdout + made.stderr).strip().splitlines()[-1:]}",
+            f"{python} -m venv failed: {(process.stdout + process.stderr).strip().splitlines()[-1:]}",
             remedy="apt-get install python3-venv  (or: pip install uv)",
         )
     lock = ["--require-hashes", "--no-deps", "-r", str(ROOT / "locks" / "uv.txt")]
@@ -78,18 +78,18 @@ def bring(python: str) -> Path:
 def environ() -> dict[str, str]:
     """os.environ with pip's package sources (its environment variables and files) added as uv's variables.
 
-    A virtual environment made by uv has no pip, so the interpreter that it was made from is asked too.
+    A virtual environment made by uv lacks pip, so the interpreter that it was made from is asked too.
     """
     for python in (sys.executable, f"{sys.base_prefix}/bin/python3", shutil.which("python3")):
-        listed = subprocess.run(
+        output = subprocess.run(
             [str(python), "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
         )
-        if listed.returncode == 0:
-            return {**from_pip(listed.stdout), **os.environ}
+        if output.returncode == 0:
+            return {**from_pip(output.stdout), **os.environ}
     return dict(os.environ)
 
 
-def from_pip(listed: str) -> dict[str, str]:
+def from_pip(process: str) -> dict[str, str]:
     """The output of `pip config list` as uv's variables.
 
     As in pip an environment variable outranks the [install] section, which outranks [global].
@@ -97,14 +97,14 @@ def from_pip(listed: str) -> dict[str, str]:
     import ast  # here because every command imports this module and only a set-up gets so far
 
     values: dict[str, tuple[int, str]] = {}
-    for section, key, text in re.findall(r"^(:env:|install|global)\.([a-z-]+)=(.+)$", listed, re.MULTILINE):
+    for section, key, text in re.findall(r"^(:env:|install|global)\.([a-z-]+)=(.+)$", process, re.MULTILINE):
         rank = {"global": 0, "install": 1, ":env:": 2}[section]
         if key in SETTINGS and rank >= values.get(key, (0, ""))[0]:
             values[key] = (rank, ast.literal_eval(text))
-    found = {SETTINGS[key][0]: SETTINGS[key][1].join(value.split()) for key, (_, value) in values.items()}
-    if "UV_INDEX" in found:  # pip weighs all indexes alike; uv would stop at the first that knows the name
-        found["UV_INDEX_STRATEGY"] = "unsafe-best-match"
-    return found
+    variables = {SETTINGS[key][0]: SETTINGS[key][1].join(value.split()) for key, (_, value) in values.items()}
+    if "UV_INDEX" in variables:  # pip weighs all indexes alike; uv would stop at the first that knows the name
+        variables["UV_INDEX_STRATEGY"] = "unsafe-best-match"
+    return variables
 
 
 def run(uv: Path, arguments: list[str], env: Mapping[str, str], *, quiet: bool = False) -> int:
@@ -115,7 +115,7 @@ def run(uv: Path, arguments: list[str], env: Mapping[str, str], *, quiet: bool =
 
 def _version(uv: str) -> tuple[int, ...]:
     try:
-        shown = subprocess.run([uv, "--version"], capture_output=True, text=True, check=False).stdout
+        output = subprocess.run([uv, "--version"], capture_output=True, text=True, check=False).stdout
     except OSError:
         return ()
-    return tuple(int(number) for number in re.findall(r"\d+", shown)[:2])
+    return tuple(int(number) for number in re.findall(r"\d+", output)[:2])

@@ -28,7 +28,8 @@ from pipeline.config.schema import JudgeConfig
 from pipeline.errors import ConfigError, Problem, ServingError
 from pipeline.evaluation.client import RequestFailed, connect, post
 from pipeline.evaluation.llm_judge_prompt import Opinion, Pair, messages, opinion
-from pipeline.intervals.scores import mean_interval, wilson
+from pipeline.intervals.proportions import wilson
+from pipeline.intervals.scores import mean_interval
 
 FAILURES_BEFORE_GIVING_UP = 20
 HIDDEN = "[key]"

@@ -20,12 +20,8 @@ from pipeline.config.schema import Scorer
 from pipeline.errors import ConfigError, Problem
 from pipeline.evaluation import plugins as scoring_plugins
 from pipeline.evaluation.plugins import BUILT_IN
-from pipeline.intervals.scores import (
-    difference_interval,
-    f1_macro_difference_interval,
-    f1_macro_interval,
-    mean_interval,
-)
+from pipeline.intervals.macro_f1 import f1_macro_difference_interval, f1_macro_interval
+from pipeline.intervals.scores import difference_interval, mean_interval
 
 F1_MACRO = "f1_macro"
 FIELDS = "json_field_match"

@@ -1,11 +1,12 @@
 """Attention over packed rows: a stream of rows in one sequence, none of which attends to another.
 
-Rows follow each other without padding, their positions start at 0, and `cu_seq_lens_q` (transformers'
-name) says where each begins. `CPU`: causal attention row by row, as plain matrix products, because the
-backward pass of scaled_dot_product_attention takes four times as long there (bf16, rows of 100 tokens).
-`CUDA`: torch's flash kernel for rows of varying length. Models whose attention is more than causal
-(sliding windows, capped scores) get None from `choose` and keep transformers' own masks, which are
-block-diagonal by the positions.
+Rows follow each other without padding, their positions start at 0, and `cu_seq_lens_q` (transformers' name) says where each begins.
+
+- `CPU`: causal attention row by row, as plain matrix products. The backward pass of scaled_dot_product_attention takes four times
+  as long there (bf16, rows of 100 tokens).
+- `CUDA`: torch's flash kernel for rows of varying length.
+- None from `choose`: attention that is more than causal (sliding windows, capped scores). Such models keep transformers' own masks,
+  which are block-diagonal by the positions.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def choose(config: Any, device: str, sequence_len: int) -> str | None:
 
 @lru_cache(maxsize=1)
 def _varlen_parameters() -> frozenset[str]:
-    """What torch's kernel can be told (2.10 takes no window, some versions no shared keys); empty without one."""
+    """The parameters of torch's kernel (2.10 takes no window, some versions no shared keys); empty without a kernel."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -47,7 +48,7 @@ def _varlen_parameters() -> frozenset[str]:
 
 
 def register() -> None:
-    """Make both known to transformers, without masks."""
+    """Register both with transformers, without masks."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -67,8 +68,7 @@ def rows_on_cpu(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Causal attention row by row; with `shared_prefix` every row also sees the first one, whole.
 
-    Shapes: query (1, heads, tokens, d), key and value (1, kv heads, tokens, d); returns (1, tokens,
-    heads, d).
+    Shapes: query (1, heads, tokens, d), key and value (1, kv heads, tokens, d); returns (1, tokens, heads, d).
     """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
@@ -94,19 +94,19 @@ def _plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling:
     import torch
 
     batch, heads, tokens, size = query.shape
-    shared, seen = key.shape[1:3]
-    stacked = (query * scaling).reshape(batch, shared, heads // shared * tokens, size)
-    scores = (stacked @ key.transpose(2, 3)).view(batch, heads, tokens, seen)
-    weights = torch.softmax(scores + _later(tokens, seen, query.dtype), dim=-1)
-    return (weights.view(batch, shared, -1, seen) @ value).view(batch, heads, tokens, size)
+    key_heads, keys = key.shape[1:3]
+    queries = (query * scaling).reshape(batch, key_heads, heads // key_heads * tokens, size)
+    scores = (queries @ key.transpose(2, 3)).view(batch, heads, tokens, keys)
+    weights = torch.softmax(scores + _later(tokens, keys, query.dtype), dim=-1)
+    return (weights.view(batch, key_heads, -1, keys) @ value).view(batch, heads, tokens, size)
 
 
 @lru_cache(maxsize=256)
-def _later(tokens: int, seen: int, dtype: torch.dtype) -> torch.Tensor:
-    """Minus infinity for every key behind its query, the queries being the last `tokens` of `seen`."""
+def _later(tokens: int, keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """Minus infinity for every key behind its query; the queries are the last `tokens` of `keys`."""
     import torch
 
-    return torch.full((tokens, seen), float("-inf"), dtype=dtype).triu(seen - tokens + 1)
+    return torch.full((tokens, keys), float("-inf"), dtype=dtype).triu(keys - tokens + 1)
 
 
 def rows_on_cuda(
@@ -118,11 +118,11 @@ def rows_on_cuda(
 
     groups = query.shape[1] // key.shape[1]
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    shared = {"enable_gqa": True} if groups > 1 and "enable_gqa" in _varlen_parameters() else {}
-    if groups > 1 and not shared:
+    options = {"enable_gqa": True} if groups > 1 and "enable_gqa" in _varlen_parameters() else {}
+    if groups > 1 and not options:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
     answer = varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(), cu_seq_lens_q, cu_seq_lens_q,
-        max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), **shared,
+        max_length_q, max_length_q, scale=scaling, window_size=(-1, 0), **options,
     )  # fmt: skip
     return answer.unsqueeze(0), None

@@ -1,8 +1,7 @@
 """Checkpoints of a training run: folders step-N, complete or not there, and best-N with the best adapter.
 
-A checkpoint holds the adapter and the optimizer's state (safetensors) and what else decides the next step
-(JSON). Random numbers need no place in it: each step seeds its own. Nothing is pickled. Survives `kill -9`;
-a power cut may cost the newest one.
+A checkpoint holds the adapter and the optimizer's state (safetensors), and the run's State (JSON). Random numbers need no place in
+it: each step seeds its own. Nothing is pickled. Checkpoints survive `kill -9`; a power cut may cost the newest one.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ class Best:
 
 @dataclass
 class State:
-    """What a run has done so far; `history` is one entry a logged or evaluated step."""
+    """A run's progress; `history` has an entry for each logged or evaluated step."""
 
     step: int = 0
     tokens: int = 0
@@ -39,7 +38,7 @@ class State:
 
 
 def save(folder: Path, state: State, weights: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Write checkpoint step-N beside, rename it, and drop what is no longer wanted."""
+    """Write checkpoint step-N beside, rename it, and drop all but the newest KEPT and the best."""
     partial = _fresh(folder, f"step-{state.step}")
     tensors, numbers = _state_of(optimizer)
     _write(partial / "adapter.safetensors", weights)
@@ -54,7 +53,7 @@ def save(folder: Path, state: State, weights: dict[str, torch.Tensor], optimizer
 
 
 def save_best(folder: Path, step: int, weights: dict[str, torch.Tensor]) -> None:
-    """Write the adapter that has the lowest validation loss so far."""
+    """Write the adapter with the lowest validation loss so far."""
     partial = _fresh(folder, f"best-{step}")
     _write(partial / "adapter.safetensors", weights)
     _rename(partial, folder / f"best-{step}")
@@ -64,12 +63,12 @@ def load_best(folder: Path, best: Best) -> dict[str, torch.Tensor]:
     """The adapter that `save_best` wrote."""
     from safetensors.torch import load_file
 
-    found: dict[str, torch.Tensor] = load_file(folder / f"best-{best.step}" / "adapter.safetensors")
-    return found
+    weights: dict[str, torch.Tensor] = load_file(folder / f"best-{best.step}" / "adapter.safetensors")
+    return weights
 
 
 def newest_state(folder: Path) -> State:
-    """Where the newest checkpoint stands; a new State when there is none."""
+    """The newest checkpoint's state; a new State when there is none."""
     steps = _steps(folder, "step")
     return _read_state(folder / f"step-{steps[-1]}")[0] if steps else State()
 
@@ -86,18 +85,18 @@ def resume(folder: Path, weights: dict[str, torch.Tensor], optimizer: torch.opti
     import torch
     from safetensors.torch import load_file
 
-    for left in folder.glob(".*.partial"):
-        shutil.rmtree(left, ignore_errors=True)  # another process of this run may be at it
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)  # another process of this run may remove it, too
     steps = _steps(folder, "step")
     if not steps:
         return State()
-    found = folder / f"step-{steps[-1]}"
+    checkpoint = folder / f"step-{steps[-1]}"
     with torch.no_grad():
-        for name, tensor in load_file(found / "adapter.safetensors").items():
+        for name, tensor in load_file(checkpoint / "adapter.safetensors").items():
             weights[name].copy_(tensor)
-    state, numbers = _read_state(found)
+    state, numbers = _read_state(checkpoint)
     entries: dict[int, dict[str, Any]] = {int(place): dict(entry) for place, entry in numbers.items()}
-    for key, tensor in load_file(found / "optimizer.safetensors").items():
+    for key, tensor in load_file(checkpoint / "optimizer.safetensors").items():
         place, _, part = key.partition("/")
         entries.setdefault(int(place), {})[part] = tensor
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -112,8 +111,8 @@ def _state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor]
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     tensors, numbers = {}, {}
     for place, entry in enumerate(optimizer.state[weight] for weight in weights):
-        tensors.update({f"{place}/{part}": it for part, it in entry.items() if isinstance(it, torch.Tensor)})
-        numbers[str(place)] = {part: it for part, it in entry.items() if not isinstance(it, torch.Tensor)}
+        tensors.update({f"{place}/{part}": state for part, state in entry.items() if isinstance(state, torch.Tensor)})
+        numbers[str(place)] = {part: state for part, state in entry.items() if not isinstance(state, torch.Tensor)}
     return tensors, numbers
 
 
@@ -132,11 +131,11 @@ def _fresh(folder: Path, name: str) -> Path:
 
 
 def _rename(partial: Path, final: Path) -> None:
-    """A resumed run may make a folder a second time, with the same bytes."""
+    """Put a folder in place; a resumed run may write one a second time, with the same bytes."""
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
 
 
 def _steps(folder: Path, kind: str) -> list[int]:
-    found = (re.fullmatch(rf"{kind}-(\d+)", path.name) for path in folder.glob(f"{kind}-*"))
-    return sorted(int(match[1]) for match in found if match)
+    matches = (re.fullmatch(rf"{kind}-(\d+)", path.name) for path in folder.glob(f"{kind}-*"))
+    return sorted(int(match[1]) for match in matches if match)

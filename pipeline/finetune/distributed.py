@@ -1,9 +1,11 @@
-"""Training over several processes of one host: who takes which rows, and what they add up.
+"""Training over several processes of one host: which process takes which rows, and which sums they share.
 
-The rows of a step are those that one process would take, split by tokens; its loss is the sum over all trained tokens of
-all processes, divided by their number, and the gradients are summed: one and several processes do the same step, up to the
-order of sums and to dropout, which each process draws for itself. Adapter and optimizer are whole in every process, so that
-a checkpoint is one process's. The set-up is accelerate's, the sums are one all-reduce a step. Runs in the train environment.
+- A step's rows are those of a single process, dealt by tokens.
+- Its loss is the sum over all processes, divided by the sum of all rows' `trained`; the gradients are summed in one all-reduce.
+- One and several processes thus do the same step, up to the order of sums and to dropout, which each process draws for itself.
+- Adapter and optimizer are whole in every process: a checkpoint is one process's.
+
+The set-up is accelerate's. Runs in the train environment.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Group:
 
     def share(self, rows: Sequence[Row]) -> list[Row]:
         """This process's part of the rows."""
-        return [rows[number] for number in shares([len(row.input_ids) for row in rows], self.size)[self.rank]]
+        return [rows[number] for number in shares([row.length for row in rows], self.size)[self.rank]]
 
     def add_up(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in one exchange."""
@@ -45,31 +47,31 @@ class Group:
             return
         flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
         torch.distributed.all_reduce(flat)
-        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.detach().copy_(summed.view_as(tensor))
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.detach().copy_(total.view_as(tensor))
 
-    def total(self, value: float, device: str) -> float:
+    def total(self, number: float, device: str) -> float:
         """The sum of a number over all processes."""
         import torch
 
         if self.size == 1:
-            return value
-        held = torch.tensor([value], dtype=torch.float64, device=device)
-        torch.distributed.all_reduce(held)
-        return float(held)
+            return number
+        tensor = torch.tensor([number], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(tensor)
+        return float(tensor)
 
-    def most(self, value: int, device: str) -> int:
+    def most(self, number: int, device: str) -> int:
         """The largest of the processes' numbers."""
         import torch
 
         if self.size == 1:
-            return value
-        held = torch.tensor([value], device=device)
-        torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MAX)
-        return int(held)
+            return number
+        tensor = torch.tensor([number], device=device)
+        torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        return int(tensor)
 
     def must_agree(self, weights: Mapping[str, torch.Tensor], step: int) -> None:
-        """Raise StageFailed when the processes' adapters are no longer one: each would go on training its own."""
+        """Raise StageFailed when the processes' adapters differ: each would go on training its own."""
         import torch
 
         if self.size == 1:
@@ -80,7 +82,7 @@ class Group:
         torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
         if not torch.equal(low, high):
             raise StageFailed(
-                f"step {step}: the adapter is no longer the same in all {self.size} processes",
+                f"step {step}: the adapter differs between the {self.size} processes",
                 key="finetune.num_processes",
                 remedy="run the same command on GPUs of one kind, which goes on from the last checkpoint, or set"
                 " finetune.num_processes: 1, which begins anew",
@@ -88,7 +90,7 @@ class Group:
 
 
 def join() -> Group:
-    """Meet the other processes that finetune_processes started, and take this one's GPU."""
+    """Meet the other processes that `launch` started, and take this one's GPU."""
     import torch
     from accelerate import PartialState
 
@@ -123,23 +125,23 @@ def size() -> int:
     return 1 if alone else int(torch.distributed.get_world_size())
 
 
-def least(value: float, device: str) -> float:
-    """The smallest of the processes' numbers: what all are to decide alike by. The number itself before `join`."""
+def least(number: float, device: str) -> float:
+    """The smallest of the processes' numbers, for decisions that all must take alike; the number itself before `join`."""
     import torch
 
     if size() == 1:
-        return value
-    held = torch.tensor([value], dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(held, torch.distributed.ReduceOp.MIN)
-    return float(held)
+        return number
+    tensor = torch.tensor([number], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MIN)
+    return float(tensor)
 
 
 def shares(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """The numbers of rows, dealt to `size` processes: each, longest first, to the one with the fewest tokens; in order within."""
-    found: list[list[int]] = [[] for _ in range(size)]
+    """The numbers of rows, dealt to `size` processes, longest first, each to the one with the fewest tokens; in order within."""
+    parts: list[list[int]] = [[] for _ in range(size)]
     tokens = [0] * size
     for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         to = min(range(size), key=lambda rank: tokens[rank])
-        found[to].append(number)
+        parts[to].append(number)
         tokens[to] += lengths[number]
-    return [sorted(numbers) for numbers in found]
+    return [sorted(numbers) for numbers in parts]

@@ -1,10 +1,11 @@
 """The frozen base split over the processes (FSDP2): each keeps its part of every layer, and a layer is whole while it is used.
 
-The base is read into main memory (mapped from its files, which the processes share) and goes to the GPU layer by layer, where
-it is packed into 4 bits and split, so that a card never holds more than its part and one layer. Packed weights travel as
-bfloat16: only floating tensors can be split, and bitsandbytes reads the same bits. The adapter is small, stays whole in every
-process and is left out: its gradients are summed as they are without a split. Every process must take the same number of
-passes, since each gathers layers. Embeddings and the head are split too, and whole from a pass's start to its end.
+- The base is read into main memory, mapped from its files, which the processes share. It goes to the GPU layer by layer, where it
+  is packed into 4 bits and split: a card never holds more than its part and one layer.
+- Packed weights travel as bfloat16: only floating tensors can be split, and bitsandbytes reads the same bits.
+- The adapter stays whole in every process: its gradients are summed as they are without a split.
+- Every process must take the same number of passes, since each gathers layers.
+- Embeddings and the output layer are split too, and whole from a pass's start to its end.
 
 accelerate's own preparation for FSDP2 would split the adapter and its optimizer state too, and change the checkpoints.
 Runs in the train environment.
@@ -18,34 +19,27 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import FinetuneConfig
 from pipeline.errors import ModelError
+from pipeline.finetune import memory
 
 if TYPE_CHECKING:
     import torch
 
-NF4_BYTES = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # of a weight: 4 bits, and its block's scale in 8 bits with a scale of its own
-SCALE_BYTES = 4 / 64  # without double quantization
-
 
 def layers(model: Any) -> list[Any]:
-    """The decoder layers of a transformers model.
-
-    Raises ModelError when it doesn't say which they are.
-    """
+    """The decoder layers of a transformers model; raises ModelError where it doesn't name their class."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
-    if not found:
+    decoder = [module for module in model.modules() if type(module).__name__ in names]
+    if not decoder:
         raise ModelError(
-            f"{type(model).__name__} names no layers by which it could be split",
+            f"{type(model).__name__} doesn't name the layers to split",
             key="finetune.fsdp_version",
             remedy="leave finetune.fsdp_version out",
         )
-    return found
+    return decoder
 
 
 def pack(model: Any, settings: FinetuneConfig, dtype: torch.dtype) -> None:
-    """Make every linear layer of the decoder layers one of bitsandbytes, which packs its weight when it is moved."""
+    """Replace every linear layer of the decoder layers by bitsandbytes', which packs its weight when it is moved."""
     import bitsandbytes
     import torch
 
@@ -58,57 +52,57 @@ def pack(model: Any, settings: FinetuneConfig, dtype: torch.dtype) -> None:
     ]
     for parent, name, child in linear:
         with torch.device("meta"):
-            packed = bitsandbytes.nn.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=dtype,
-                                                quant_storage=torch.bfloat16)  # fmt: skip
-        packed.weight = bitsandbytes.nn.Params4bit(
-            child.weight.data, requires_grad=False, module=packed, quant_storage=torch.bfloat16,
+            layer = bitsandbytes.nn.Linear4bit(child.in_features, child.out_features, bias=False, compute_dtype=dtype,
+                                               quant_storage=torch.bfloat16)  # fmt: skip
+        layer.weight = bitsandbytes.nn.Params4bit(
+            child.weight.data, requires_grad=False, module=layer, quant_storage=torch.bfloat16,
             quant_type=settings.bnb_4bit_quant_type, compress_statistics=settings.bnb_4bit_use_double_quant,
         )  # fmt: skip
-        packed.bias = child.bias
-        setattr(parent, name, packed)
+        layer.bias = child.bias
+        setattr(parent, name, layer)
     model.is_loaded_in_4bit = model.is_quantized = True  # peft asks
 
 
-def split(adapted: Any, device: str, processes: int) -> None:
-    """Split the frozen weights of a peft model over the processes; its trained ones go to this one's device whole."""
+def split(lora_model: Any, device: str, processes: int) -> None:
+    """Split the frozen weights of a peft model over the processes; its adapter goes to this one's device whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device, (processes,))
-    trained = {weight for weight in adapted.parameters() if weight.requires_grad}
-    for weight in trained:
+    adapter = {weight for weight in lora_model.parameters() if weight.requires_grad}
+    for weight in adapter:
         weight.data = weight.data.to(device)
-    for layer in layers(adapted.get_base_model()):
+    for layer in layers(lora_model.get_base_model()):
         layer.to(device)
-        fully_shard(layer, mesh=mesh, ignored_params=trained)
-    fully_shard(adapted, mesh=mesh, ignored_params=trained)
+        fully_shard(layer, mesh=mesh, ignored_params=adapter)
+    fully_shard(lora_model, mesh=mesh, ignored_params=adapter)
 
 
 @contextmanager
-def held_free(model: Any, settings: FinetuneConfig, device: str, processes: int) -> Iterator[None]:
-    """Occupy a GPU's memory as the split base will, so that what is found free is what will be left."""
+def reserved(model: Any, settings: FinetuneConfig, device: str, processes: int) -> Iterator[None]:
+    """Occupy a GPU's memory as the split base will: the memory that is free meanwhile will be free beside it."""
     import torch
 
     if device != "cuda":
         yield
         return
-    held = torch.empty(bytes_a_process(model, settings, processes), dtype=torch.uint8, device=device)
+    filler = torch.empty(bytes_a_process(model, settings, processes), dtype=torch.uint8, device=device)
     yield
-    del held
+    del filler
     torch.cuda.empty_cache()
 
 
 def bytes_a_process(model: Any, settings: FinetuneConfig, processes: int) -> int:
-    """What a process will hold of the base: its part, two layers while one is used and the next comes, and the rest whole."""
-    found = layers(model)
-    whole = sum(_bytes(parameter, settings) for layer in found for parameter in layer.parameters())
+    """Bytes that a process will hold of the base, as `memory.split_bytes` has it."""
+    decoder = layers(model)
+    whole = sum(_bytes(parameter, settings) for layer in decoder for parameter in layer.parameters())
     rest = sum(parameter.nbytes for parameter in model.parameters()) - sum(
-        parameter.nbytes for layer in found for parameter in layer.parameters()
+        parameter.nbytes for layer in decoder for parameter in layer.parameters()
     )
-    return int(whole / processes + 2 * whole / len(found) + rest)
+    return memory.split_bytes(whole, rest, len(decoder), processes)
 
 
 def _bytes(parameter: Any, settings: FinetuneConfig) -> float:
     if type(parameter).__name__ != "Params4bit":
         return float(parameter.nbytes)
-    return float(parameter.numel() * (NF4_BYTES if settings.bnb_4bit_use_double_quant else 0.5 + SCALE_BYTES))
+    return float(parameter.numel() * memory.packed_bytes(settings))

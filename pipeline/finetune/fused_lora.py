@@ -1,8 +1,7 @@
 """LoRA around a frozen linear layer as one step of autograd: y = x Wᵀ + s·dropout(x) Aᵀ Bᵀ (LoRA, arXiv 2106.09685).
 
-What is kept for the backward pass is the layer's input and the seed of its dropout: no dropped copy, no mask, no
-unpacked weight. Of a gated layer, whose input is silu(gate)·x, the two factors are kept, which the layers before it made,
-and their product is computed again.
+The backward pass keeps the layer's input and the seed of its dropout: no dropped copy, no mask, no unpacked weight. A gated layer's
+input is silu(gate)·x: the two factors are kept, which the layers before it computed, and their product is computed again.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ SEED = "lora_dropout_seed"
 
 
 def fuse(model: Any, device: str = "cpu") -> tuple[int, int]:
-    """Give the LoRA layers of a peft model with one adapter, `default`, the forward pass of here.
+    """Give the LoRA layers of a peft model with one adapter, `default`, this module's forward pass.
 
-    Returns how many layers have it, and in how many gated blocks (Llama's, Qwen's, Mistral's …) the product isn't kept.
-    Each of them draws the same mask until `draw` is called. `device` is where they will compute.
+    Returns how many layers have it, and in how many gated blocks (Llama's, Qwen's, Mistral's …) the product isn't kept. A layer draws
+    the same mask until `draw` is called. The layers will compute on `device`.
     """
     import torch
     from peft.tuners.lora import Linear, LoraLayer
@@ -31,10 +30,10 @@ def fuse(model: Any, device: str = "cpu") -> tuple[int, int]:
     model.register_buffer(SEED, torch.zeros(len(fusible), dtype=torch.int64, device=device), persistent=False)
     for layer, seed in zip(fusible, getattr(model, SEED), strict=True):
         layer.forward = _forward_of(layer, function, seed)
-    gated = [block for block in model.modules() if _is_gated(block, fusible)]
-    for block in gated:
+    blocks = [block for block in model.modules() if _is_gated(block, fusible)]
+    for block in blocks:
         block.forward = _gated(block)
-    return len(fusible), len(gated)
+    return len(fusible), len(blocks)
 
 
 def draw(model: Any) -> None:
@@ -46,11 +45,11 @@ def draw(model: Any) -> None:
         seeds.copy_(torch.randint(SEEDS, seeds.shape), non_blocking=True)
 
 
-def _is_gated(block: Any, fused: list[Any]) -> bool:
+def _is_gated(block: Any, layers: list[Any]) -> bool:
     """Whether it computes down(silu(gate(x)) · up(x)) of three fused layers without biases of its own."""
     parts = [getattr(block, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     activation = type(getattr(block, "act_fn", None)).__name__
-    return all(any(part is layer for layer in fused) for part in parts) and activation in ("SiLU", "SiLUActivation")
+    return all(any(part is layer for layer in layers) for part in parts) and activation in ("SiLU", "SiLUActivation")
 
 
 def _gated(block: Any) -> Any:
@@ -81,15 +80,15 @@ def _forward_of(layer: Any, function: Any, seed: torch.Tensor) -> Any:
 
 def weight_of(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """The frozen weight, (out, in): unpacked when it is kept in 4 bits."""
-    # a weight that was split over processes and gathered has lost it; the layer keeps it
+    # a weight that was split over processes and gathered has lost its state; the layer keeps it
     state = getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
     if state is None:
-        weight: torch.Tensor = layer.weight
-        return weight.to(dtype)
+        plain: torch.Tensor = layer.weight
+        return plain.to(dtype)
     from bitsandbytes.functional import dequantize_4bit
 
-    unpacked: torch.Tensor = dequantize_4bit(layer.weight.data.view(-1, 1), state)
-    return unpacked.to(dtype)
+    weight: torch.Tensor = dequantize_4bit(layer.weight.data.view(-1, 1), state)
+    return weight.to(dtype)
 
 
 def _function() -> Any:
@@ -107,9 +106,9 @@ def _function() -> Any:
         ) -> torch.Tensor:  # fmt: skip
             base, scaling, p = layer
             with torch.autocast(x.device.type, enabled=False):
-                taken = x if gate is None else _swiglu(gate, x)
-                y = torch.nn.functional.linear(taken, weight_of(base, x.dtype), _bias(base, x.dtype))
-                inner = dropped(taken, p, seed) @ a.to(x.dtype).t()
+                features = x if gate is None else _swiglu(gate, x)
+                y = torch.nn.functional.linear(features, weight_of(base, x.dtype), _bias(base, x.dtype))
+                inner = dropped(features, p, seed) @ a.to(x.dtype).t()
                 y.addmm_(inner, b.to(x.dtype).t(), alpha=scaling)
             ctx.save_for_backward(x, gate, a, b, inner, seed)
             ctx.layer = layer
@@ -122,12 +121,12 @@ def _function() -> Any:
             dx = dgate = None
             with torch.autocast(x.device.type, enabled=False):
                 dy = dy.contiguous()
-                taken = x if gate is None else _swiglu(gate, x)
+                features = x if gate is None else _swiglu(gate, x)
                 d_inner = (dy @ b.to(dy.dtype)).mul_(scaling)
                 db = (dy.t() @ inner).to(b.dtype).mul_(scaling)
-                da = (d_inner.t() @ dropped(taken, p, seed)).to(a.dtype)
+                da = (d_inner.t() @ dropped(features, p, seed)).to(a.dtype)
                 if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-                    del taken
+                    del features
                     dx = dy @ weight_of(base, dy.dtype)
                     add_dropped(dx, d_inner @ a.to(dy.dtype), p, seed)
                     if gate is not None:
@@ -191,5 +190,5 @@ def _mask(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     import torch
 
     generator = torch.Generator(x.device).manual_seed(int(seed))
-    drawn = torch.rand(x.shape, generator=generator, device=x.device)
-    return (drawn >= p).to(x.dtype) / (1 - p)
+    uniform = torch.rand(x.shape, generator=generator, device=x.device)
+    return (uniform >= p).to(x.dtype) / (1 - p)

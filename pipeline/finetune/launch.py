@@ -2,8 +2,8 @@
 
 Each is `python -m pipeline.finetune.rank REQUEST.json` with torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE,
 LOCAL_WORLD_SIZE) and everything else of this environment, NCCL's settings among it. They meet through a file and speak over the
-loopback interface: no port is open to the network. When one dies, the others would wait for it: they are ended, and its
-error is the stage's. Standard library only.
+loopback interface: no port is open to the network. When one dies, the others would wait for it for ever: they are ended, and its
+error becomes the stage's. Standard library only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 @dataclass
 class Rank:
-    """One of the processes, and what it has said."""
+    """One of the processes, with its errors and its result."""
 
     number: int
     child: subprocess.Popen[str]
@@ -54,8 +54,8 @@ def check(processes: int, device: hardware.Device) -> None:
         )
 
 
-def launch(request: program.Request, processes: int, what: Sequence[str] = RANK) -> dict[str, Any]:
-    """Train in so many processes; the detail that the first of them hands back. `what` is what their interpreter is told to run.
+def launch(request: program.Request, processes: int, command: Sequence[str] = RANK) -> dict[str, Any]:
+    """Train in so many processes; the detail that the first of them returns. `command`: their interpreter's arguments.
 
     Raises the TunegateError that a process reported, or StageFailed naming the process that died without a word.
     """
@@ -67,7 +67,8 @@ def launch(request: program.Request, processes: int, what: Sequence[str] = RANK)
         ranks: list[Rank] = []
         try:
             ranks += (
-                _start(number, processes, [*what, str(file)], file.with_name("meeting")) for number in range(processes)
+                _start(number, processes, [*command, str(file)], file.with_name("meeting"))
+                for number in range(processes)
             )
             listeners = [threading.Thread(target=_listen, args=(rank,), daemon=True) for rank in ranks]
             for listener in listeners:
@@ -77,23 +78,25 @@ def launch(request: program.Request, processes: int, what: Sequence[str] = RANK)
             _end(ranks)
             signal.signal(signal.SIGTERM, before)
         ended_well = not any(rank.child.returncode for rank in ranks)
-        for listener in listeners:  # what an ended process said ends, too, however slowly it is heard
+        for listener in listeners:  # an ended process's output ends, too, however slowly it is read
             listener.join(None if ended_well else END_S)
     if any(rank.child.returncode for rank in ranks) or ranks[0].result is None:
         raise _cause(ranks, request.folder)
     return ranks[0].result
 
 
-def _start(number: int, processes: int, what: Sequence[str], meeting: Path) -> Rank:
+def _start(number: int, processes: int, command: Sequence[str], meeting: Path) -> Rank:
     threads = max(1, hardware.cores() // processes)
     environ = {**LOOPBACK, "OMP_NUM_THREADS": str(threads), **os.environ}
     environ |= {"RANK": str(number), "LOCAL_RANK": str(number), MEETING: str(meeting)}
     environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), LAUNCHER: str(os.getpid())}
-    return Rank(number, subprocess.Popen([sys.executable, "-P", *what], env=environ, stdout=subprocess.PIPE, text=True))
+    return Rank(
+        number, subprocess.Popen([sys.executable, "-P", *command], env=environ, stdout=subprocess.PIPE, text=True)
+    )
 
 
 def _listen(rank: Rank) -> None:
-    """Take a process's result and errors, and pass on the first one's other events: all have the same to tell."""
+    """Take a process's result and errors, and pass on the first one's other events: all report the same."""
     for line in rank.child.stdout or ():
         try:
             event = json.loads(line)
@@ -110,16 +113,16 @@ def _listen(rank: Rank) -> None:
         elif rank.number == 0:
             try:
                 program.emit(kind, **event)
-            except BrokenPipeError:  # the flow is gone, and nobody would stop the training
+            except BrokenPipeError:  # the flow is gone: nothing else would stop the training
                 rank.child.terminate()
                 return
 
 
 def _wait(ranks: Sequence[Rank]) -> None:
-    """Until all are done, or some time after one failed, in which others may fail of themselves and say why."""
+    """Until all are done, or SETTLE_S after one failed: others may fail by themselves meanwhile, and say why."""
     until = None
-    while None in (ended := [rank.child.poll() for rank in ranks]):
-        if until is None and any(ended):
+    while None in (statuses := [rank.child.poll() for rank in ranks]):
+        if until is None and any(statuses):
             until = time.monotonic() + SETTLE_S
         if until is not None and time.monotonic() > until:
             return
@@ -127,11 +130,11 @@ def _wait(ranks: Sequence[Rank]) -> None:
 
 
 def _end(ranks: Sequence[Rank]) -> None:
-    """End what still runs, first politely; what was ended here counts as one whose partner is gone."""
-    left = [rank for rank in ranks if rank.child.poll() is None]
-    for rank in left:
+    """End the processes that still run, first politely; each counts as one whose partner is gone."""
+    running = [rank for rank in ranks if rank.child.poll() is None]
+    for rank in running:
         rank.child.terminate()
-    for rank in left:
+    for rank in running:
         with suppress(subprocess.TimeoutExpired):
             rank.child.wait(END_S)
         rank.child.kill()
@@ -140,18 +143,18 @@ def _end(ranks: Sequence[Rank]) -> None:
 
 
 def _cause(ranks: Sequence[Rank], folder: Path) -> TunegateError:
-    """The error to tell: one that was reported, else of the process that a signal ended or that failed by itself."""
-    reported = [error for rank in ranks for error in rank.errors]
-    if reported:
-        return from_json(reported[0])
-    failed = [rank for rank in ranks if rank.child.returncode]
-    own = [rank for rank in failed if rank.child.returncode != LOST]
-    first = min(own or failed or ranks[:1], key=lambda rank: (rank.child.returncode >= 0, rank.number))
+    """The error to tell: a reported one, else of the process that a signal ended or that failed by itself."""
+    errors = [error for rank in ranks for error in rank.errors]
+    if errors:
+        return from_json(errors[0])
+    failures = [rank for rank in ranks if rank.child.returncode]
+    own = [rank for rank in failures if rank.child.returncode != LOST]
+    first = min(own or failures or ranks[:1], key=lambda rank: (rank.child.returncode >= 0, rank.number))
     status = first.child.returncode
-    ended = f"was killed (signal {-status})" if status < 0 else f"ended with status {status} and no result"
+    end = f"was killed (signal {-status})" if status < 0 else f"ended with status {status} and no result"
     memory = ", most often by the system when memory ran out" if status == -9 else ""
     return StageFailed(
-        f"process {first.number + 1} of {len(ranks)} {ended}{memory}; the others were ended with it",
+        f"process {first.number + 1} of {len(ranks)} {end}{memory}; the others were ended with it",
         file=str(folder / "log.txt"),
-        remedy="read the log; running the same command again goes on from the last checkpoint",
+        remedy="read the log; the same command goes on from the last checkpoint",
     )

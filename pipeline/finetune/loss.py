@@ -1,4 +1,4 @@
-"""The loss that training lowers, of rows that pass through the model together; and its mean over rows, as validation has it."""
+"""The loss of supervised fine-tuning (sft): cross entropy of rows that pass through the model together, and its mean over rows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.finetune import fused_loss, packing
 from pipeline.finetune import model as finetune_model
+from pipeline.finetune.execution import Execution
 from pipeline.finetune.packing import IGNORED, Row
 
 if TYPE_CHECKING:
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass takes, as tensors.
+    """One pass through the model, as tensors of one stream: rows behind each other.
 
-    `ids` and `positions` (tokens,), `ends` (rows + 1,) where each row begins in the stream, `at` (trained,) the tokens that
-    predict a trained one, and `targets` (trained,) what they should predict.
-    `longest` is the longest row's length in tokens; `has_prefix` says that the first row is what all others begin with.
+    - `ids`, `positions` (tokens,);
+    - `ends` (rows + 1,): where each row begins in the stream, and the stream's end;
+    - `at` (targets,): the tokens that predict one with loss; `targets` (targets,): the tokens to predict;
+    - `longest`: the longest row, in tokens;
+    - `has_prefix`: the first row is the beginning of all others.
     """
 
     ids: torch.Tensor
@@ -37,42 +40,44 @@ class Pass:
         return self.ids, self.positions, self.ends, self.at, self.targets
 
 
-def passes(rows: Sequence[Row], hardware: finetune_model.Hardware, most: int | None = None) -> list[list[Row]]:
-    """The rows cut into passes through the model: of at most `most` rows, and of as many tokens as the hardware takes."""
-    lengths = [len(row.input_ids) for row in rows]
-    cut = packing.passes(range(len(rows)), lengths, tokens=hardware.tokens_a_pass, most=most)
-    return [[rows[number] for number in some] for some in cut]
+def passes(rows: Sequence[Row], execution: Execution, most: int | None = None) -> list[list[Row]]:
+    """The rows cut into passes of at most `most` rows, and of as many tokens as the execution takes at once."""
+    lengths = [row.length for row in rows]
+    parts = packing.passes(range(len(rows)), lengths, tokens=execution.tokens_a_pass, most=most)
+    return [[rows[number] for number in numbers] for numbers in parts]
 
 
-def mean_loss(model: Any, cut: Sequence[Sequence[Row]], hardware: finetune_model.Hardware) -> float:
-    """Cross entropy a trained token, in nats, over all passes of `cut`; without dropout or gradient."""
+def mean_loss(model: Any, parts: Sequence[Sequence[Row]], execution: Execution) -> float:
+    """Cross entropy a token with loss, in nats, over all passes; without dropout or gradient."""
     with finetune_model.without_dropout(model):
-        total = sum(float(summed_loss(model, rows, hardware)) for rows in cut)
-    return total / sum(row.trained for rows in cut for row in rows)
+        total = sum(float(summed_loss(model, rows, execution)) for rows in parts)
+    return total / sum(row.trained for rows in parts for row in rows)
 
 
-def summed_loss(model: Any, rows: Sequence[Row], hardware: finetune_model.Hardware) -> torch.Tensor:
-    """Cross entropy summed over the rows' trained tokens, in nats; logits are made at those tokens alone.
+def summed_loss(model: Any, rows: Sequence[Row], execution: Execution) -> torch.Tensor:
+    """Cross entropy summed over the rows' tokens with loss, in nats; logits are computed at those tokens alone.
 
-    On a CPU the tokens that all rows begin with, such as a system prompt, go through the model once, and
-    every row attends to them: the same loss and gradient for fewer tokens. Dropout draws for them once, too.
+    On a CPU the rows' common beginning, such as a system prompt, goes through the model once, and every row attends to it. Loss and
+    gradient are the same for fewer tokens; dropout draws for the beginning once, too.
     """
-    return loss_of(model, to_device(inputs(rows, hardware), hardware.device), hardware)
+    return loss_of(model, to_device(inputs(rows, execution), execution.device), execution)
 
 
-def inputs(rows: Sequence[Row], hardware: finetune_model.Hardware) -> Pass:
-    """The rows behind each other as one stream, on the CPU."""
+def inputs(rows: Sequence[Row], execution: Execution) -> Pass:
+    """The rows behind each other as one stream, on the CPU; first their common beginning, where it is shared."""
     import torch
 
-    prefix = packing.shared_prefix(rows) if hardware.shares_prefixes else 0
-    segments = [range(prefix), *(range(prefix, len(row.input_ids)) for row in rows)][0 if prefix else 1 :]
+    prefix = packing.shared_prefix(rows) if execution.shares_prefixes else 0
+    segments = [range(prefix, row.length) for row in rows]
+    if prefix:
+        segments.insert(0, range(prefix))
     lengths = torch.tensor([len(segment) for segment in segments], dtype=torch.int32)
-    labels = [IGNORED] * prefix + [it for row in rows for it in (*row.labels[prefix + 1 :], IGNORED)]
+    labels = [IGNORED] * prefix + [label for row in rows for label in (*row.labels[prefix + 1 :], IGNORED)]
     targets = torch.tensor(labels)
     at = (targets != IGNORED).nonzero().flatten()
     return Pass(
-        ids=torch.tensor([*rows[0].input_ids[:prefix], *(it for row in rows for it in row.input_ids[prefix:])]),
-        positions=torch.tensor([at for segment in segments for at in segment]),
+        ids=torch.tensor([*rows[0].input_ids[:prefix], *(token for row in rows for token in row.input_ids[prefix:])]),
+        positions=torch.tensor([position for segment in segments for position in segment]),
         ends=torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
         at=at,
         targets=targets[at],
@@ -81,23 +86,24 @@ def inputs(rows: Sequence[Row], hardware: finetune_model.Hardware) -> Pass:
     )
 
 
-def to_device(it: Pass, device: str) -> Pass:
+def to_device(stream: Pass, device: str) -> Pass:
     """The same pass there."""
-    ids, positions, ends, at, targets = (tensor.to(device, non_blocking=True) for tensor in it.tensors)
-    return Pass(ids, positions, ends, at, targets, it.longest, it.has_prefix)
+    ids, positions, ends, at, targets = (tensor.to(device, non_blocking=True) for tensor in stream.tensors)
+    return Pass(ids, positions, ends, at, targets, stream.longest, stream.has_prefix)
 
 
-def loss_of(model: Any, it: Pass, hardware: finetune_model.Hardware) -> torch.Tensor:
-    """Cross entropy summed over the pass's trained tokens, in nats."""
+def loss_of(model: Any, stream: Pass, execution: Execution) -> torch.Tensor:
+    """Cross entropy summed over the pass's targets, in nats."""
     import torch
 
-    dtype = getattr(torch, hardware.dtype)
-    prefixed = {"shared_prefix": True} if it.has_prefix else {}
-    with torch.autocast(hardware.device, dtype, enabled=dtype != torch.float32):
+    dtype = getattr(torch, execution.dtype)
+    prefix = {"shared_prefix": True} if stream.has_prefix else {}
+    with torch.autocast(execution.device, dtype, enabled=dtype != torch.float32):
         logits = model(
-            input_ids=it.ids[None], position_ids=it.positions[None], use_cache=False, logits_to_keep=it.at,
-            cu_seq_lens_q=it.ends, cu_seq_lens_k=it.ends, max_length_q=it.longest, max_length_k=it.longest, **prefixed,
+            input_ids=stream.ids[None], position_ids=stream.positions[None], use_cache=False, logits_to_keep=stream.at,
+            cu_seq_lens_q=stream.ends, cu_seq_lens_k=stream.ends,
+            max_length_q=stream.longest, max_length_k=stream.longest, **prefix,
         ).logits[0]  # fmt: skip
-    if hardware.fused_loss:  # they are hidden states then
-        return fused_loss.summed(logits, model.get_output_embeddings().weight, it.targets)
-    return torch.nn.functional.cross_entropy(logits.float(), it.targets, reduction="sum", ignore_index=IGNORED)
+    if execution.fused_loss:  # they are hidden states then
+        return fused_loss.summed(logits, model.get_output_embeddings().weight, stream.targets)
+    return torch.nn.functional.cross_entropy(logits.float(), stream.targets, reduction="sum", ignore_index=IGNORED)

@@ -1,160 +1,143 @@
 """The model that is trained: the base in NF4, frozen, with LoRA layers in float32 around its linear ones.
 
-Where memory allows, the frozen NF4 weights are unpacked once: training sees the same values as if each pass unpacked
-them again, for 2 bytes a parameter. On a GPU, Liger's kernels and the fused LoRA layers of finetune_lora keep little for
-the backward pass, so that short passes without checkpointing fit where a whole batch wouldn't. Runs in the train
-environment.
+`load` reads the base, asks `execution.choose` how the run is run, and applies that. Where memory allows, the frozen NF4 weights are
+unpacked once, for 2 bytes a parameter: training sees the same values as if each pass unpacked them again. On a GPU, Liger's
+kernels and fused LoRA layers keep little for the backward pass: short passes then fit without checkpointing, where a whole batch
+wouldn't. Runs in the train environment.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import FinetuneConfig
 from pipeline.errors import ConfigError, ModelError
-from pipeline.finetune import attention as finetune_attention
-from pipeline.finetune import distributed, fsdp, fused_lora, memory
-from pipeline.finetune import fused_loss as finetune_head
-from pipeline.hardware import GPU_OPTIMIZERS
+from pipeline.finetune import attention, distributed, fsdp, fused_lora, fused_loss, memory
+from pipeline.finetune.execution import (
+    UNPACKED,
+    Base,
+    Execution,
+    Machine,
+    choose,
+    frozen_weights,
+    raise_for_gpu_optimizer,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     import torch
 
-UNPACKED_BYTES = 2
-UNPACK_UP_TO = {"cpu": 0.5, "cuda": 0.05}  # of free memory; a big model hides the unpacking behind its products
-UNPACKED = ", unpacked once"
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """What was chosen for this machine, for the artefact's detail. None of it changes the effective batch."""
-
-    device: str
-    name: str
-    dtype: str
-    threads: int
-    attention: str
-    shares_prefixes: bool
-    kernels: str
-    fused_loss: bool
-    cuda_graphs: bool
-    frozen_weights: str
-    gradient_checkpointing: bool
-    tokens_a_pass: int
-    processes: int = 1
-    split: bool = False
-
-
 def load(
-    base: Path, settings: FinetuneConfig, sequence_len: int, before: Hardware | None = None
-) -> tuple[Any, Hardware]:
-    """The base model of a Hugging Face folder, frozen, and how it will be run.
+    base: Path, settings: FinetuneConfig, sequence_len: int, before: Execution | None = None
+) -> tuple[Any, Execution]:
+    """The base model of a Hugging Face folder, frozen, and how the run is run.
 
-    What free memory decides is taken from `before`, where a run that began under other memory is gone on with: how a batch
-    is cut, and how weights are kept, show in the last bits of a sum.
-
-    Raises ModelError when transformers can't load the folder, ConfigError for a setting that needs a GPU.
+    A run that goes on keeps what memory decided `before`. Raises ModelError when transformers can't load the folder, ConfigError
+    for a setting that needs a GPU.
     """
+    machine = this_machine()
+    raise_for_gpu_optimizer(settings, machine.device)
+    model = _read(base, settings, machine)
+    weights = _keep_weights(model, settings, machine, before)
+    shape = _base_of(model, settings, machine)
+    execution = choose(
+        settings, shape, machine, weights,
+        sequence_len=sequence_len, free_bytes=_free_beside(model, settings, machine), before=before,
+    )  # fmt: skip
+    apply(model, execution)
+    return model, execution
+
+
+def this_machine() -> Machine:
+    """The device that this process computes on, as torch sees it."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Machine(
+        device=device,
+        name=torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        dtype=str(compute_dtype(device)).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        processes=distributed.size(),
+    )
+
+
+def apply(model: Any, execution: Execution) -> None:
+    """Make the base run as chosen: attention over packed rows, Liger's kernels, an output layer that returns its input."""
+    attention.register()
+    if execution.attention in (attention.CPU, attention.CUDA):
+        model.set_attn_implementation(execution.attention)
+    if execution.kernels.startswith("liger"):
+        from transformers.integrations.liger import apply_liger_kernel
+
+        apply_liger_kernel(model, LIGER)
+    if execution.fused_loss:
+        fused_loss.take_over(model)
+
+
+def _read(base: Path, settings: FinetuneConfig, machine: Machine) -> Any:
+    """The frozen base: on its device, or in main memory when it is going to be split."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and settings.optimizer in GPU_OPTIMIZERS:
-        raise ConfigError(
-            f"{settings.optimizer} needs a GPU and there is none",
-            key="finetune.optimizer",
-            allowed="adamw_torch or adamw_torch_fused",
-            remedy="set finetune.optimizer: adamw_torch",
-        )
-    dtype = compute_dtype(device)
-    split, processes = settings.fsdp_version is not None, distributed.size()
+    dtype, split = getattr(torch, machine.dtype), settings.fsdp_version is not None
     try:
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, quantization_config=None if split else four_bit(settings, dtype), local_files_only=True,
             trust_remote_code=False, use_safetensors=True,
-            device_map={"": torch.cuda.current_device()} if device == "cuda" and not split else None,
+            device_map={"": torch.cuda.current_device()} if machine.device == "cuda" and not split else None,
         )  # fmt: skip
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"the base model can't be loaded for training: {error}",
             file=str(base),
-            remedy="take a causal language model that this transformers version knows",
+            remedy="set base_model to a causal language model that this transformers version knows",
         ) from error
     model.requires_grad_(False)
     model.config.use_cache = False
-    weights = _weights(model, settings, dtype, device, before)
-    finetune_attention.register()
-    fits = device == "cpu" or dtype == torch.bfloat16  # the flash kernel knows 16 bits alone
-    attention = finetune_attention.choose(model.config, device, sequence_len) if fits else None
-    if attention:
-        model.set_attn_implementation(attention)
-    liger = device == "cuda" and _use_liger(model)
-    head_is_ours = device == "cuda" and not split and "lm_head" not in (settings.lora_target_modules or ())
-    fused_loss = head_is_ours and finetune_head.take_over(model)
-    tokens = settings.micro_batch_size * sequence_len
-    with fsdp.held_free(model, settings, device, processes) if split else nullcontext():
-        checkpointing, tokens_a_pass = (
-            (before.gradient_checkpointing, before.tokens_a_pass)
-            if before is not None
-            else memory.passes(
-                settings,
-                model.config,
-                device,
-                tokens,
-                sequence_len,
-                fused_loss=fused_loss,
-                gated=memory.is_gated(model, settings),
-            )
-        )
-    hardware = Hardware(
-        device=device,
-        name=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        dtype=str(dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        attention=attention or model.config._attn_implementation,  # noqa: SLF001 - transformers' own place for it
-        shares_prefixes=attention == finetune_attention.CPU,
-        kernels=("liger" if liger else "torch") + (", fused LoRA" if device == "cuda" else ""),
-        fused_loss=fused_loss,
-        cuda_graphs=attention == finetune_attention.CUDA
-        and fused_loss
-        and not checkpointing
-        and not rotates_by_length(model.config),
-        frozen_weights=weights,
-        gradient_checkpointing=checkpointing,
-        tokens_a_pass=tokens_a_pass,
-        processes=processes,
-        split=split,
-    )
-    return model, hardware
+    return model
 
 
-def rotates_by_length(config: Any) -> bool:
-    """Whether rotary frequencies depend on how long a pass is: Python looks at it, so that no CUDA graph can hold it."""
-    found = getattr(config, "rope_parameters", None) or {}
-    kinds = [found, *(part for part in found.values() if isinstance(part, dict))]
-    return any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds)
-
-
-def _weights(model: Any, settings: FinetuneConfig, dtype: torch.dtype, device: str, before: Hardware | None) -> str:
-    """How the frozen weights are kept; a small model's 4-bit ones are unpacked."""
+def _keep_weights(model: Any, settings: FinetuneConfig, machine: Machine, before: Execution | None) -> str:
+    """Pack the weights of a base to be split, or unpack a small one's; how they are kept then."""
     import torch
 
-    if not settings.load_in_4bit:
-        return "bf16" if dtype == torch.bfloat16 else "float32"
-    if settings.fsdp_version is not None:
-        fsdp.pack(model, settings, dtype)
-        return settings.bnb_4bit_quant_type
-    most = UNPACK_UP_TO[device] * memory.free(device)
-    if before is not None:
-        most = math.inf if before.frozen_weights.endswith(UNPACKED) else 0.0
-    return settings.bnb_4bit_quant_type + (UNPACKED if unpack(model, dtype, most) else "")
+    dtype = getattr(torch, machine.dtype)
+    if not settings.load_in_4bit or settings.fsdp_version is not None:
+        if settings.load_in_4bit:
+            fsdp.pack(model, settings, dtype)
+        return frozen_weights(settings, machine, packed_count=0, free_bytes=0.0)
+    count = sum(layer.in_features * layer.out_features for _, _, layer in _packed_layers(model))
+    weights = frozen_weights(settings, machine, count, memory.free(machine.device), before)
+    if weights.endswith(UNPACKED):
+        unpack(model, dtype)
+    return weights
+
+
+def _base_of(model: Any, settings: FinetuneConfig, machine: Machine) -> Base:
+    """The loaded base as far as choices look at it."""
+    return Base(
+        config=model.config,
+        attention=model.config._attn_implementation,  # noqa: SLF001 - transformers' own place for it
+        has_plain_head=fused_loss.is_plain(model),
+        has_gates=memory.recomputes_gates(model, settings),
+        is_known_to_liger=machine.device == "cuda" and _is_known_to_liger(model),
+    )
+
+
+def _free_beside(model: Any, settings: FinetuneConfig, machine: Machine) -> float:
+    """A GPU's free bytes beside the base's weights; 0 on a CPU, where memory decides no pass."""
+    if machine.device == "cpu":
+        return 0.0
+    split = settings.fsdp_version is not None
+    with fsdp.reserved(model, settings, machine.device, machine.processes) if split else nullcontext():
+        return memory.free(machine.device)
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -163,10 +146,10 @@ def compute_dtype(device: str) -> torch.dtype:
 
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    found = torch.backends.cpu.get_cpu_capability()
+    capability = torch.backends.cpu.get_cpu_capability()
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else set()
-    fast = {"avx512_bf16", "amx_bf16", "bf16"} & flags and found != "DEFAULT"
+    fast = {"avx512_bf16", "amx_bf16", "bf16"} & flags and capability != "DEFAULT"
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -184,41 +167,39 @@ def four_bit(settings: FinetuneConfig, dtype: torch.dtype) -> Any:
     )
 
 
-def unpack(model: Any, dtype: torch.dtype, most: float = math.inf) -> bool:
-    """Replace each 4-bit layer by a plain one of its dequantized values; False if that takes over `most` bytes."""
-    import bitsandbytes
+def unpack(model: Any, dtype: torch.dtype) -> None:
+    """Replace each 4-bit layer by a plain one of its dequantized values."""
     import torch
 
-    packed = [
+    for parent, name, layer in _packed_layers(model):
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(fused_lora.weight_of(layer, dtype), requires_grad=False)
+        plain.bias = layer.bias
+        setattr(parent, name, plain)
+    # peft asks the model whether its layers are packed
+    model.is_loaded_in_4bit = model.is_quantized = False
+
+
+def _packed_layers(model: Any) -> list[tuple[Any, str, Any]]:
+    """The 4-bit layers, each with its parent and its name there."""
+    import bitsandbytes
+
+    return [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if isinstance(child, bitsandbytes.nn.Linear4bit)
     ]
-    if UNPACKED_BYTES * sum(child.in_features * child.out_features for _, _, child in packed) > most:
-        return False
-    for parent, name, child in packed:
-        plain = torch.nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
-        plain.weight = torch.nn.Parameter(fused_lora.weight_of(child, dtype), requires_grad=False)
-        plain.bias = child.bias
-        setattr(parent, name, plain)
-    # peft asks the model whether its layers are packed
-    model.is_loaded_in_4bit = model.is_quantized = False
-    return True
 
 
-def _use_liger(model: Any) -> bool:
-    """Give the model Liger's norms, rotary embedding and SwiGLU; False where Liger doesn't know its architecture."""
+def _is_known_to_liger(model: Any) -> bool:
+    """Whether Liger has norms, rotary embedding and SwiGLU for the model's architecture."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    from transformers.integrations.liger import apply_liger_kernel
 
-    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return False
-    apply_liger_kernel(model, LIGER)
-    return True
+    return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
-def with_lora(model: Any, settings: FinetuneConfig, hardware: Hardware, base_digest: str, seed: int) -> Any:
+def with_lora(model: Any, settings: FinetuneConfig, execution: Execution, base_digest: str, seed: int) -> Any:
     """The model with LoRA layers, in training mode.
 
     Raises ConfigError when lora_target_modules names no layer of the model.
@@ -230,14 +211,14 @@ def with_lora(model: Any, settings: FinetuneConfig, hardware: Hardware, base_dig
     targets = list(settings.lora_target_modules or ()) or everything
     if "lm_head" in (settings.lora_target_modules or ()) and model.config.tie_word_embeddings:
         raise ConfigError(
-            "this base's output layer is its embedding, and no merged model could have one without the other",
+            "lm_head is this base's embedding too, and no merged model could have one without the other",
             key="finetune.lora_target_modules",
             allowed=", ".join(name for name in _linear_names(model) if name != "lm_head"),
-            remedy="take lm_head out of it",
+            remedy="take lm_head out of finetune.lora_target_modules",
         )
     torch.manual_seed(seed)
     try:
-        adapted = get_peft_model(
+        lora_model = get_peft_model(
             model,
             LoraConfig(
                 r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
@@ -246,22 +227,22 @@ def with_lora(model: Any, settings: FinetuneConfig, hardware: Hardware, base_dig
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(
-            f"LoRA finds no layer to adapt: {error}",
+            f"LoRA can't adapt a layer: {error}",
             key="finetune.lora_target_modules",
             allowed=", ".join(_linear_names(model)),
-            remedy="leave it out to adapt every linear layer",
+            remedy="leave finetune.lora_target_modules out to adapt every linear layer",
         ) from error
     # The folder that the base lies in is this machine's; its digest is the same everywhere.
-    adapted.peft_config["default"].base_model_name_or_path = f"sha256:{base_digest}"
-    if hardware.device == "cpu":
-        _quicken_dropout(adapted)
+    lora_model.peft_config["default"].base_model_name_or_path = f"sha256:{base_digest}"
+    if execution.device == "cpu":
+        _quicken_dropout(lora_model)
     else:
-        fused_lora.fuse(adapted, hardware.device)
-    if hardware.gradient_checkpointing:
-        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        adapted.enable_input_require_grads()
-    adapted.train()
-    return adapted
+        fused_lora.fuse(lora_model, execution.device)
+    if execution.gradient_checkpointing:
+        lora_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lora_model.enable_input_require_grads()
+    lora_model.train()
+    return lora_model
 
 
 def _linear_names(model: Any) -> list[str]:
@@ -275,23 +256,23 @@ def _linear_names(model: Any) -> list[str]:
 def _quicken_dropout(model: Any) -> None:
     """Replace torch's dropout, which draws a whole random number for each element, one after another.
 
-    Here four elements share 64 random bits: the probability is kept to 2^-16, and it takes less than half the
-    time (dropout was a third of a CPU step before).
+    Here four elements share 64 random bits: the probability is exact to 2^-16. It takes less than half the time; torch's took a
+    third of a CPU step.
     """
     import torch
 
     class Dropout(torch.nn.Module):  # type: ignore[misc] # torch is Any where types are checked
         def __init__(self, p: float) -> None:
             super().__init__()
-            self.dropped = round(p * 2**16)
-            self.scale = 1 / (1 - self.dropped / 2**16)
+            self.cut = round(p * 2**16)
+            self.scale = 1 / (1 - self.cut / 2**16)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if not self.training:
                 return x
             bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-            kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= self.dropped - 2**15
-            return x * (kept.to(x.dtype) * self.scale)
+            mask = bits.view(torch.int16)[: x.numel()].view(x.shape) >= self.cut - 2**15
+            return x * (mask.to(x.dtype) * self.scale)
 
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleDict):
@@ -327,6 +308,6 @@ def save_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> 
     (folder / "adapter_config.json").write_text(
         json.dumps(config, indent=2, sort_keys=True, default=str) + "\n", encoding="utf-8"
     )
-    named = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in sorted(weights.items())}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in sorted(weights.items())}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors writes for the owner only

@@ -1,10 +1,11 @@
 """Conversations → token rows with labels, and rows → the steps of an epoch.
 
-A row is rendered by the model's own chat template and trained from where the template's prompt for an
-answer ends to the token that ends the answer, every assistant turn of it; what a template puts behind
-that token is cut off. Text rows are trained whole, with an end token. Packing fills bins with whole rows
-and never splits one; that packed rows don't see each other is finetune/attention.py's part. Needs no
-torch; the tokenizer is handed in.
+- The model's own chat template renders a conversation. Each assistant turn carries loss, from the end of the template's prompt
+  to the token that ends the answer. Text behind that token is cut off.
+- A text row carries loss everywhere, with an end token.
+- Packing fills bins with whole rows and never splits one. finetune/attention.py keeps packed rows from seeing each other.
+
+Needs no torch; the tokenizer is handed in.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it is trained: token ids, and labels that are the id itself or IGNORED.
+    """One row in training: token ids, and labels that are the id itself or IGNORED.
 
     `prompt_length` counts the tokens before the last answer, exactly as a server sees them; 0 for text.
     """
@@ -33,11 +34,16 @@ class Row:
     input_ids: array[int]
     labels: array[int]
     prompt_length: int
-    truncated: bool
+    is_cut: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens that go through the model."""
+        return len(self.input_ids)
 
     @property
     def trained(self) -> int:
-        """Tokens that carry loss; the first token of a row has nothing to be predicted from."""
+        """Tokens that carry loss; no token predicts a row's first one."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
@@ -53,8 +59,8 @@ def encode(
 
     `tokenizer` is a Hugging Face tokenizer, `end_tokens` the ids that end an answer for the model.
 
-    Raises ModelError when there is no chat template or it doesn't end answers with an end token,
-    DataError (with the row's id) when the template refuses or rewrites one row.
+    Raises ModelError without a chat template, or when it doesn't end answers with an end token. Raises DataError, with the row's id,
+    when the template refuses or rewrites a row.
     """
     while chunk := list(islice(rows, ROWS_AT_ONCE)):
         texts = [_texts(row, tokenizer) for row in chunk]
@@ -63,24 +69,24 @@ def encode(
         for row, several in zip(chunk, texts, strict=True):
             if "messages" in row:
                 whole, *prompts = (next(ids) for _ in several)
-                found = _chat(row, tokenizer, several, whole, prompts, end_tokens)
+                spans = _chat(row, tokenizer, several, whole, prompts, end_tokens)
             else:
-                found = _text(row, tokenizer)
-            yield _labelled(*found, sequence_len=sequence_len, train_on_inputs=train_on_inputs)
+                spans = _text(row, tokenizer)
+            yield _labelled(*spans, sequence_len=sequence_len, train_on_inputs=train_on_inputs)
 
 
-Found = tuple[list[int], list[tuple[int, int]], int]
+Spans = tuple[list[int], list[tuple[int, int]], int]
 """Token ids, the spans [start, end) that are answers, and the prompt's length."""
 
 
 def _texts(row: Mapping[str, Any], tokenizer: Any) -> list[str]:
-    """The whole conversation, then what the model is shown before each assistant turn."""
+    """The whole conversation, then the prompt of each assistant turn; nothing of a text row."""
     if "messages" not in row:
         return []
     if not tokenizer.chat_template:
         raise ModelError(
-            "the base model has no chat template, so it can't be trained on conversations",
-            remedy="use its -instruct or -chat version, or rows of type: text",
+            "the base model comes without a chat template: it can't be trained on conversations",
+            remedy="set base_model to its -instruct or -chat version, or use rows of type: text",
         )
     from jinja2 import TemplateError
 
@@ -93,13 +99,13 @@ def _texts(row: Mapping[str, Any], tokenizer: Any) -> list[str]:
         raise _refused(row, f"the chat template refuses it: {error}") from error
     for prompt in prompts:
         if not whole.startswith(prompt):
-            raise _refused(row, "the chat template writes a question otherwise once it has been answered")
+            raise _refused(row, "the chat template must write a question as it does before the answer")
     return [whole, *prompts]
 
 
-def _refused(row: Mapping[str, Any], what: str) -> DataError:
+def _refused(row: Mapping[str, Any], reason: str) -> DataError:
     return DataError(
-        f"row {row.get('id')}: {what}", remedy="take the row out, or give it one answer and no earlier ones"
+        f"row {row.get('id')}: {reason}", remedy="take the row out, or give it one answer and no earlier ones"
     )
 
 
@@ -110,7 +116,7 @@ def _chat(
     whole: list[int],
     prompts: list[list[int]],
     end_tokens: Collection[int],
-) -> Found:
+) -> Spans:
     if prompts and whole[: len(prompts[-1])] != prompts[-1]:
         # A token spans the end of the prompt. A server never sees that token, so training doesn't either.
         answer = texts[0][len(texts[-1]) :]
@@ -121,8 +127,8 @@ def _chat(
         end = next((at for at in range(start, limit) if whole[at] in end_tokens), None)
         if end is None:
             raise ModelError(
-                f"the chat template puts no end token behind an answer (row {row.get('id')}),"
-                " so the model would never learn to stop",
+                f"the chat template puts no end token behind an answer (row {row.get('id')}):"
+                " the model would never learn to stop",
                 allowed=f"one of the end tokens {sorted(end_tokens)} behind each assistant turn",
                 remedy="correct eos_token_id in the base's generation_config.json, or its chat template",
             )
@@ -131,14 +137,14 @@ def _chat(
 
 
 def _common(whole: list[int], prompt: list[int]) -> int:
-    """Where an answer starts: behind the prompt's tokens, and behind a token that spans the border."""
+    """The answer's first token: behind the prompt's tokens, and behind a token that spans the border."""
     if whole[: len(prompt)] == prompt:
         return len(prompt)
-    same = next(at for at, (one, other) in enumerate(zip(whole, prompt, strict=False)) if one != other)
+    same = next(at for at, (token, expected) in enumerate(zip(whole, prompt, strict=False)) if token != expected)
     return same + 1
 
 
-def _text(row: Mapping[str, Any], tokenizer: Any) -> Found:
+def _text(row: Mapping[str, Any], tokenizer: Any) -> Spans:
     ids = list(tokenizer(row["text"])["input_ids"])
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
@@ -169,13 +175,13 @@ def steps_of_epoch(
 ) -> list[list[int]]:
     """The rows of each optimizer step of an epoch, by number, shuffled by seed and epoch alone.
 
-    A step takes `batch` bins of at most `capacity` tokens (a longer row has a bin to itself), or `batch` rows
-    when `capacity` is None; the last step takes what is left.
+    A step takes `batch` bins of at most `capacity` tokens (a longer row has a bin to itself), or `batch` rows where `capacity` is
+    None; the last step takes the rest.
     """
     order = list(range(len(lengths)))
     random.Random(f"{seed}:{epoch}").shuffle(order)  # noqa: S311 - an order, not a secret
     bins = [[row] for row in order] if capacity is None else _fill(order, lengths, capacity)
-    return [[row for one in bins[start : start + batch] for row in one] for start in range(0, len(bins), batch)]
+    return [[row for rows in bins[start : start + batch] for row in rows] for start in range(0, len(bins), batch)]
 
 
 def _fill(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -196,23 +202,23 @@ def _fill(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[l
 
 def passes(rows: Sequence[int], lengths: Sequence[int], *, tokens: int, most: int | None = None) -> list[list[int]]:
     """A step's rows cut into passes of at most `tokens` tokens and `most` rows, at least one row each."""
-    found: list[list[int]] = []
-    held = 0
+    parts: list[list[int]] = []
+    load = 0
     for row in rows:
-        if not found or held + lengths[row] > tokens or len(found[-1]) == most:
-            found.append([])
-            held = 0
-        found[-1].append(row)
-        held += lengths[row]
-    return found
+        if not parts or load + lengths[row] > tokens or len(parts[-1]) == most:
+            parts.append([])
+            load = 0
+        parts[-1].append(row)
+        load += lengths[row]
+    return parts
 
 
 def shared_prefix(rows: Sequence[Row]) -> int:
-    """How many tokens all of several rows begin with, short of the token before the first trained one."""
+    """How many tokens all of several rows begin with, short of the token before the first one with loss."""
     if len(rows) < 2:
         return 0
     first, last = min(row.input_ids for row in rows), max(row.input_ids for row in rows)
     pairs = zip(first, last, strict=False)
-    same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(first), len(last)))
-    untrained = min(next((at for at, it in enumerate(row.labels) if it != IGNORED), len(row.labels)) for row in rows)
-    return max(0, min(same, untrained - 1))
+    same = next((at for at, (low, high) in enumerate(pairs) if low != high), min(len(first), len(last)))
+    starts = (next((at for at, label in enumerate(row.labels) if label != IGNORED), len(row.labels)) for row in rows)
+    return max(0, min(same, min(starts) - 1))

@@ -1,4 +1,4 @@
-"""One process of a training over several GPUs: python -m pipeline.finetune.rank REQUEST.json, started by finetune_processes."""
+"""One process of a training over several GPUs: python -m pipeline.finetune.rank REQUEST.json, started by `launch`."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from typing import Any
 
 from pipeline import program
 from pipeline.errors import TunegateError
-from pipeline.finetune import distributed, launch
-from pipeline.finetune import train as finetune
+from pipeline.finetune import distributed, launch, train
 from pipeline.finetune.distributed import Group
 
 PR_SET_PDEATHSIG = 1
 
 
-def main(train: Callable[[program.Request, Group], dict[str, Any]] = finetune.train) -> None:
-    """Train this process's share; the first one hands the detail to the launcher, and errors come from any."""
+def main(share: Callable[[program.Request, Group], dict[str, Any]] = train.train) -> None:
+    """Train this process's share; the first process hands the detail to the launcher, and any process its error."""
     end_with_the_launcher()
     request = program.begin()
     try:
         group = distributed.join()
-        detail = train(request, group)
+        detail = share(request, group)
         distributed.leave()
     except TunegateError as error:
         program.emit("error", **error.to_json())
@@ -41,14 +40,14 @@ def main(train: Callable[[program.Request, Group], dict[str, Any]] = finetune.tr
 
 
 def end_with_the_launcher() -> None:
-    """Be killed when the launcher is: it could no longer end this process, which would wait for its partners for ever."""
+    """Be killed with the launcher: nothing else could end this process, and it would wait for its partners for ever."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[launch.LAUNCHER]):
         sys.exit(launch.LOST)
 
 
 def end(status: int) -> None:
-    """Exit at once: a communicator may wait in its destructor for partners that are gone, or fail there after all is done."""
+    """Exit at once: a communicator's destructor may wait for partners that are gone, or fail after all is done."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""The prepared rows of a training run as token rows, and the record of what training saw.
+"""The rows of supervised fine-tuning (sft): prepared rows as token rows, and a record of the first ones.
 
 Runs in the train environment (the base model's tokenizer).
 """
@@ -23,38 +23,37 @@ SEEN_ROWS = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows to train and to validate on, as token rows, and what became of them."""
+    """The rows to train and to validate on, as token rows; how many were cut, and how many were left without an answer."""
 
     train: list[Row]
     validation: list[Row]
-    truncated: int
+    cut: int
     without_answer: int
 
 
-def read(base: Path, prepared: Path, extra: Path | None, settings: FinetuneConfig, sequence_len: int) -> Rows:
-    """The prepared rows as the base model's chat template and tokenizer write them.
+def read(base: Path, splits: Path, extra: Path | None, settings: FinetuneConfig, sequence_len: int) -> Rows:
+    """The prepared `splits` as the base model's chat template and tokenizer write them.
 
-    The first of them go to extra/seen_tokens.jsonl, token by token, where `extra` is given.
-
-    Raises DataError when no row is left that carries loss.
+    The first of them go to extra/seen_tokens.jsonl, token by token, where `extra` is given. Raises DataError when no row carries
+    loss.
     """
-    encoded = encoder(base, settings, sequence_len)
-    train, validation = encoded(prepared / "train.jsonl"), encoded(prepared / "val.jsonl")
+    encode_file = encoder(base, settings, sequence_len)
+    train, validation = encode_file(splits / "train.jsonl"), encode_file(splits / "val.jsonl")
     if extra:
-        write_lines(extra / "seen_tokens.jsonl", _seen(_lines(prepared / "train.jsonl"), train))
-    kept = [row for row in train if row.trained]
-    if not kept:
+        write_lines(extra / "seen_tokens.jsonl", _seen(_lines(splits / "train.jsonl"), train))
+    with_loss = [row for row in train if row.trained]
+    if not with_loss:
         raise DataError(
             f"none of {len(train)} training rows carries loss within {sequence_len} tokens",
-            file=str(prepared / "train.jsonl"),
+            file=str(splits / "train.jsonl"),
             key="data.sequence_len",
             remedy="raise data.sequence_len, or set finetune.train_on_inputs: true",
         )
     return Rows(
-        train=kept,
+        train=with_loss,
         validation=[row for row in validation if row.trained],
-        truncated=sum(row.truncated for row in train),
-        without_answer=len(train) - len(kept),
+        cut=sum(row.is_cut for row in train),
+        without_answer=len(train) - len(with_loss),
     )
 
 
@@ -65,15 +64,15 @@ def encoder(base: Path, settings: FinetuneConfig, sequence_len: int) -> Callable
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     ends = special_tokens.end_tokens(base, tokenizer)
 
-    def encoded(file: Path) -> list[Row]:
+    def encode_file(file: Path) -> list[Row]:
         lines, inputs = _lines(file), settings.train_on_inputs
         return list(encode(lines, tokenizer, end_tokens=ends, sequence_len=sequence_len, train_on_inputs=inputs))
 
-    return encoded
+    return encode_file
 
 
 def _seen(lines: Iterator[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The first conversations exactly as trained: what a server's tokens are held against."""
+    """The first conversations exactly as trained, to compare a server's tokens with."""
     chats = ((line, row) for line, row in zip(lines, rows, strict=True) if "messages" in line)
     return [
         {
@@ -81,7 +80,7 @@ def _seen(lines: Iterator[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str
             "input_ids": row.input_ids.tolist(),
             "labels": row.labels.tolist(),
             "prompt_length": row.prompt_length,
-            "truncated": row.truncated,
+            "truncated": row.is_cut,
         }
         for line, row in islice(chats, SEEN_ROWS)
     ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from pipeline.artifacts import Check, Interval, Outcome
-from pipeline.intervals.scores import items_to_decide
+from pipeline.intervals.sample_size import items_to_decide
 
 NOTHING_BETTER = "the estimate lies too near the threshold for any number of items to decide"
 

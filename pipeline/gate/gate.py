@@ -41,7 +41,8 @@ from pipeline.evaluation import scoring, slices
 from pipeline.gate import load
 from pipeline.gate import policy as gate_policy
 from pipeline.gate.decide import Question, decide
-from pipeline.intervals import scores as statistics
+from pipeline.intervals.groups import effective_groups
+from pipeline.intervals.scores import difference_interval, mean_interval
 
 ADVISORY = "advisory"
 NO_INCUMBENT = "no incumbent yet"
@@ -128,7 +129,7 @@ def _clusters_checks(items: Sequence[Item], policy: GateConfig) -> list[Check]:
     if policy.cluster_by is None:
         return []
     named = scoring.groups(items, policy.cluster_by) or []
-    effective = statistics.effective_groups(named)
+    effective = effective_groups(named)
     found = f"{len(items)} items come in {len(set(named))} groups"
     uneven = (
         f" of unequal size, which count as {effective:.1f} effective groups"
@@ -238,7 +239,7 @@ def _metric_questions(check: MetricCheck, reports: Reports, policy: GateConfig) 
 def _level(reports: Reports, metric: str, policy: GateConfig, confidence: float) -> Interval:
     task = gate_policy.task_result(reports.tasks.get("candidate", ()), metric)
     if task is not None:
-        return statistics.mean_interval(task.values, confidence)
+        return mean_interval(task.values, confidence)
     return scoring.metric(reports.evaluations["candidate"].items, metric, confidence, policy.cluster_by)
 
 
@@ -247,7 +248,7 @@ def _gap(reports: Reports, other: str, metric: str, policy: GateConfig, confiden
     if task is not None:
         theirs = gate_policy.task_result(reports.tasks[other], metric)
         assert theirs is not None  # noqa: S101 - gate_policy.unfit looked
-        return statistics.difference_interval(task.values, theirs.values, confidence)
+        return difference_interval(task.values, theirs.values, confidence)
     ours, against = reports.evaluations["candidate"].items, reports.evaluations[other].items
     return scoring.difference(ours, against, metric, confidence, policy.cluster_by)
 
@@ -281,7 +282,7 @@ def _slice_questions(check: SliceCheck, reports: Reports, policy: GateConfig) ->
     small = 0
     for part, chosen in parts.items():
         mine, against = [pairs[index][0] for index in chosen], [pairs[index][1] for index in chosen]
-        draws = statistics.effective_groups(scoring.groups(mine, policy.cluster_by) or [])
+        draws = effective_groups(scoring.groups(mine, policy.cluster_by) or [])
         if len(chosen) < check.min_items or (policy.cluster_by and draws < MIN_CLUSTERS):
             small += len(chosen)
             continue
@@ -323,7 +324,7 @@ def _judge_questions(reports: Reports, policy: GateConfig) -> Iterator[Question 
         yield Question(
             name=name,
             rule=rule,
-            estimate=partial(statistics.mean_interval, scores, groups=groups),
+            estimate=partial(mean_interval, scores, groups=groups),
             reach=check.min,
             broken=check.min,
             items=len(scores),

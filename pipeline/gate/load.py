@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pipeline.artifacts import Check, LoadLevel, LoadTest, Outcome
 from pipeline.config.gate import GateConfig, LoadCheck
 from pipeline.intervals.load import Measured, measured
-from pipeline.intervals.scores import wilson
+from pipeline.intervals.proportions import wilson
 
 
 def errors_check(where: str, failed: int, sent: int, policy: GateConfig) -> Check:
@@ -62,8 +62,10 @@ def _objective(check: LoadCheck, level: LoadLevel, confidence: float) -> Check:
         why = f"{found.how}: nothing to make an interval from"
     elif outcome == "inconclusive" and found.open_above and check.max is not None:
         why = "too few requests for an upper bound"
-        why += f": {found.needed} are needed, loadtest.num_prompts times repeats" if found.needed else ""
-    elif outcome == "inconclusive" and not found.repeated:
+        why += (
+            f": {found.least_requests} are needed, loadtest.num_prompts times repeats" if found.least_requests else ""
+        )
+    elif outcome == "inconclusive" and not found.over_runs:
         why += ": one run says little of the next; set loadtest.repeats to 3 or more"
     elif outcome == "inconclusive":
         why += "; more requests or repeats would narrow it"
@@ -82,4 +84,4 @@ def _outcome(found: Measured, check: LoadCheck) -> Outcome:
             interval.low >= (check.min or 0.0),
             interval.high < (check.min or 0.0) and not found.open_above,
         )
-    return "pass" if holds and found.repeated else "fail" if broken else "inconclusive"
+    return "pass" if holds and found.over_runs else "fail" if broken else "inconclusive"

@@ -1,1 +1,1 @@
-"""Statistics, pure: intervals of scores and of load metrics, and the items that a margin needs."""
+"""Statistics, pure: intervals of proportions, scores, macro-F1 and load metrics, and the items that a comparison needs."""

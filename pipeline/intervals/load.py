@@ -1,9 +1,8 @@
-"""Confidence intervals for what a load test measured: percentiles of latencies, and throughput.
+"""Confidence intervals for the figures of a load test: percentiles of latencies, and throughput.
 
-With three or more repeats the interval is Student's t over them, which sees whatever moves a whole run. With
-fewer it comes from the requests inside the run, taken as independent: it knows nothing of a noisy neighbour
-or a cold cache, and requests that share a batch aren't quite independent, so one repeat is weak evidence.
-Pure; no random numbers.
+With three or more repeats the interval is Student's t over them, which includes whatever moves a whole run. With fewer it comes
+from the requests inside the run, taken as independent. Limits of the latter: a noisy neighbour or a cold cache stays unseen, and
+requests that share a batch aren't quite independent. One repeat is therefore weak evidence. Pure; no random numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from pipeline.artifacts import Interval, LoadLevel
-from pipeline.intervals.scores import normal_quantile
+from pipeline.intervals.proportions import normal_quantile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,19 +26,20 @@ ENOUGH_REPEATS = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """An interval and what it rests on.
+    """An interval and the evidence that it rests on.
 
-    `open_above`: too few requests for any upper bound at this confidence (its `high` is only the largest
-    value seen). `unknown`: nothing to make an interval from, `low` and `high` are the value itself.
-    `repeated`: it rests on repeated runs, so it knows how runs differ.
+    - `open_above`: too few requests for any upper bound at this confidence; `high` is only the largest value seen. An upper
+      bound takes `least_requests`, where that number is known.
+    - `unknown`: no samples to make an interval from; `low` and `high` are the value itself.
+    - `over_runs`: it rests on repeated runs, so it includes how runs differ.
     """
 
     interval: Interval
     how: str
     open_above: bool = False
-    needed: int | None = None
+    least_requests: int | None = None
     unknown: bool = False
-    repeated: bool = False
+    over_runs: bool = False
 
 
 def measured(level: LoadLevel, metric: str, confidence: float) -> Measured | None:
@@ -49,15 +49,14 @@ def measured(level: LoadLevel, metric: str, confidence: float) -> Measured | Non
         return None
     within = _within_runs(level, metric, confidence)
     if len(values) < ENOUGH_REPEATS:
-        value = sum(values) / len(values)
-        nothing = Measured(Interval(value=value, low=value, high=value), "no per-request samples", unknown=True)
-        return within or nothing
+        mean = sum(values) / len(values)
+        return within or Measured(Interval(value=mean, low=mean, high=mean), "no per-request samples", unknown=True)
     return Measured(
         over_repeats(values, confidence),
         f"t interval over {len(values)} repeats",
         open_above=within is not None and within.open_above,
-        needed=within.needed if within else None,
-        repeated=True,
+        least_requests=within.least_requests if within else None,
+        over_runs=True,
     )
 
 
@@ -95,21 +94,21 @@ def _within_runs(level: LoadLevel, metric: str, confidence: float) -> Measured |
 def quantile_interval(values: Floats, share: float, confidence: float) -> Measured:
     """A quantile of independent values by order statistics: no assumption on their distribution.
 
-    The limits are the order statistics whose ranks the binomial distribution gives (Conover, Practical
-    Nonparametric Statistics, 1999, section 3.2), as scipy.stats.quantile_test has them.
+    The limits are the order statistics whose ranks the binomial distribution gives (Conover, Practical Nonparametric Statistics,
+    1999, section 3.2), as scipy.stats.quantile_test computes them.
     """
     import numpy as np
     from scipy.stats import quantile_test
 
-    found = quantile_test(values, p=share).confidence_interval(confidence)
-    open_above = math.isnan(found.high)
+    limits = quantile_test(values, p=share).confidence_interval(confidence)
+    open_above = math.isnan(limits.high)
     interval = Interval(
         value=float(np.quantile(values, share)),
-        low=0.0 if math.isnan(found.low) else float(found.low),
-        high=float(values.max() if open_above else found.high),
+        low=0.0 if math.isnan(limits.low) else float(limits.low),
+        high=float(values.max() if open_above else limits.high),
     )
-    needed = requests_needed(share, confidence)
-    return Measured(interval, f"order statistics of {len(values)} requests", open_above, needed)
+    how = f"order statistics of {len(values)} requests"
+    return Measured(interval, how, open_above, requests_needed(share, confidence))
 
 
 def requests_needed(share: float, confidence: float) -> int:
@@ -120,15 +119,15 @@ def requests_needed(share: float, confidence: float) -> int:
 def clustered_quantile_interval(values: Floats, sizes: NDArray[np.int_], share: float, confidence: float) -> Measured:
     """A quantile of values in clusters (the gaps between one answer's tokens), by Woodruff's method.
 
-    The share of values at or below the quantile is a ratio over clusters with its usual linearized standard
-    error; the limits are the quantiles at share ± z·error (R. S. Woodruff, JASA 47:635-646, 1952). The error
-    is never taken smaller than that of independent values.
+    The limits are the quantiles at share ± z·error (R. S. Woodruff, JASA 47:635-646, 1952). `error` is the linearized standard
+    error of the share of values at or below the quantile, a ratio over clusters. It is never taken smaller than that of
+    independent values.
     """
     import numpy as np
 
-    value = float(np.quantile(values, share))
+    quantile = float(np.quantile(values, share))
     starts = np.concatenate([[0], np.cumsum(sizes)])
-    below = np.array([(values[a:b] <= value).sum() for a, b in pairwise(starts)])
+    below = np.array([(values[a:b] <= quantile).sum() for a, b in pairwise(starts)])
     clusters, total = len(sizes), len(values)
     residual = below - sizes * below.sum() / total
     spread = clusters / (clusters - 1) * float((residual**2).sum()) if clusters > 1 else float(total)
@@ -136,7 +135,7 @@ def clustered_quantile_interval(values: Floats, sizes: NDArray[np.int_], share: 
     upper = share + normal_quantile(confidence) * error
     lower = share - normal_quantile(confidence) * error
     interval = Interval(
-        value=value,
+        value=quantile,
         low=float(np.quantile(values, lower)) if lower > 0 else 0.0,
         high=float(np.quantile(values, min(1.0, upper))),
     )
@@ -146,9 +145,8 @@ def clustered_quantile_interval(values: Floats, sizes: NDArray[np.int_], share: 
 def throughput_interval(rate: float, work: Floats, seconds: Floats, confidence: float) -> Measured:
     """Throughput with the relative error of the ratio mean(work) / mean(seconds) over requests.
 
-    In a closed loop of c users throughput is c·mean(work)/mean(seconds) (Little's law), so the requests'
-    spread gives the ratio's linearized standard error (Cochran, Sampling Techniques, 1977, section 6.4),
-    carried over to the measured `rate`.
+    In a closed loop of c users, throughput = c·mean(work) / mean(seconds) (Little's law). So the requests' spread gives the
+    ratio's linearized standard error (Cochran, Sampling Techniques, 1977, section 6.4), carried over to the measured `rate`.
     """
     import numpy as np
 

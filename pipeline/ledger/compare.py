@@ -1,6 +1,6 @@
 """The loss ledger: which step of a model's making lost quality, by paired differences on the same items.
 
-No torch, no server: `ledger/answers.py` asks each step, `ledger/scores.py` scores what it said.
+No torch, no server: `ledger/answers.py` asks each step, `ledger/scores.py` scores its answers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MERGES: tuple[LedgerStep, ...] = ("merged_original", "merged_dequantized")
 
 @dataclass(frozen=True)
 class Change:
-    """A step against the one it was made from: `change` is its score less that of `before`, on the same items."""
+    """A step against its predecessor: change = score - score of `before`, on the same items."""
 
     step: LedgerStep
     before: LedgerStep
@@ -24,20 +24,20 @@ class Change:
 
 
 def served(candidate: Evaluation, before: LedgerEntry) -> LedgerEntry:
-    """The last step: what the candidate answered in its evaluation to the items of the step `before` it."""
-    answered = {item.id: item for item in candidate.items}
-    return LedgerEntry(step="served", engine="vllm", items=tuple(answered[item.id] for item in before.items))
+    """The last step: the candidate's answers in its evaluation to the items of the step `before` it."""
+    items = {item.id: item for item in candidate.items}
+    return LedgerEntry(step="served", engine="vllm", items=tuple(items[item.id] for item in before.items))
 
 
 def changes(entries: Sequence[LedgerEntry], metric: str, confidence: float) -> list[Change]:
     """Each step against its predecessor, in the ledger's order; intervals as in `scoring.difference`.
 
-    Both ways to merge come from the adapter; what follows them comes from the last one that is listed, which is the way
-    that was taken. A step that wasn't measured is passed over: its successor is held against the step before it.
+    Both ways to merge come from the adapter; their successor comes from the last one listed, which is the way of this model. A step
+    that wasn't measured is passed over: its successor is compared with the step before it.
 
     Raises ValueError when two steps don't have the same items in the same order.
     """
-    found = []
+    steps = []
     for at, entry in enumerate(entries):
         before = _predecessor(entry, entries[:at])
         if before is None:
@@ -45,27 +45,27 @@ def changes(entries: Sequence[LedgerEntry], metric: str, confidence: float) -> l
         if [item.id for item in entry.items] != [item.id for item in before.items]:
             raise ValueError(f"{entry.step} and {before.step} were not scored on the same items")
         change = scoring.difference(entry.items, before.items, metric, confidence)
-        found.append(Change(entry.step, before.step, change))
-    return found
+        steps.append(Change(entry.step, before.step, change))
+    return steps
 
 
 def culprit(entries: Sequence[LedgerEntry], metric: str, confidence: float) -> Change | None:
-    """The step on the candidate's way that lost most of those whose whole interval lies below 0; None where none does.
+    """The step on the candidate's way with the largest loss, among steps whose whole interval lies below 0; None without one.
 
-    Claimed is that this step lost, at `confidence` for the one comparison; nothing is said of the others. Where no step lost,
-    one is named all the same in up to a tenth of ledgers at 0.95: four steps after the base, each wrong on this side in a
-    fortieth. The way to merge that wasn't taken is no step on the candidate's way.
+    The claim: this step lost, at `confidence` for the one comparison. It says nothing of the other steps. Where no step lost, a step
+    is named in up to a tenth of ledgers at 0.95: four steps after the base, each wrong on this side in a fortieth. The other way to
+    merge isn't on the candidate's way.
     """
-    taken = next((entry.step for entry in reversed(entries) if entry.step in MERGES), None)
-    lost = [
+    way = next((entry.step for entry in reversed(entries) if entry.step in MERGES), None)
+    losses = [
         change
         for change in changes(entries, metric, confidence)
-        if change.change.high < 0 and (change.step not in MERGES or change.step == taken)
+        if change.change.high < 0 and (change.step not in MERGES or change.step == way)
     ]
-    return min(lost, key=lambda change: change.change.value, default=None)
+    return min(losses, key=lambda change: change.change.value, default=None)
 
 
 def _predecessor(entry: LedgerEntry, earlier: Sequence[LedgerEntry]) -> LedgerEntry | None:
     if entry.step in MERGES:
-        earlier = [other for other in earlier if other.step not in MERGES]
+        earlier = [candidate for candidate in earlier if candidate.step not in MERGES]
     return earlier[-1] if earlier else None

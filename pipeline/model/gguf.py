@@ -1,8 +1,8 @@
-"""A GGUF file into a Hugging Face folder: configuration, weights in bf16, special tokens, template, licence.
+"""Converts a GGUF file into a Hugging Face folder: configuration, weights in bf16, special tokens, template, licence.
 
-Read from the file's own metadata, not through transformers, whose 5.17 takes eos and bos from the wrong
-keys. Limits: one file, dense Llama, Mistral, Qwen2 and Qwen3 models without RoPE scaling. Quantized tensors
-are dequantized: what was lost when the file was made stays lost.
+The file's own metadata are read, not through transformers: its 5.17 takes eos and bos from the wrong keys.
+Limits: one file, dense Llama, Mistral, Qwen2 and Qwen3 models without RoPE scaling. Quantized tensors are
+dequantized; the precision that the file lost stays lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.model import weights
 if TYPE_CHECKING:
     import torch
 
-HF_REMEDY = "name the model's Hugging Face folder or hub id instead"
+HF_REMEDY = "set base_model to the model's Hugging Face folder or hub id instead"
 ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
@@ -52,9 +52,9 @@ UNQUANTIZED = {"F16", "BF16", "F32", "F64"}
 
 
 class GgufModel:
-    """An open GGUF file, found whole and of a kind that this module can convert.
+    """An open GGUF file, complete and of a kind that this module can convert.
 
-    Raises ModelError with everything that speaks against it.
+    Raises ModelError with every reason against it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,9 +68,9 @@ class GgufModel:
                 f"isn't a readable GGUF file: {error}", file=str(path), remedy="fetch the file again"
             ) from error
         self.path = path
-        found = list(self._problems())
-        if found:
-            raise ModelError(found)
+        problems = list(self._problems())
+        if problems:
+            raise ModelError(problems)
         self._tensors = {self._hf_name(tensor.name): tensor for tensor in self._reader.tensors}
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -79,13 +79,13 @@ class GgufModel:
 
     @property
     def licence(self) -> str | None:
-        """As the file's maker stated it."""
-        found = self.metadata.get("general.license")
-        return str(found) if found else None
+        """The licence in the file's metadata."""
+        name = self.metadata.get("general.license")
+        return str(name) if name else None
 
     @property
     def quantized_from(self) -> str | None:
-        """The kind of file by what most weights are, such as "Q4_1 GGUF"; None at full precision."""
+        """The type of most weights, such as "Q4_1 GGUF"; None at full precision."""
         sizes: Counter[str] = Counter()
         for tensor in self._reader.tensors:
             sizes[tensor.tensor_type.name] += int(tensor.n_elements) if len(tensor.shape) > 1 else 0
@@ -111,20 +111,20 @@ class GgufModel:
         return torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
 
     def config(self) -> dict[str, Any]:
-        """What config.json holds, in the spelling of transformers 4 and of 5."""
+        """The content of config.json, in the spelling of transformers 4 and of 5."""
         model_type, architecture = ARCHITECTURES[self.metadata["general.architecture"]]
-        hidden, heads = int(self.get("embedding_length")), self._heads
+        hidden_size, heads = int(self.get("embedding_length")), self._heads
         theta = _shortest(self.get("rope.freq_base", 10000.0))
         return {
             "architectures": [architecture],
             "model_type": model_type,
             "vocab_size": self.shapes["model.embed_tokens.weight"][0],
-            "hidden_size": hidden,
+            "hidden_size": hidden_size,
             "intermediate_size": int(self.get("feed_forward_length")),
             "num_hidden_layers": int(self.get("block_count")),
             "num_attention_heads": heads,
             "num_key_value_heads": self._kv_heads,
-            "head_dim": int(self.get("attention.key_length", hidden // heads)),
+            "head_dim": int(self.get("attention.key_length", hidden_size // heads)),
             "hidden_act": "silu",
             "max_position_embeddings": int(self.get("context_length")),
             "initializer_range": 0.02,
@@ -174,7 +174,7 @@ class GgufModel:
                           remedy="join them with llama.cpp's `llama-gguf-split --merge`")  # fmt: skip
         for key in NEEDED:
             if self.get(key) is None:
-                yield Problem("isn't there", file=file, key=f"{architecture}.{key}", remedy="fetch the file again")
+                yield Problem("is missing", file=file, key=f"{architecture}.{key}", remedy="fetch the file again")
         if self.get("expert_count"):
             yield Problem(
                 "a mixture of experts can't be converted",
@@ -191,9 +191,9 @@ class GgufModel:
     def _token_problems(self, file: str) -> Iterator[Problem]:
         eos = self.metadata.get("tokenizer.ggml.eos_token_id")
         if eos is None:
-            yield Problem("no end token is stated", file=file, key="tokenizer.ggml.eos_token_id", remedy=HF_REMEDY)
+            yield Problem("the end token is missing", file=file, key="tokenizer.ggml.eos_token_id", remedy=HF_REMEDY)
         if not self.metadata.get("tokenizer.chat_template"):
-            yield Problem("there is no chat template", file=file, key="tokenizer.chat_template",
+            yield Problem("the chat template is missing", file=file, key="tokenizer.chat_template",
                           remedy="take the -Instruct version of the model")  # fmt: skip
 
     def _tensor_problems(self, file: str) -> Iterator[Problem]:
@@ -206,22 +206,22 @@ class GgufModel:
                     f"type {kind.name} can't be read",
                     file=file,
                     key=tensor.name,
-                    remedy="take another quantization",
+                    remedy="take the model's file in another quantization",
                 )
             try:
                 self._hf_name(tensor.name)
             except KeyError:
-                # rope_freqs.weight is a scaling of the positions that no metadata names.
-                yield Problem("is a tensor of unknown use", file=file, key=tensor.name, remedy=HF_REMEDY)
+                # rope_freqs.weight scales positions, and the metadata don't say how.
+                yield Problem("isn't a tensor that this conversion knows", file=file, key=tensor.name, remedy=HF_REMEDY)
         if "token_embd.weight" not in {tensor.name for tensor in self._reader.tensors}:
             yield Problem("is missing", file=file, key="token_embd.weight", remedy="fetch the file again")
 
 
 def convert(path: Path, folder: Path, on_progress: Callable[[int, int], None]) -> GgufModel:
-    """Write the model in the GGUF file `path` as a Hugging Face folder, and return what was read.
+    """Write the model in the GGUF file `path` as a Hugging Face folder, and return the open file.
 
-    generation_config.json and the check of the special tokens are left to `special_tokens`.
-    Raises ModelError for a file that can't be converted rightly, ResourceError when the disk is too small.
+    `special_tokens` writes generation_config.json and checks the special tokens.
+    Raises ModelError for a file that can't be converted correctly, ResourceError when the disk is too small.
     """
     from pipeline.model import checkpoint, gguf_tokenizer
 

@@ -1,7 +1,7 @@
 """A GGUF file's tokenizer as tokenizer.json and tokenizer_config.json: the same text gives the same tokens.
 
-Byte-level BPE only, and only with the ways of cutting text into words listed here: another cut would give
-other tokens without a word, so it is refused. Needs the tokenizers package.
+Byte-level BPE only, and only with the ways of cutting text into words in CUTS. Another cut would silently give other
+tokens, so it is refused. Needs the tokenizers package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
-REMEDY = "name the model's Hugging Face folder or hub id instead"
+REMEDY = "set base_model to the model's Hugging Face folder or hub id instead"
 # One alternative a line: contractions, words, numbers, punctuation, line ends, spaces.
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -36,18 +36,18 @@ CUTS = {
     "llama-bpe": "llama3",
     "llama3": "llama3",
 }
-# Whether a beginning token is added where the file doesn't say.
+# The cuts that add a beginning token where the file doesn't say.
 ADDS_BOS = {"llama-bpe", "llama3"}
 
 
 def write(metadata: dict[str, Any], source: Path, folder: Path) -> None:
     """Write the tokenizer's files into `folder`.
 
-    Raises ModelError when its kind isn't known here.
+    Raises ModelError for a kind of tokenizer that can't be converted.
     """
-    found = _problems(metadata, str(source))
-    if found:
-        raise ModelError(found)
+    problems = _problems(metadata, str(source))
+    if problems:
+        raise ModelError(problems)
     tokenizer = build(metadata)
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", settings(metadata))
@@ -83,9 +83,9 @@ def build(metadata: dict[str, Any]) -> Tokenizer:
 
 
 def settings(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What tokenizer_config.json holds: the special tokens by the ids that the file's own metadata state."""
+    """The content of tokenizer_config.json, with the special tokens whose ids are in the file's own metadata."""
     tokens = metadata["tokenizer.ggml.tokens"]
-    found: dict[str, Any] = {
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the name that transformers 4 and 5 both know
         "clean_up_tokenization_spaces": False,
         "add_bos_token": _adds_bos(metadata),
@@ -94,8 +94,8 @@ def settings(metadata: dict[str, Any]) -> dict[str, Any]:
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         number = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if number is not None:
-            found[f"{role}_token"] = tokens[number]
-    return found
+            config[f"{role}_token"] = tokens[number]
+    return config
 
 
 def _problems(metadata: dict[str, Any], file: str) -> list[Problem]:
@@ -110,11 +110,11 @@ def _problems(metadata: dict[str, Any], file: str) -> list[Problem]:
                 remedy=REMEDY,
             )
         ]
-    found = []
+    problems = []
     if pre not in CUTS:
-        found.append(
+        problems.append(
             Problem(
-                f"how {pre} cuts text into words isn't known",
+                f"the way in which {pre} cuts text into words isn't known",
                 file=file,
                 key="tokenizer.ggml.pre",
                 allowed=", ".join(CUTS),
@@ -122,21 +122,21 @@ def _problems(metadata: dict[str, Any], file: str) -> list[Problem]:
             )
         )
     size = len(metadata.get("tokenizer.ggml.tokens", []))
-    found += [Problem("isn't there", file=file, key=f"tokenizer.ggml.{key}", remedy="fetch the file again")
+    problems += [Problem("is missing", file=file, key=f"tokenizer.ggml.{key}", remedy="fetch the file again")
               for key in ("tokens", "merges") if not metadata.get(f"tokenizer.ggml.{key}")]  # fmt: skip
     for key in ("bos", "eos", "unknown", "padding"):
         number = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if number is not None and not 0 <= number < size:
-            found.append(
+            problems.append(
                 Problem(
-                    f"{number} is no token's number",
+                    f"{number} isn't a token's number",
                     file=file,
                     key=f"tokenizer.ggml.{key}_token_id",
                     allowed=f"0 to {size - 1}",
                     remedy="fetch the file again",
                 )
             )
-    return found
+    return problems
 
 
 def _words(cut: str) -> PreTokenizer:
@@ -166,8 +166,8 @@ def _pair(merge: str) -> tuple[str, str]:
 
 
 def _adds_bos(metadata: dict[str, Any]) -> bool:
-    stated = metadata.get("tokenizer.ggml.add_bos_token")
-    return bool(metadata.get("tokenizer.ggml.pre") in ADDS_BOS if stated is None else stated)
+    setting = metadata.get("tokenizer.ggml.add_bos_token")
+    return bool(metadata.get("tokenizer.ggml.pre") in ADDS_BOS if setting is None else setting)
 
 
 def _add_bos(tokenizer: Tokenizer, metadata: dict[str, Any]) -> None:

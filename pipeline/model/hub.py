@@ -29,15 +29,15 @@ SUBFOLDERS = ["*/*"]
 def fetch(repository: str, revision: str) -> tuple[Path, Path]:
     """The folder of that commit, and the cache folder that its links may point into.
 
-    Raises ModelError saying what to do: accept a gated model's terms, log in, correct the name or the
-    revision, get online.
+    Raises ModelError with the remedy: accept a gated model's terms, log in, correct the name or the revision,
+    get online.
     """
     folder = _download(repository, revision, SMALL)
     cache = folder.parent.parent
     not_yet_here = (checks.NO_WEIGHTS, weights.LOST)
-    found = [problem for problem in checks.problems(folder, cache) if not problem.what.startswith(not_yet_here)]
-    if found:  # known before gigabytes are fetched
-        raise ModelError(found)
+    problems = [problem for problem in checks.problems(folder, cache) if not problem.what.startswith(not_yet_here)]
+    if problems:  # raised before gigabytes are fetched
+        raise ModelError(problems)
     return _download(repository, revision, [*SMALL, *WEIGHTS]), cache
 
 
@@ -58,17 +58,17 @@ def _download(repository: str, revision: str, patterns: list[str]) -> Path:
         ) from error  # fmt: skip
     except errors.RevisionNotFoundError as error:
         raise ModelError(
-            "there is no such commit", file=where, key="base_model_revision",
+            "the commit doesn't exist", file=where, key="base_model_revision",
             remedy=f"copy a commit from {page}/commits/main",
         ) from error  # fmt: skip
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            "there is no such model, or it is private", file=where, key="base_model",
+            "the model doesn't exist, or it is private", file=where, key="base_model",
             remedy=f"look at {page}; for a private model set HF_TOKEN",
         ) from error  # fmt: skip
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.TransportError) as error:
         raise ModelError(
-            f"the hub can't be reached ({type(error).__name__}), and the cache doesn't hold the model whole",
+            f"the hub can't be reached ({type(error).__name__}), and the model in the cache isn't complete",
             file=where,
             key="base_model",
             remedy="get online (and unset HF_HUB_OFFLINE), or copy the model here and name its folder",

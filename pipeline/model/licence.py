@@ -1,4 +1,4 @@
-"""Under which licence a model comes: from its card's front matter, else from the text of its licence file."""
+"""A model's licence, from its card's front matter, else from the text of its licence file."""
 
 from __future__ import annotations
 
@@ -17,26 +17,24 @@ TEXTS = {
     "gemma": r"gemma terms of use",
     "llama": r"llama [\d.]+ (community|version)",
 }
-KEPT = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
+LICENCE_FILE = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|USE_POLICY)([._-].*)?", re.IGNORECASE)
 
 
 def of_folder(folder: Path) -> str | None:
-    """The licence of the model in `folder`, by its hub name; None when nothing says."""
-    return _of_card(folder / "README.md") or next(
-        (found for path in files(folder) if (found := of_text(path.read_text(encoding="utf-8", errors="replace")))),
-        None,
-    )
+    """The licence of the model in `folder`, by its hub name; None if neither card nor licence file tells."""
+    names = (of_text(path.read_text(encoding="utf-8", errors="replace")) for path in files(folder))
+    return _of_card(folder / "README.md") or next(filter(None, names), None)
 
 
 def of_text(text: str) -> str | None:
-    """The hub name of the licence whose text this is, if it is a known one."""
+    """The hub name of the licence with this text; None for one that isn't in TEXTS."""
     head = text[:5000].lower()
     return next((name for name, pattern in TEXTS.items() if re.search(pattern, head)), None)
 
 
 def files(folder: Path) -> list[Path]:
-    """The licence and notice files at the top of `folder`; licences ask to be handed on with the model."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and KEPT.fullmatch(path.name))
+    """The licence and notice files at the top of `folder`; most licences must be passed on with the model."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and LICENCE_FILE.fullmatch(path.name))
 
 
 def copy(source: Path, target: Path) -> None:

@@ -1,9 +1,8 @@
-"""A model's special tokens, settled: which ends an answer, which pads, and that all its files agree.
+"""A model's special tokens, settled: one ends an answer, one pads, and all files of the model agree.
 
-A tokenizer that takes another token for the end trains a model that never stops. So the end is read off the
-chat template itself (what it writes after an assistant's answer) and compared with what the model's
-metadata state; where they differ the metadata are corrected, and each correction is told. Settling runs in the train
-environment; `end_tokens` wherever there is a tokenizer.
+A tokenizer with a wrong end token trains a model that never stops. So the end token is taken from the chat template:
+it is the token that follows an assistant's answer. Where the model's metadata differ, they are corrected, and each
+correction is reported. `settle` runs in the train environment, `end_tokens` wherever there is a tokenizer.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ PADS = (
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What was settled. `eos_token` ends an answer; `eos_token_ids` are all ids at which a server stops."""
+    """The settled tokens. `eos_token` ends an answer; `eos_token_ids` are all ids at which a server stops."""
 
     eos_token: str
     eos_token_id: int
@@ -45,9 +44,10 @@ class SpecialTokens:
 def settle(folder: Path) -> SpecialTokens:
     """Settle the special tokens of the model in `folder` and write them into its JSON files.
 
-    Needs config.json, the tokenizer's files and chat_template.jinja there. Raises ModelError when the chat
-    template can't be rendered or doesn't end an answer with a token of its own, or a token has no row in
-    the embedding.
+    Needs config.json, the tokenizer's files and chat_template.jinja there. Raises ModelError
+
+    - when the chat template can't be rendered, or doesn't end an answer with a token of its own;
+    - when a token is outside the embedding.
     """
     from transformers import AutoTokenizer
 
@@ -62,13 +62,13 @@ def settle(folder: Path) -> SpecialTokens:
         ) from error
     end = _end_of_answer(folder, tokenizer)
     end_id = int(tokenizer.convert_tokens_to_ids(end))
-    stated = _stated(folder, config)
-    eos = (*stated, end_id) if end_id not in stated else stated
+    metadata_ids = _metadata_ids(folder, config)
+    eos = (*metadata_ids, end_id) if end_id not in metadata_ids else metadata_ids
     changes: dict[str, str] = {}
     corrections = []
-    if end_id not in stated:
+    if end_id not in metadata_ids:
         corrections.append(
-            f"{end} ({end_id}) added to eos_token_id {list(stated)}: the chat template ends answers with it"
+            f"{end} ({end_id}) added to eos_token_id {list(metadata_ids)}: the chat template ends answers with it"
         )
     if tokenizer.eos_token_id not in eos:
         corrections.append(f"eos_token was {tokenizer.eos_token}, now {end}")
@@ -88,10 +88,10 @@ def settle(folder: Path) -> SpecialTokens:
 
 
 def end_tokens(folder: Path, tokenizer: Any) -> set[int]:
-    """The ids that end an answer of the model in `folder`: the tokenizer's, and those that generation stops at."""
-    named = (read_object(folder / "generation_config.json") or {}).get("eos_token_id")
-    several = named if isinstance(named, list) else [named]
-    return {token for token in (*several, tokenizer.eos_token_id) if token is not None}
+    """The ids that end an answer of the model in `folder`: the tokenizer's, and those at which generation stops."""
+    setting = (read_object(folder / "generation_config.json") or {}).get("eos_token_id")
+    ids = setting if isinstance(setting, list) else [setting]
+    return {token for token in (*ids, tokenizer.eos_token_id) if token is not None}
 
 
 def _end_of_answer(folder: Path, tokenizer: Any) -> str:
@@ -107,7 +107,7 @@ def _end_of_answer(folder: Path, tokenizer: Any) -> str:
         text = str(tokenizer.apply_chat_template(conversation, tokenize=False))
     except (TemplateError, TypeError, ValueError) as error:
         raise ModelError(
-            f"can't be rendered: {error}", file=file, remedy="take the template from where the model came"
+            f"can't be rendered: {error}", file=file, remedy="copy chat_template.jinja again from the model's source"
         ) from error
     rest = text.rpartition(ANSWER)[2].lstrip() if ANSWER in text else ""
     ends = [
@@ -117,48 +117,48 @@ def _end_of_answer(folder: Path, tokenizer: Any) -> str:
     ]
     if not ends:
         raise ModelError(
-            f"ends an answer with {rest[:40]!r}, which is no token: the model would never stop",
+            f"ends an answer with {rest[:40]!r}, which isn't a token: the model would never stop",
             file=file,
             allowed="an end token such as <|im_end|> after the assistant's content",
-            remedy="take the template from where the model came, or correct it",
+            remedy="copy chat_template.jinja again from the model's source, or correct it",
         )
     return str(max(ends, key=len))
 
 
-def _stated(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """The end tokens that the model's own metadata state, generation_config.json first."""
-    found: list[int] = []
+def _metadata_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """The end tokens in the model's own metadata, generation_config.json first."""
+    ids: list[int] = []
     for source in ((read_object(folder / "generation_config.json") or {}), config):
-        value = source.get("eos_token_id")
-        found += [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(int(number) for number in found))
+        setting = source.get("eos_token_id")
+        ids += [] if setting is None else setting if isinstance(setting, list) else [setting]
+    return tuple(dict.fromkeys(int(number) for number in ids))
 
 
 def _bos(tokenizer: Any, config: dict[str, Any]) -> str | None:
     """The beginning token: config.json's where the tokenizer has another one."""
-    stated = config.get("bos_token_id")
-    if tokenizer.bos_token is None or not isinstance(stated, int) or tokenizer.bos_token_id == stated:
+    config_id = config.get("bos_token_id")
+    if tokenizer.bos_token is None or not isinstance(config_id, int) or tokenizer.bos_token_id == config_id:
         return tokenizer.bos_token  # type: ignore[no-any-return]
-    return str(tokenizer.convert_ids_to_tokens(stated))
+    return str(tokenizer.convert_ids_to_tokens(config_id))
 
 
-def _pad(tokenizer: Any, taken: set[int | None]) -> str:
-    """A padding token that means nothing else: the model's own, or another special one; the end at worst.
+def _pad(tokenizer: Any, other_roles: set[int | None]) -> str:
+    """A padding token without another role: the model's own, or one of PADS; failing these the end token.
 
-    Labels are masked by position, never by token, so that even the end may pad.
+    Labels are masked by position, never by token, so that even the end token may pad.
     """
-    if tokenizer.pad_token is not None and tokenizer.pad_token_id not in taken:
+    if tokenizer.pad_token is not None and tokenizer.pad_token_id not in other_roles:
         return str(tokenizer.pad_token)
-    known = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-    free = [token for token in PADS if token in known and known[token] not in taken]
+    ids = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+    free = [token for token in PADS if token in ids and ids[token] not in other_roles]
     return free[0] if free else str(tokenizer.pad_token or tokenizer.eos_token)
 
 
 def _check_rows(folder: Path, config: dict[str, Any], tokens: int, eos: tuple[int, ...], pad: int) -> None:
     rows = int(config.get("vocab_size", 0))
-    found = [
+    problems = [
         Problem(
-            f"token {number} has no row in the embedding",
+            f"token {number} is outside the embedding",
             file=str(folder / "config.json"),
             key="vocab_size",
             allowed=f"ids below {rows}",
@@ -168,7 +168,7 @@ def _check_rows(folder: Path, config: dict[str, Any], tokens: int, eos: tuple[in
         if number >= rows
     ]
     if tokens > rows:
-        found.append(
+        problems.append(
             Problem(
                 f"the tokenizer has {tokens} tokens, the embedding {rows} rows",
                 file=str(folder / "config.json"),
@@ -176,22 +176,22 @@ def _check_rows(folder: Path, config: dict[str, Any], tokens: int, eos: tuple[in
                 remedy="take tokenizer and weights of the same revision",
             )
         )
-    if found:
-        raise ModelError(found)
+    if problems:
+        raise ModelError(problems)
 
 
 def _write(folder: Path, changes: dict[str, str], eos: tuple[int, ...], pad: int, bos: int | None) -> None:
-    """Put what was settled into the folder's files; those that say it already stay byte for byte."""
+    """Write the settled tokens into the folder's files; files that agree already stay byte for byte."""
     names = ["tokenizer_config.json"]
     names += ["special_tokens_map.json"] if (folder / "special_tokens_map.json").is_file() else []
     for name in names if changes else []:
         write_json(folder / name, (read_object(folder / name) or {}) | changes)
     generation = read_object(folder / "generation_config.json") or {}
-    wanted = generation | {"eos_token_id": list(eos) if len(eos) > 1 else eos[0], "pad_token_id": pad}
+    new_generation = generation | {"eos_token_id": list(eos) if len(eos) > 1 else eos[0], "pad_token_id": pad}
     if bos is not None:
-        wanted["bos_token_id"] = bos
-    if wanted != generation:
-        write_json(folder / "generation_config.json", wanted)
+        new_generation["bos_token_id"] = bos
+    if new_generation != generation:
+        write_json(folder / "generation_config.json", new_generation)
     config = read_object(folder / "config.json") or {}
     if config.get("eos_token_id") is None:
-        write_json(folder / "config.json", config | {"eos_token_id": wanted["eos_token_id"]})
+        write_json(folder / "config.json", config | {"eos_token_id": new_generation["eos_token_id"]})

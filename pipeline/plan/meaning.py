@@ -19,9 +19,9 @@ TOLD = ("message", "metric", "progress")  # calls of pipeline.program that a flo
 def read(text: str) -> tuple[str, list[str]]:
     """The digest of a module's meaning, and the dotted names in pipeline/ that it reaches, but for those in its SHOWN_WITH."""
     tree = ast.parse(text)
-    shown = set(_shown(tree))
-    reached = sorted({name for name in _reached(tree) if name not in shown})
-    return digest_of(_plain(_Silence().visit(tree))), reached
+    left_out = set(_shown(tree))
+    imports = sorted({name for name in _reached(tree) if name not in left_out})
+    return digest_of(_plain(_Silence().visit(tree))), imports
 
 
 def _shown(tree: ast.Module) -> Iterator[str]:

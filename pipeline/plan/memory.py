@@ -1,6 +1,7 @@
-"""What stages and servers take of a machine's memory, estimated from the base model's shape, and what can't fit.
+"""The memory that stages and servers take, estimated from the base model's shape, and warnings of too much.
 
-Standard library only: `tunegate check` asks it every time.
+Training's figure is finetune/memory.py's, which decides when training starts. Standard library only: `tunegate check` asks every
+time.
 """
 
 from __future__ import annotations
@@ -8,65 +9,56 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pipeline import hardware
 from pipeline.errors import ConfigError, Problem
+from pipeline.finetune import execution
 
 PROMOTE = "promote (old and new side by side)"
-KEYS = {  # what sets each figure most
+KEYS = {  # the key that sets each figure most
     "finetune": "data.sequence_len",
     "quantize": "quantize.num_calibration_samples",
     "serve": "serve.kv_cache_memory",
     PROMOTE: "serve.kv_cache_memory",
 }
-# As finetune_memory has it: a batch goes through the model in parts, of a row or so many tokens at least.
-TOKENS_A_PASS = 1024
-KEPT, KEPT_CHECKPOINTED = 34, 2
 
 
 def estimates(config: Mapping[str, Any], record: Mapping[str, Any] | None, device: hardware.Device) -> dict[str, int]:
-    """Estimated peak bytes of fine-tuning (a process), quantizing and serving (a GPU); empty without the base's `record`.
+    """Estimated peak bytes by stage; empty without the base's `record`.
 
-    Weights: 0.55 bytes a parameter in NF4 with double quantization, 2 in bf16. Activations: 34 bytes a token, layer and hidden
-    unit without checkpointing (Korthikanti et al. 2022, eq. 2, without the attention scores, which sdpa doesn't keep), 2 with it.
+    | stage    | for       | bytes                                                           |
+    |----------|-----------|-----------------------------------------------------------------|
+    | finetune | a process | weights + adapter + activations of a pass: `execution.estimate` |
+    | quantize | a machine | 2 · parameters + 4 · hidden · calibration tokens                |
+    | serve    | a GPU     | served weights / tensor_parallel_size + kv_cache_memory         |
+    | promote  | a GPU     | 2 · serve                                                       |
     """
     if record is None:
         return {}
     shape, parameters = _shape(record), int(record["detail"]["parameters"])
-    hidden, quantize = int(shape["hidden_size"]), config["quantize"]
-    serve = config["serve"]
+    quantize, serve = config["quantize"], config["serve"]
     parts = serve["tensor_parallel_size"] if device.kind == "cuda" else 1
-    served = served_weights(config, parameters, device) // parts + bytes_of(serve["kv_cache_memory"])
-    calibration = quantize["num_calibration_samples"] * quantize["max_calibration_tokens"]
+    server = served_weights(config, parameters, device) // parts + bytes_of(serve["kv_cache_memory"])
+    calibration_tokens = quantize["num_calibration_samples"] * quantize["max_calibration_tokens"]
     return {
-        "finetune": _training(config, parameters, hidden, int(shape["num_hidden_layers"]), device),
-        "quantize": parameters * 2 + calibration * hidden * 4,
-        "serve": served,
-        PROMOTE: 2 * served,
-    }
-
-
-def _training(config: Mapping[str, Any], parameters: int, hidden: int, layers: int, device: hardware.Device) -> int:
-    """Weights, adapter, and the activations of the shortest pass; `auto` checkpoints on a GPU that is too small without."""
-    train, sequence_len = config["finetune"], config["data"]["sequence_len"]
-    processes, checkpointing = train["num_processes"], train["gradient_checkpointing"]
-    batch = train["micro_batch_size"] * sequence_len // processes
-    units = min(batch, max(TOKENS_A_PASS, sequence_len)) * layers * hidden
-    weights = int(parameters * (0.55 if train["load_in_4bit"] else 2) / (processes if train["fsdp_version"] else 1))
-    # adapter weights with gradients and two moments in fp32; 7 linear layers of about 3 times the hidden size a side
-    fixed = weights + layers * 7 * 4 * hidden * train["lora_r"] * 16
-    full = 0 < device.memory < fixed + units * KEPT
-    checkpointed = checkpointing is True or (checkpointing == "auto" and device.kind == "cuda" and full)
-    return int(fixed + units * (KEPT_CHECKPOINTED if checkpointed else KEPT))
+        "finetune": execution.estimate(
+            SimpleNamespace(**config["finetune"]), SimpleNamespace(**shape), parameters, kind=device.kind,
+            device_memory=device.memory, sequence_len=config["data"]["sequence_len"],
+        ),
+        "quantize": parameters * 2 + calibration_tokens * int(shape["hidden_size"]) * 4,
+        "serve": server,
+        PROMOTE: 2 * server,
+    }  # fmt: skip
 
 
 def served_weights(config: Mapping[str, Any], parameters: int, device: hardware.Device) -> int:
     """Bytes of the served weights: 0.6 a parameter in 4 bits with their scales, unless the device unpacks them."""
     dtype = config["serve"]["dtype"]
     plain = parameters * (4 if (device.serving_dtype if dtype == "auto" else dtype) == "float32" else 2)
-    packed = config["quantize"]["method"] != "none" and device.device_class not in hardware.WITHOUT_BF16
-    return int(parameters * 0.6) if packed else plain
+    in_four_bits = config["quantize"]["method"] != "none" and device.device_class not in hardware.WITHOUT_BF16
+    return int(parameters * 0.6) if in_four_bits else plain
 
 
 def bytes_of(size: str) -> int:
@@ -78,34 +70,34 @@ def bytes_of(size: str) -> int:
 def too_large(
     config: Mapping[str, Any], memory: Mapping[str, int], device: hardware.Device, path: Path
 ) -> Iterator[Problem]:
-    """What can't fit into this machine's memory, as warnings: the config may be for another one.
+    """Figures above this machine's memory, as warnings: the config may be for another machine.
 
-    The KV cache alone is known before the base model's shape is. A server that doesn't fit isn't told once more as two.
+    Before the base model's shape is known, the figure is the KV cache alone. A server that doesn't fit isn't told again as two.
     """
-    found = memory or {"serve": bytes_of(config["serve"]["kv_cache_memory"])}
-    larger = [what for what, size in found.items() if size > device.memory > 0]
-    for what in larger:
-        if what != PROMOTE or "serve" not in larger:
+    sizes = memory or {"serve": bytes_of(config["serve"]["kv_cache_memory"])}
+    larger = [stage for stage, size in sizes.items() if size > device.memory > 0]
+    for stage in larger:
+        if stage != PROMOTE or "serve" not in larger:
             yield Problem(
-                f"{what} would take about {gib(found[what])}, and {_here(device)} has {gib(device.memory)}",
+                f"{stage} would take about {gib(sizes[stage])}, and {_here(device)} has {gib(device.memory)}",
                 file=str(path),
-                key=KEYS[what],
-                remedy="lower it, or build on a larger machine",
+                key=KEYS[stage],
+                remedy=f"lower {KEYS[stage]}, or build on a larger machine",
             )
 
 
 def raise_for_too_long(config: Mapping[str, Any], record: Mapping[str, Any] | None) -> None:
-    """Raise ConfigError when more positions are to be served than the base model was made for, where its files are here.
+    """Raise ConfigError when serve.max_model_len is above the base model's positions, where its files are here.
 
-    vLLM would refuse, hours later. Models with scaled positions are left to vLLM, and so is who allows it what it refuses.
+    vLLM would refuse, hours later. Left to vLLM: models with scaled positions, and configs that allow vLLM more by themselves.
     """
     serve, shape = config["serve"], _shape(record) if record else _local_shape(Path(config["base_model"]))
-    most, wanted = shape.get("max_position_embeddings"), serve["max_model_len"]
-    scaled = any((shape.get(name) or {}).get("factor") for name in ("rope_scaling", "rope_parameters"))
-    allowed = "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in serve["env"] or any("hf" in name for name in serve["extra_args"])
-    if isinstance(most, int) and wanted > most and not scaled and not allowed:
+    most, length = shape.get("max_position_embeddings"), serve["max_model_len"]
+    is_scaled = any((shape.get(name) or {}).get("factor") for name in ("rope_scaling", "rope_parameters"))
+    is_allowed = "VLLM_ALLOW_LONG_MAX_MODEL_LEN" in serve["env"] or any("hf" in name for name in serve["extra_args"])
+    if isinstance(most, int) and length > most and not is_scaled and not is_allowed:
         raise ConfigError(
-            f"{wanted} is more than the base model was made for (max_position_embeddings in its config.json)",
+            f"{length} must be at most {most} (max_position_embeddings in the base model's config.json)",
             key="serve.max_model_len",
             allowed=f"1 to {most}",
             remedy=f"set serve.max_model_len: {most}, or lower",

@@ -1,4 +1,4 @@
-"""What one config needs of this machine, for `tunegate doctor CONFIG`: GPUs, a token, disk for its model, the proxy's port."""
+"""A config's own needs of this machine, for `tunegate doctor CONFIG`: GPUs, a token, disk for its model, the proxy's port."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IN_NAME = re.compile(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([BM])(?![A-Za-z0-9])", r
 
 
 def needs(config: Mapping[str, Any]) -> Iterator[Finding]:
-    """What a resolved config asks for beyond what every build does, and whether it is there."""
+    """A resolved config's needs beyond those of every build, and whether they are met."""
     yield from _gpus(config)
     yield from _token(config)
     yield from _disk(config)
@@ -62,17 +62,19 @@ def _token(config: Mapping[str, Any]) -> Iterator[Finding]:
     names += [name for name in sets if sources.is_hub_id(name)]
     if not names:
         return
-    told = ", ".join(names)
+    listing = ", ".join(names)
     if os.environ.get("HF_TOKEN") or (_hub_home() / "token").is_file():
-        yield Finding("hub token", ok=True, detail=f"there, for {told}")
+        yield Finding("hub token", ok=True, detail=f"there, for {listing}")
         return
-    gated = [name for name in names if name.startswith(GATED)]
+    gated_names = [name for name in names if name.startswith(GATED)]
     yield Finding(
         "hub token",
         ok=False,
-        detail=f"HF_TOKEN is not set; {', '.join(gated)} is gated" if gated else f"HF_TOKEN is not set, for {told}",
-        remedy=f"accept the terms at https://huggingface.co/{(gated or names)[0]}, then export HF_TOKEN=…",
-        needed=bool(gated),
+        detail=f"HF_TOKEN is not set; {', '.join(gated_names)} is gated"
+        if gated_names
+        else f"HF_TOKEN is not set, for {listing}",
+        remedy=f"accept the terms at https://huggingface.co/{(gated_names or names)[0]}, then export HF_TOKEN=…",
+        needed=bool(gated_names),
         when="needed where it is gated or private",
     )
 
@@ -106,11 +108,11 @@ def _port(config: Mapping[str, Any]) -> Finding:
     address = f"{promote.host}:{promote.port}"
     try:
         proxy.preflight(promote, folder)
-        held = proxy.find(folder) is not None
+        has_own_proxy = proxy.find(folder) is not None
     except TunegateError as error:
         problem = error.problems[0]
         return Finding("promote.port", ok=False, detail=f"{address}: {problem.what}", remedy=problem.remedy)
-    return Finding("promote.port", ok=True, detail=f"{address}, {'held by its own proxy' if held else 'free'}")
+    return Finding("promote.port", ok=True, detail=f"{address}, {'held by its own proxy' if has_own_proxy else 'free'}")
 
 
 def _is_on_hub(config: Mapping[str, Any]) -> bool:
@@ -133,5 +135,5 @@ def _parameters(config: Mapping[str, Any]) -> float:
     folder = Path(config["base_model"])
     if folder.is_dir():
         return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2
-    found = IN_NAME.search(folder.name)
-    return float(found[1]) * {"B": 1e9, "M": 1e6}[found[2].upper()] if found else 0.0
+    match = IN_NAME.search(folder.name)
+    return float(match[1]) * {"B": 1e9, "M": 1e6}[match[2].upper()] if match else 0.0

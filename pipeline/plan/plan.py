@@ -1,4 +1,4 @@
-"""What a build will do and what of it is already done, decided from digests alone.
+"""The plan of a build: which stages are done and which are to do, decided from digests alone.
 
 A stage's key is the digest of its inputs, its sections of the config, its own source and the versions of the packages that
 decide its result. Works on the resolved config as JSON and on the standard library, so that `tunegate check` answers at once.
@@ -22,6 +22,7 @@ from pipeline.kubernetes import manifests
 from pipeline.plan import memory as plan_memory
 from pipeline.plan.code import source_digest
 from pipeline.plan.steps import Step, all_steps, section
+from pipeline.serving import runtimes
 
 # Sections that decide nothing about what is judged: a finished build takes them over as they are changed.
 NOT_JUDGED = ("promote", "notify", "schedule", "environments", "kubernetes")
@@ -52,8 +53,8 @@ class Plan:
     @property
     def digests(self) -> dict[str, str | None]:
         """The digest of each artefact of the model's making that is there already, by stage; None for one still to be made."""
-        made = (planned for planned in self.steps if planned.step.stage != "ledger")
-        return {planned.step.stage: planned.record["digest"] if planned.record else None for planned in made}
+        of_model = (step for step in self.steps if step.step.stage != "ledger")
+        return {step.step.stage: step.record["digest"] if step.record else None for step in of_model}
 
 
 JUDGES_PACKAGES = ("lm-eval", "transformers")
@@ -84,12 +85,12 @@ def key_of(step: Step, config: Mapping[str, Any], inputs: Mapping[str, str], mad
 def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> Plan:
     """The plan of a resolved config.
 
-    `sources` are the digests of what comes from outside, the base model's under "base" and the data files' under "prepare";
-    `device` is the class of device, which decides how a model is trained.
+    `sources` are digests from outside: the base model's under "base", the data files' under "prepare". `device` is the class
+    of device, which decides how a model is trained.
 
     Raises EnvironmentMissing without a stage's environment, ConfigError where the base model can't be served as it says.
     """
-    planned: list[PlannedStep] = []
+    plan_steps: list[PlannedStep] = []
     digests: dict[str, str] = {}
     made_by: dict[str, dict[str, str]] = {}
     for step in all_steps(config):
@@ -102,8 +103,8 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
             key, record = None, None
         if record:
             digests[step.stage] = record["digest"]
-        planned.append(PlannedStep(step, key, record))
-    plan_memory.raise_for_too_long(config, planned[0].record)
+        plan_steps.append(PlannedStep(step, key, record))
+    plan_memory.raise_for_too_long(config, plan_steps[0].record)
     build = digest_of(
         {
             "config": {name: value for name, value in config.items() if name not in NOT_JUDGED},
@@ -115,25 +116,25 @@ def make(config: Mapping[str, Any], sources: Mapping[str, str], device: str) -> 
         }
     )[:32]
     finished = store.peek_build(build)
-    base, here = planned[0].record, hardware.device()
+    base, here = plan_steps[0].record, hardware.device()
     return Plan(
         config["name"],
         build,
-        tuple(planned),
+        tuple(plan_steps),
         finished,
         plan_memory.estimates(config, base, here),
         here.memory,
-        tuple(sizes(config, planned)),
+        tuple(sizes(config, plan_steps)),
         judges(config),
     )
 
 
 def raise_for_too_few_gpus(config: Mapping[str, Any]) -> None:
     """Raise ConfigError when vLLM is to serve on more GPUs than are visible to this process, which is to build."""
-    here, wanted = hardware.device(), config["serve"]["tensor_parallel_size"]
-    if here.kind == "cuda" and wanted > here.count:
+    here, gpus = hardware.device(), config["serve"]["tensor_parallel_size"]
+    if here.kind == "cuda" and gpus > here.count:
         raise ConfigError(
-            f"{wanted} GPUs are asked for, and {here.count} {'is' if here.count == 1 else 'are'} visible here",
+            f"{gpus} GPUs are asked for, and {here.count} {'is' if here.count == 1 else 'are'} visible here",
             key="serve.tensor_parallel_size",
             allowed=f"1 to {here.count}",
             remedy="lower it, or let CUDA_VISIBLE_DEVICES name more GPUs",
@@ -141,31 +142,30 @@ def raise_for_too_few_gpus(config: Mapping[str, Any]) -> None:
 
 
 def judges(config: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """What judges beside the scorers, by program: lm-eval's tasks, and LLM judges with what they compare against."""
-    asked = config["evaluate"]
-    found = {
-        "tasks": tuple(Path(entry["task"]).name for entry in asked["tasks"]),
-        "judge": tuple(f"{entry['model']} against {entry['against']}" for entry in asked["judges"]),
+    """lm-eval's tasks and LLM judges, each with its opponent, by stage."""
+    section = config["evaluate"]
+    names_by_stage = {
+        "tasks": tuple(Path(entry["task"]).name for entry in section["tasks"]),
+        "judge": tuple(f"{entry['model']} against {entry['against']}" for entry in section["judges"]),
     }
-    return {program: names for program, names in found.items() if names}
+    return {program: names for program, names in names_by_stage.items() if names}
 
 
 def _judged_by(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """The versions of what judges beside our own scorers; raises EnvironmentMissing or ConfigError for what isn't installed."""
-    found = {"scorers": plugins.versions([scorer["metric"] for scorer in config["evaluate"]["scorers"]])}
+    packages = {"scorers": plugins.versions([scorer["metric"] for scorer in config["evaluate"]["scorers"]])}
     if config["evaluate"]["tasks"]:
         judges_environment = interpreters.find("judges", interpreters.settings(config))
-        found["tasks"] = interpreters.versions(judges_environment, JUDGES_PACKAGES)
-    return found
+        packages["tasks"] = interpreters.versions(judges_environment, JUDGES_PACKAGES)
+    return packages
 
 
 def served_by(config: Mapping[str, Any]) -> dict[str, str]:
-    """What decides the served unit beside weights and settings: the packages that serve (an image is in the settings)."""
-    found = {"command": source_digest("pipeline.serving.command")}
-    if config["serve"]["runtime"] == "process":
-        environment = interpreters.find("serve", interpreters.settings(config))
-        found["packages"] = digest_of(interpreters.installed(environment))
-    return found
+    """Digests that decide the served unit beside weights and settings: the packages that serve (an image is in the settings)."""
+    digests = {"command": source_digest("pipeline.serving.command")}
+    if environment := runtimes.environment_of(config):
+        digests["packages"] = digest_of(interpreters.installed(environment))
+    return digests
 
 
 def inputs_of(step: Step, digests: Mapping[str, str], sources: Mapping[str, str], device: str) -> dict[str, str]:
@@ -180,11 +180,11 @@ def inputs_of(step: Step, digests: Mapping[str, str], sources: Mapping[str, str]
 
 def _programs(config: Mapping[str, Any]) -> list[str]:
     """The dotted names of everything that decides a build's outcome."""
-    asked = ["pipeline.evaluation.prompts"] if config["evaluate"]["prompts"] else []
+    prompts = ["pipeline.evaluation.prompts"] if config["evaluate"]["prompts"] else []
     return [
         *(step.program for step in all_steps(config)),
         "pipeline.evaluation.evaluate",
-        *asked,
+        *prompts,
         *(JUDGE_PROGRAMS[stage] for stage in judges(config)),
         "pipeline.evaluation.loadtest",
         "pipeline.gate.gate",
@@ -192,19 +192,19 @@ def _programs(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def sizes(config: Mapping[str, Any], planned: Sequence[PlannedStep]) -> Iterator[str]:
-    """What each comparison with a margin needs to be decided, against what there is, once the holdout is known."""
-    gate, prepared = config["gate"], next(step.record for step in planned if step.step.stage == "prepare")
-    held = prepared["detail"]["rows"]["holdout"] if prepared else None
-    there = min(value for value in (held, config["evaluate"]["max_items"], math.inf) if value is not None)
-    compared = [check for check in gate["metrics"] if check["against"] and check["margin"] > 0 and check["required"]]
-    for check in compared:
-        needed = items_for_margin(check["margin"], DIFFERING, gate["confidence"], comparisons=len(compared))
-        few = f"; there are {there}" if there < needed else ""
-        grouped = f", more where items of one {gate['cluster_by']} are alike" if gate["cluster_by"] else ""
+def sizes(config: Mapping[str, Any], plan_steps: Sequence[PlannedStep]) -> Iterator[str]:
+    """The items that each comparison with a margin needs, and how many there are once the holdout is known."""
+    gate, record = config["gate"], next(step.record for step in plan_steps if step.step.stage == "prepare")
+    holdout = record["detail"]["rows"]["holdout"] if record else None
+    there = min(value for value in (holdout, config["evaluate"]["max_items"], math.inf) if value is not None)
+    comparisons = [check for check in gate["metrics"] if check["against"] and check["margin"] > 0 and check["required"]]
+    for check in comparisons:
+        items = items_for_margin(check["margin"], DIFFERING, gate["confidence"], comparisons=len(comparisons))
+        few = f"; there are {there}" if there < items else ""
+        clusters = f", more where items of one {gate['cluster_by']} are alike" if gate["cluster_by"] else ""
         yield (
-            f"{check['metric']} vs {check['against']} within {check['margin']:g}: about {needed}"
-            f" if {DIFFERING:.0%} of the answers differ{grouped}{few}"
+            f"{check['metric']} vs {check['against']} within {check['margin']:g}: about {items}"
+            f" if {DIFFERING:.0%} of the answers differ{clusters}{few}"
         )
 
 
@@ -213,16 +213,16 @@ def render(plan: Plan, path: Path, write: Callable[[str], None]) -> None:
     state = f"done: {plan.finished['outcome']}" if plan.finished else "to do"
     write(f"{plan.name}  build {plan.key[:12]}  {state}  ({path})")
     write(f"  {'stage':<10}{'environment':<15}{'state':<22}key")
-    first = next((planned.step.stage for planned in plan.steps if planned.record is None), "")
+    first = next((entry.step.stage for entry in plan.steps if entry.record is None), "")
 
-    def show(planned: PlannedStep) -> None:
-        what = "cached" if planned.record else "to do" if planned.key else f"to do, after {first}"
-        write(f"  {planned.step.stage:<10}{planned.step.environment:<15}{what:<22}{(planned.key or '-')[:12]}")
+    def show(entry: PlannedStep) -> None:
+        user = "cached" if entry.record else "to do" if entry.key else f"to do, after {first}"
+        write(f"  {entry.step.stage:<10}{entry.step.environment:<15}{user:<22}{(entry.key or '-')[:12]}")
 
-    done = "recorded" if plan.finished else "to do"
-    made = [planned for planned in plan.steps if planned.step.stage != "ledger"]
-    for planned in made:
-        show(planned)
+    outcome = "recorded" if plan.finished else "to do"
+    of_model = [entry for entry in plan.steps if entry.step.stage != "ledger"]
+    for entry in of_model:
+        show(entry)
     for stage, environment in (
         ("evaluate", "control+serve"),
         ("tasks", "judges+serve"),
@@ -231,15 +231,15 @@ def render(plan: Plan, path: Path, write: Callable[[str], None]) -> None:
         ("gate", "control"),
     ):
         if stage not in ("tasks", "judge"):
-            write(f"  {stage:<10}{environment:<15}{done}")
+            write(f"  {stage:<10}{environment:<15}{outcome}")
         elif stage in plan.judges:
-            write(f"  {stage:<10}{environment:<15}{done:<22}{', '.join(plan.judges[stage])}")
-    for planned in plan.steps[len(made) :]:
-        show(planned)
-    write(f"  {'register':<10}{'control':<15}{done}")
+            write(f"  {stage:<10}{environment:<15}{outcome:<22}{', '.join(plan.judges[stage])}")
+    for entry in plan.steps[len(of_model) :]:
+        show(entry)
+    write(f"  {'register':<10}{'control':<15}{outcome}")
     here = f" of {plan_memory.gib(plan.here)} here" if plan.here else ""
-    for what, size in plan.memory.items():
-        write(f"  memory  {what}: about {plan_memory.gib(size)}{here}")
+    for user, size in plan.memory.items():
+        write(f"  memory  {user}: about {plan_memory.gib(size)}{here}")
     for line in plan.sizes:
         write(f"  items   {line}")
     if not plan.memory:

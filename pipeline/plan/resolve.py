@@ -1,7 +1,7 @@
 """A config file as resolved JSON, remembered by the digest of all it was read from.
 
-Reading a config needs pydantic, which takes longer to import than everything else that `tunegate check` does; a file that was
-found right once needs no second look until it, or the code that judges it, changes. The standard library is enough then.
+Reading a config needs pydantic, which takes longer to import than all the rest of `tunegate check`. A config that was right
+once is not read again until the file or its readers' code changes. The standard library is enough then.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.files import write_json
 from pipeline.kubernetes import manifests
 from pipeline.plan.code import source_digest
 
-# What reads a config and decides whether it is right: a remembered config is read again when one changes.
+# The modules that decide whether a config is right: a remembered config is read again when one changes.
 READERS = ("pipeline.config.file", "pipeline.plan.rules")
 
 
@@ -46,7 +46,7 @@ def resolve(path: Path, overrides: Sequence[str] = (), data_dir: Path | None = N
 
 
 def warnings(config: Mapping[str, Any], path: Path) -> list[Problem]:
-    """What is allowed and still keeps a build of this resolved config from passing its gate, or from starting here."""
+    """Settings that are allowed, and still keep a build from passing its gate or from starting here."""
     return [*_undecided(config, path), *_keyless(config, path), *_short_of_gpus(config, path)]
 
 
@@ -130,14 +130,14 @@ def sources(config: Mapping[str, Any]) -> dict[str, str]:
 
     train = interpreters.find("train", interpreters.settings(config))
     base = model.locate(config["base_model"], config["base_model_revision"], Path.cwd(), train)
-    found = {"base": base.digest, "prepare": data_sources.sources_digest(config["data"])}
+    digests = {"base": base.digest, "prepare": data_sources.sources_digest(config["data"])}
     if config["evaluate"]["prompts"]:
         from pipeline.evaluation import prompts_file
 
-        found["prompts"] = prompts_file.sources_digest(config["evaluate"]["prompts"])
+        digests["prompts"] = prompts_file.sources_digest(config["evaluate"]["prompts"])
     if config["evaluate"]["tasks"]:
         from pipeline.evaluation import lm_eval_files
 
         judges = interpreters.find("judges", interpreters.settings(config))
-        found["tasks"] = lm_eval_files.judged(config["evaluate"]["tasks"], judges)
-    return found
+        digests["tasks"] = lm_eval_files.judged(config["evaluate"]["tasks"], judges)
+    return digests

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def problems_across_sections(config: Config) -> Iterator[Problem]:
-    """What would be found wrong hours later: a policy that can never be decided, a scorer or a served unit that can't be made."""
+    """Mistakes that would show hours later: a policy that can never be decided, a scorer or a served unit that can't be made."""
     from pipeline.evaluation import plugins, scoring
     from pipeline.gate import policy
     from pipeline.serving.refusals import argument_problems, env_problems
@@ -31,7 +31,7 @@ def problems_across_sections(config: Config) -> Iterator[Problem]:
     yield from cluster_problems(config)
     if config.merge.merge_base == "dequantized" and not config.finetune.load_in_4bit:
         yield Problem(
-            "there is no dequantized base where training is in 16 bits",
+            "a dequantized base needs 4-bit training",
             key="merge.merge_base",
             allowed="auto or original",
             remedy="set merge.merge_base: auto, or finetune.adapter: qlora",
@@ -47,12 +47,12 @@ def _no_room_for_a_prompt(config: Config) -> Iterator[Problem]:
         section = getattr(config, name)
         if section.max_tokens < most:
             continue
-        chosen = "max_tokens" in section.model_fields_set
+        is_written = "max_tokens" in section.model_fields_set
         yield Problem(
             f"{name}.max_tokens: {section.max_tokens} leaves a prompt no room in serve.max_model_len: {most},"
             " which counts prompt and answer",
-            key=f"{name}.max_tokens" if chosen else "serve.max_model_len",
-            allowed=f"less than {most}" if chosen else f"more than {section.max_tokens}",
+            key=f"{name}.max_tokens" if is_written else "serve.max_model_len",
+            allowed=f"less than {most}" if is_written else f"more than {section.max_tokens}",
             remedy=f"lower {name}.max_tokens, or raise serve.max_model_len to that and the longest prompt",
         )
 
@@ -61,9 +61,9 @@ def cluster_problems(config: Config) -> Iterator[Problem]:
     """Secrets in a cluster's plain variables: they would stand in manifests, in Prefect's page and in MLflow."""
     if config.kubernetes is None:
         return
-    named = interpreters.secrets_named(config.model_dump(mode="json"))
+    secrets = interpreters.secrets_named(config.model_dump(mode="json"))
     for name, value in config.kubernetes.env.items():
-        if name in named or interpreters.SECRET.search(name):
+        if name in secrets or interpreters.SECRET.search(name):
             remedy = f"kubectl create secret generic {config.kubernetes.secret_name} --from-literal={name}=…"
             yield Problem(
                 "is a secret", key=f"kubernetes.env.{name}", allowed="variables that anybody may read", remedy=remedy

@@ -14,8 +14,8 @@ from typing import Any
 class Step:
     """One stage of a build.
 
-    `program` is the dotted name of the module that runs it, `sections` are dotted places of the resolved config, `inputs` the
-    stages whose artefacts it takes, `packages` the distributions whose versions decide its result.
+    `program` is the dotted name of the module that runs it. `sections` are dotted places of the resolved config, `inputs` the
+    stages whose artefacts it takes. The versions of `packages` decide its result.
     """
 
     stage: str
@@ -31,7 +31,7 @@ class Step:
 def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
     """The artefact-making steps of a config, in order."""
     torch = ("torch", "transformers", "safetensors")
-    made = [
+    table = [
         Step(
             "base", "pipeline.model.base", "train", (), ("base_model", "base_model_revision"), (*torch, "gguf"),
             retries=2, timeout_hours=6,
@@ -53,13 +53,13 @@ def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
     if method != "none":
         environment = "autoawq" if method == "autoawq" else "train"
         packages = ("autoawq",) if method == "autoawq" else ("llmcompressor", "compressed-tensors")
-        made.append(
+        table.append(
             Step(
                 "quantize", "pipeline.quantize.quantize", environment, ("merge", "prepare"), ("quantize", "seed"),
                 (*torch, *packages), retries=1,
             )
         )  # fmt: skip
-    return tuple(made)
+    return tuple(table)
 
 
 def ledger_step(config: Mapping[str, Any]) -> Step | None:
@@ -83,9 +83,9 @@ def served_stage(config: Mapping[str, Any]) -> str:
     return "merge" if config["quantize"]["method"] == "none" else "quantize"
 
 
-def section(config: Mapping[str, Any], dotted: str) -> Any:
+def section(config: Mapping[str, Any], place: str) -> Any:
     """The value at a dotted place of the resolved config."""
     value: Any = config
-    for part in dotted.split("."):
+    for part in place.split("."):
         value = value[part]
     return value

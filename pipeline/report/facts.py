@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipeline.artifacts import Build
+from pipeline.finetune.objectives import OBJECTIVES, SFT
 
 TRAINED = (
     "adapter",
@@ -85,6 +86,7 @@ def data_facts(build: Build) -> list[tuple[str, str]]:
 def training_facts(build: Build) -> list[tuple[str, str]]:
     """The settings that were trained with and what came of it, then merging and quantizing."""
     settings, trained = build.config.get("finetune", {}), build.artifacts.get("finetune")
+    objective = OBJECTIVES[settings.get("objective", SFT)]
     detail = trained.detail if trained else {}
     quantized = build.artifacts.get("quantize")
     made = quantized.detail if quantized else {}
@@ -96,7 +98,7 @@ def training_facts(build: Build) -> list[tuple[str, str]]:
             ("effective batch", batch),
             ("sequence_len", build.config.get("data", {}).get("sequence_len")),
             ("seed", build.config.get("seed")),
-            *((name, detail.get(name)) for name in ("steps", "best_step", "tokens", "train_loss", "eval_loss")),
+            *((name, detail.get(name)) for name in ("steps", "best_step", "tokens", *objective.metrics)),
             ("tokens a second", detail.get("tokens_per_second")),
             ("merged into", _merged_into(merged)),
             ("quantized by", made.get("method")),

@@ -1,4 +1,4 @@
-"""One server of one unit: a process or a container, and only of what was judged.
+"""One server of one unit, in a process or a container, and only of the judged unit.
 
 `serve` starts, watches and stops it. The only room that knows vLLM and container engines.
 """

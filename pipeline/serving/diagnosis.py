@@ -1,4 +1,4 @@
-"""Why a model server died: the line of its log that tells, and what to do about it."""
+"""Why a model server died: the telling line of its log, and a remedy."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pipeline.errors import Problem, ServingError
 START = "=== tunegate starts vLLM"  # a line before each start, so that an old death isn't told again
 PREFIX = re.compile(r"^(\([^)]*pid=\d+\) )?((ERROR|WARNING|INFO|CRITICAL) \d\d-\d\d [\d:]+ \[[^\]]+\] ?)?")
 RAISED = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit)\b(:|$)")
-# What vLLM says about a death that another line explains.
+# vLLM's words about a death that another line explains.
 SECOND_HAND = re.compile(
     r"See root cause above|initialization failed due to|Engine core initialization failed|^KeyboardInterrupt"
 )
 OUT_OF_MEMORY = re.compile(r"CUDA out of memory|CUDA error: out of memory|OutOfMemoryError")
-# What vLLM was at when the GPU had no more, by a function in its traceback, and what then needs less.
+# Remedies for a full GPU, by the function in vLLM's traceback that asked for more memory.
 AT_WORK = {
     "load_model": "the weights don't fit: free the GPU, quantize, choose a smaller base_model, or raise "
     "serve.tensor_parallel_size",
@@ -27,7 +27,7 @@ AT_WORK = {
     "compile_or_warm_up_model": "no room for CUDA graphs, which are captured for up to twice serve.max_num_seqs: lower that "
     "or serve.kv_cache_memory",
 }
-# The first that matches tells; the groups are for nothing but reading.
+# Pattern and remedy; the first pattern that matches counts.
 KNOWN: tuple[tuple[str, str], ...] = (
     (r"Address already in use|Errno 98", "another program took the port; run the same command again"),
     (
@@ -95,8 +95,8 @@ def last_run(log: Path) -> list[str]:
 def of_death(log: Path, how: str) -> ServingError:
     """The error for a server that ended by itself; `how` says with which status or signal."""
     telling, remedy = _telling(last_run(log), how)
-    what = f"vLLM {how}" + (f": {telling}" if telling else " without a word")
-    return ServingError(Problem(what, file=str(log), remedy=remedy))
+    description = f"vLLM {how}" + (f": {telling}" if telling else " without a word")
+    return ServingError(Problem(description, file=str(log), remedy=remedy))
 
 
 def of_silence(log: Path, seconds: int) -> ServingError:
@@ -113,8 +113,8 @@ def of_silence(log: Path, seconds: int) -> ServingError:
 def _telling(lines: list[str], how: str) -> tuple[str, str]:
     bare = [_bare(line) for line in lines]
     if full := [line for line in bare if OUT_OF_MEMORY.search(line)]:
-        told = next((line for line in full if RAISED.match(line)), full[0])
-        return told.strip()[:500], _what_needs_less(bare)
+        telling = next((line for line in full if RAISED.match(line)), full[0])
+        return telling.strip()[:500], _remedy_for_full_gpu(bare)
     for pattern, remedy in KNOWN:
         for line in bare:
             if re.search(pattern, line):
@@ -124,15 +124,17 @@ def _telling(lines: list[str], how: str) -> tuple[str, str]:
             "killed, most often by the system when memory ran out",
             "free some memory, or lower serve.kv_cache_memory",
         )
-    raised = list(_raised(bare)) or [line for line in bare if line.strip()][-1:]
-    return (raised[0].strip()[:500] if raised else ""), "read the log"
+    last_words = list(_raised(bare)) or [line for line in bare if line.strip()][-1:]
+    return (last_words[0].strip()[:500] if last_words else ""), "read the log"
 
 
-def _what_needs_less(lines: list[str]) -> str:
-    """What to change so that vLLM finds room on the GPU, by what it was at."""
+def _remedy_for_full_gpu(lines: list[str]) -> str:
+    """The setting to change so that vLLM finds room on the GPU, by the function that ran out of it."""
     text = "\n".join(lines)
-    found = [remedy for name, remedy in AT_WORK.items() if re.search(rf", in {name}$", text, re.MULTILINE)]
-    return found[0] if found else "stop what else uses the GPU, or lower serve.kv_cache_memory or serve.max_num_seqs"
+    remedies = [remedy for name, remedy in AT_WORK.items() if re.search(rf", in {name}$", text, re.MULTILINE)]
+    return (
+        remedies[0] if remedies else "stop what else uses the GPU, or lower serve.kv_cache_memory or serve.max_num_seqs"
+    )
 
 
 def _raised(lines: list[str]) -> Iterator[str]:

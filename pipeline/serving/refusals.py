@@ -1,7 +1,7 @@
-"""Which vLLM flags and variables a config may add, and why it may not add the others.
+"""The vLLM flags and variables that a config may add, and the reason why each of the others is refused.
 
-Only what is told wholly by its value keeps the promise that what was judged is what serves: no other weights,
-no code, no file, no door of its own. The lists were read from vLLM 0.26 to 0.32.
+An allowed setting is complete in its value. Any other could make the served unit differ from the judged one: other weights,
+code, a file, or a port of its own. The lists were read from vLLM 0.26 to 0.32.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ REFUSED = {
     "disable-log-stats": "would hide the requests in flight, and draining needs them",
 }  # fmt: skip
 
-# env: how vLLM computes, never what it loads, where it listens or what it tells.
+# Variables decide how vLLM computes, never its files, its address or its telemetry.
 PREFIXES = (
     "VLLM", "OMP", "KMP", "GOMP", "MKL", "TORCHINDUCTOR", "NCCL", "GLOO", "MALLOC", "TOKENIZERS",
 )  # fmt: skip
@@ -86,19 +86,19 @@ REFUSED_ENV = re.compile(
 
 
 def argument_problems(arguments: Mapping[str, str | int | float | bool]) -> Iterator[Problem]:
-    """What speaks against each of `serve.extra_args`."""
+    """The problems of `serve.extra_args`."""
     for key, value in arguments.items():
         flag = key.removeprefix("--").replace("_", "-").partition("=")[0].partition(".")[0]
         where = f"serve.extra_args.{key}"
         if flag in OWNED:
-            yield Problem("has a setting of its own", key=where, remedy=f"set {OWNED[flag]}")
+            yield Problem("must be set by its own key", key=where, remedy=f"set {OWNED[flag]}")
         elif flag.removeprefix("no-") in REFUSED:
             yield Problem(REFUSED[flag.removeprefix("no-")], key=where, remedy="remove it from the config")
         elif key.replace("_", "-") not in ALLOWED:
             close = difflib.get_close_matches(flag, ALLOWED, n=1)
             hint = f"did you mean {close[0]}? " if close else ""
             yield Problem(
-                "is no vLLM flag known to keep a served unit what was judged",
+                "is not on the list of allowed vLLM flags",
                 key=where,
                 allowed=f"{hint}one of: {', '.join(sorted(ALLOWED))}",
                 remedy="correct or remove it",
@@ -112,21 +112,21 @@ def _names_a_file(value: str) -> bool:
 
 
 def env_problems(env: Mapping[str, str]) -> Iterator[Problem]:
-    """What speaks against each of `serve.env`."""
+    """The problems of `serve.env`."""
     for key, value in env.items():
         where = f"serve.env.{key}"
         if re.fullmatch(REFUSED_ENV, key):
             yield Problem(
-                "would change what is loaded, where it listens or what is told, or is a secret",
+                "would change what is loaded, where the server listens or what it tells, or is a secret",
                 key=where,
                 remedy="remove it; secrets come from the environment of the command, never from the config",
             )
         elif not re.fullmatch(ALLOWED_ENV, key):
             yield Problem(
-                "is no variable of vLLM's or its libraries' computing",
+                "is not an allowed environment variable",
                 key=where,
                 allowed=" ".join(f"{prefix}_*" for prefix in PREFIXES),
                 remedy="remove it",
             )
         elif "\0" in value or "\n" in value:
-            yield Problem("holds a line break", key=where, remedy="write one line")
+            yield Problem("must be one line", key=where, remedy="remove the line break")

@@ -1,20 +1,39 @@
-"""A running model server as a record, and what it is asked over HTTP: is it up, answering, busy."""
+"""A model server as records: to start, started, and in its condition now; and its health and load, asked over HTTP."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import httpx
 
-from pipeline import loopback
-from pipeline.artifacts import Record
+from pipeline import chat
+from pipeline.artifacts import Record, RuntimeName, ServedUnit
+from pipeline.config.schema import ServeConfig
+from pipeline.environments.interpreters import Environment
 from pipeline.errors import ServingError
 
 BUSY = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? (\S+)$", re.MULTILINE)
 
 METRICS_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class ToServe:
+    """A server to start: the unit that was judged, and all that starts it here.
+
+    `model` is the model's folder. Clients ask for `name` unless `serve` names another. `folder` keeps the server's log and
+    state. `environment` has vLLM; it is None for a runtime that brings its own.
+    """
+
+    unit: ServedUnit
+    model: Path
+    serve: ServeConfig
+    name: str
+    folder: Path
+    environment: Environment | None
 
 
 class Server(Record):
@@ -24,7 +43,7 @@ class Server(Record):
     container's id. `model` is the name that clients ask for, `folder` where its log and its state lie.
     """
 
-    runtime: Literal["process", "docker"]
+    runtime: RuntimeName
     unit_digest: str
     url: str
     model: str
@@ -36,10 +55,10 @@ class Server(Record):
 
 
 class Condition(Record):
-    """How a server is now.
+    """A server's condition now.
 
-    `uptime_s` counts from its last start, `pid` and `container` are what runs, `in_flight` is None when it
-    doesn't tell, `why` says what a dead one ended of, where that is known.
+    `uptime_s` counts from its last start. `pid` and `container` are of the running server. `in_flight` is None when the
+    server doesn't tell. `why` is the reason of a death, where it is known.
     """
 
     state: Literal["starting", "running", "restarting", "dead"]
@@ -55,46 +74,26 @@ class Condition(Record):
 def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
     """Whether /health says 200; a generation may fail all the same."""
     try:
-        with loopback.client(url, timeout_s) as http:
+        with chat.client(url, timeout_s) as http:
             return http.get("/health").status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False
 
 
-def complete(url: str, model: str, timeout_s: float) -> str:
-    """One real, short, greedy chat completion; its text. Raises ServingError when there is none."""
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "Hello!"}],
-        "max_tokens": 4,
-        "temperature": 0,
-    }
-    try:
-        with loopback.client(url, timeout_s) as http:
-            response = http.post("/v1/chat/completions", json=body)
-        response.raise_for_status()
-        answer = response.json()
-        if answer["usage"]["completion_tokens"] < 1:
-            raise ServingError(f"the server answers with no token: {response.text[:300]}", key=url)
-        return str(answer["choices"][0]["message"]["content"] or "")
-    except httpx.HTTPStatusError as error:
-        text = error.response.text[:300]
-        raise ServingError(f"a completion ended in {error.response.status_code}: {text}", key=url) from error
-    except httpx.HTTPError as error:
-        raise ServingError(f"a completion got no answer: {error!r}", key=url) from error
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ServingError(f"a completion isn't one: {response.text[:300]}", key=url) from error
-
-
 def in_flight(url: str) -> int:
     """Requests that the server is working on or has waiting, by its own metrics; raises ServingError."""
     try:
-        with loopback.client(url, METRICS_TIMEOUT_S) as http:
+        with chat.client(url, METRICS_TIMEOUT_S) as http:
             response = http.get("/metrics")
         response.raise_for_status()
     except httpx.HTTPError as error:
-        raise ServingError(f"the server's metrics can't be read: {error!r}", key=url) from error
-    found = BUSY.findall(response.text)
-    if not found:
-        raise ServingError("the server's metrics don't name its requests", key=f"{url}/metrics")
-    return int(sum(float(value) for value in found))
+        raise ServingError(f"the server's metrics can't be read: {error!r}", key=url, remedy=chat.REMEDY) from error
+    counts = BUSY.findall(response.text)
+    if not counts:
+        raise ServingError(
+            "the server's metrics don't name its requests",
+            key=f"{url}/metrics",
+            allowed="vllm:num_requests_running and vllm:num_requests_waiting",
+            remedy="remove flags from serve.extra_args that turn vLLM's metrics off, or use a vLLM that has them",
+        )
+    return int(sum(float(count) for count in counts))

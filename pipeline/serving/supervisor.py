@@ -1,17 +1,17 @@
 """Keeps one model server running: `python -m pipeline.serving.supervisor FOLDER`. Standard library only.
 
-It reads FOLDER/spec.json, starts the server as its child, notes in FOLDER/state.json how it is, and ends with
-it. A server that dies, or whose /health stays silent, is started again after a growing pause, but only once
-it was ready (FOLDER/ready is there) and while the model folder still has the digests that were judged. Until it
-has answered again, and the folder was still the same then, it counts as restarting; if the folder changed while
-vLLM read it, it is killed. One that nobody is to keep, or that isn't ready yet, ends when the process that asked
-for it is gone.
+It reads FOLDER/spec.json, starts the server as its child, keeps the server's state in FOLDER/state.json, and ends with it.
 
-The server runs in FOLDER and is given the model as `model`, a link there to its folder: vLLM's key of what it
-compiled holds the path that it is told, and so it is one path for evaluation and promotion.
+A server that dies, or whose /health stays silent, is started again after a growing pause. It must have been ready once
+(FOLDER/ready is there), and the model folder must still have the digests that were judged. It counts as restarting until it
+has answered and the folder is still the same. If the folder changed while vLLM read it, the server is killed. A server
+without `keep`, or that isn't ready yet, ends when the process that asked for it is gone.
 
-SIGTERM passes to the server, which finishes its requests in flight. What can't be noted, the disk being full, is told on
-standard error and noted later; the server is watched all the same. Limits: Linux; the log grows until the next start.
+The server runs in FOLDER and is told `model`, a link there to the model folder. vLLM's key of its compiled kernels contains
+that path, so it must be the same for evaluation and promotion.
+
+SIGTERM passes to the server, which finishes its requests in flight. A state that can't be written, because the disk is full,
+is told on standard error and written later. Limits: Linux; the log grows until the next start.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ from pipeline.serving.digests import differences, model_files
 POLL_S = 0.1
 MODEL = "model"  # the link's name
 PAUSES_S = (0.5, 2.0, 5.0, 15.0, 60.0)  # before each restart in a row; after the last it is given up
-STEADY_S = 300.0  # running that long counts as recovered: the next death starts from the first pause
+STEADY_S = 300.0  # after that long the next death starts from the first pause again
 HEALTH_EVERY_S, HEALTH_TIMEOUT_S, HEALTH_FAILURES = 15.0, 30.0, 8
-LOOK_EVERY_S = 0.5  # how often one that was started again is asked for an answer, and its folder compared
-TEARDOWN_S = 10.0  # what vLLM may take to end after its last request
+LOOK_EVERY_S = 0.5  # how often a server that was started again is asked for an answer, and its folder compared
+TEARDOWN_S = 10.0  # seconds that vLLM may take to end after its last request
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What to run. `owner` is the process to live with unless `keep` and ready; times are in seconds.
+    """A server to run. It lives with the process `owner` unless `keep` and ready; times are in seconds.
 
     `model` is the name that it answers to, `files` are the digests of the model folder's files as they were judged.
     """
@@ -71,7 +71,7 @@ class Spec:
 class State:
     """The server is starting, running, restarting, stopped or failed.
 
-    `supervisor` is the pid of who noted it, `pid` and `started` are the server's own, `since` is in seconds.
+    `supervisor` is the pid of its supervisor, `pid` and `started` are the server's own, `since` is in seconds.
     """
 
     state: str = "starting"
@@ -145,44 +145,44 @@ class Supervisor:
                 self.spec.command, env=self.spec.environ, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink,
                 process_group=0, cwd=self.folder,
             )  # fmt: skip
-        found = processes.find(child.pid)
-        self.state.pid, self.state.started = child.pid, found.started if found else 0
+        process = processes.find(child.pid)
+        self.state.pid, self.state.started = child.pid, process.started if process else 0
         self._note("restarting" if self.state.restarts else "starting")
         return child
 
     def _watch(self, child: subprocess.Popen[bytes]) -> str:
         """Wait for the server's end, bringing it about when asked, orphaned or deaf; says why it ended."""
-        asked, silent, began = "", 0, time.monotonic()
+        why_ending, silent, began = "", 0, time.monotonic()
         next_check, next_look = began + HEALTH_EVERY_S, 0.0
-        is_loading = self.state.restarts > 0  # one that never answered yet is given the time of a start
+        is_loading = self.state.restarts > 0  # until its first answer it is given the time of a start
         while (status := child.poll()) is None:
             if self._unnoted:
                 self._write()
             if self.state.state == "starting" and self._is_ready():
                 self._note("running")
-            if not asked and (self._stop.is_set() or self._is_orphan()):
-                asked = "told to stop" if self._stop.is_set() else "its owner is gone"
+            if not why_ending and (self._stop.is_set() or self._is_orphan()):
+                why_ending = "told to stop" if self._stop.is_set() else "its owner is gone"
                 self._stop.set()
                 self._end(child)
-            if not asked and self.state.state == "restarting" and time.monotonic() > next_look:
-                asked = self._look_again(child)
+            if not why_ending and self.state.state == "restarting" and time.monotonic() > next_look:
+                why_ending = self._look_again(child)
                 next_look = time.monotonic() + LOOK_EVERY_S
-            if not asked and self._is_ready() and time.monotonic() > next_check:
+            if not why_ending and self._is_ready() and time.monotonic() > next_check:
                 is_up = self._is_up()
                 is_loading = is_loading and not is_up and time.monotonic() < began + self.spec.startup_timeout
                 silent = 0 if is_up or is_loading else silent + 1
                 next_check = time.monotonic() + HEALTH_EVERY_S
                 if silent >= HEALTH_FAILURES:
-                    asked = f"/health was silent {silent} times"
+                    why_ending = f"/health was silent {silent} times"
                     self._end(child)
             time.sleep(POLL_S)
         self._kill_rest(child)
-        return asked or (f"killed by signal {-status}" if status < 0 else f"ended with status {status}")
+        return why_ending or (f"killed by signal {-status}" if status < 0 else f"ended with status {status}")
 
     def _look_again(self, child: subprocess.Popen[bytes]) -> str:
-        """Note that a server which was started again runs, once it answers and the folder is what was judged.
+        """Note that a server which was started again runs, once it answers and the folder is as it was judged.
 
-        If it isn't, the server is killed, so that no client meets it for longer; returns why.
+        If the folder isn't, the server is killed, so that no client meets it for longer; returns why.
         """
         is_up = self._is_up()
         changes = self._changes()
@@ -196,14 +196,14 @@ class Supervisor:
         return f"killed: {changes}"
 
     def _changes(self) -> str:
-        """How the model folder isn't what was judged, in words; "" when it is."""
+        """The differences of the model folder from the judged one, in words; "" when there are none."""
         folder = (self.folder / MODEL).resolve()
         try:
-            found = [f"{name} {what}" for name, what in differences(self.spec.files, model_files(folder)).items()]
+            changes = [f"{name} {change}" for name, change in differences(self.spec.files, model_files(folder)).items()]
         except OSError as error:  # a file that went while it was read
-            found = [str(error)]
-        words = f"{folder} isn't what was judged ({', '.join(found)}); restore it, or build and approve anew"
-        return words if found else ""
+            changes = [str(error)]
+        words = f"{folder} isn't what was judged ({', '.join(changes)}); restore it, or build and approve anew"
+        return words if changes else ""
 
     def _end(self, child: subprocess.Popen[bytes]) -> None:
         """SIGTERM to the server alone: its children finish their requests; SIGKILL when it is late."""
@@ -216,7 +216,7 @@ class Supervisor:
             self._kill_rest(child)
 
     def _kill_rest(self, child: subprocess.Popen[bytes]) -> None:
-        """End what the server left behind: its group is alive as long as one of its workers is."""
+        """Kill the server's process group, which is alive as long as one of its workers is."""
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
 
@@ -239,10 +239,10 @@ class Supervisor:
         return b"choices" in (self._ask("/v1/chat/completions", json.dumps(body).encode()) or b"")
 
     def _ask(self, path: str, body: bytes | None = None) -> bytes | None:
-        """What the server says to a GET, or to a POST of JSON; None unless it is a 200."""
-        asked = urllib.request.Request(self.spec.url + path, body, {"Content-Type": "application/json"})  # noqa: S310
+        """The server's answer to a GET, or to a POST of JSON; None unless it is a 200."""
+        request = urllib.request.Request(self.spec.url + path, body, {"Content-Type": "application/json"})  # noqa: S310
         try:
-            with urllib.request.urlopen(asked, timeout=HEALTH_TIMEOUT_S) as response:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=HEALTH_TIMEOUT_S) as response:  # noqa: S310
                 return bytes(response.read()) if response.status == HTTPStatus.OK else None
         except (OSError, HTTPException):
             return None
@@ -252,7 +252,7 @@ class Supervisor:
         self._write()
 
     def _write(self) -> None:
-        """Leave the state where others read it; a disk that is full is told once, and tried again while the server runs."""
+        """Leave the state where others read it. A full disk is told once, and tried again while the server runs."""
         try:
             write_json(self.folder / "state.json", asdict(self.state))
         except OSError as error:

@@ -19,12 +19,13 @@ from support.wire import fake_vllm
 
 from flows import stages, systems
 from pipeline import store
-from pipeline.environments import interpreters
 from pipeline.errors import ModelError, RegistryError, ServingError, StageFailed
 from pipeline.evaluation import evaluate
 from pipeline.program import Request
 from pipeline.registry import versions
+from pipeline.serving import runtimes
 from pipeline.serving import serve as serving
+from pipeline.serving.server import ToServe
 
 NAME = "served"
 MESSAGES = [{"role": "user", "content": "where is my card?"}, {"role": "assistant", "content": "card_arrival"}]
@@ -103,7 +104,7 @@ def test_an_incumbent_of_other_weights_than_approved_is_caught_before_it_is_meas
     candidate = a_model(tmp_path / "new")
     monkeypatch.setattr(versions, "champion", lambda _name: champion)
     monkeypatch.setattr(versions, "config_of", lambda _run: config)
-    monkeypatch.setattr(interpreters, "serving", lambda _config: ENVIRONMENT)
+    monkeypatch.setattr(runtimes, "environment_of", lambda _config: ENVIRONMENT)
     if stale:
         write_weights(champion.model_path, "of the version before")
     unit = serving.served_unit(candidate, config.serve, config.name, ENVIRONMENT)
@@ -121,7 +122,6 @@ def test_a_server_of_other_flags_than_judged_is_caught_before_it_starts(tmp_path
     unit = serving.served_unit(model, config.serve, NAME, ENVIRONMENT)
     serve = config.serve.model_copy(update=flag)
     with pytest.raises(ServingError, match=r"unit\.flags") if flag else nullcontext():
-        server = serving.start(
-            unit, model, serve, NAME, tmp_path / "server", ENVIRONMENT, keep=False, on_event=lambda _event: None
-        )
+        to_serve = ToServe(unit, model, serve, NAME, tmp_path / "server", ENVIRONMENT)
+        server = serving.start(to_serve, keep=False, on_event=lambda _event: None)
         serving.stop(server, 1)

@@ -38,7 +38,7 @@ TOKEN = "the-flow's-token"
 
 @dataclass
 class Fate:
-    """What befalls the pods of a cluster; each word is one that kubelet, scheduler or job controller writes."""
+    """The fates of a cluster's pods; each word is one that kubelet, scheduler or job controller writes."""
 
     waits: Mapping[str, Any] | None = None  # a status that a pod never leaves
     waits_for: int = 0  # how often it is asked for before it starts

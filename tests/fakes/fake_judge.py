@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def answers_in(shown: str) -> tuple[str, str]:
-    """What stands between the marks of answer A and answer B."""
+    """The texts between the marks of answer A and answer B."""
     found = {
         name: text
         for name, _, text in re.findall(r"\[begin (answer [AB]) (\w+)\]\n(.*?)\n\[end \1 \2\]", shown, re.DOTALL)

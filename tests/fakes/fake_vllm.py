@@ -1,6 +1,6 @@
 """A stand-in for vLLM's API server that speaks its HTTP for real: same command line, same endpoints, no model.
 
-`python tests/fake_vllm.py --model FOLDER --port N …`, or as `vllm.entrypoints.openai.api_server` with tests/fake_site on
+`python tests/fakes/fake_vllm.py --model FOLDER --port N …`, or as `vllm.entrypoints.openai.api_server` with tests/fakes/fake_site on
 PYTHONPATH. How it behaves is told by `--fake-NAME VALUE` flags, or by the same names in FOLDER/fake_vllm.json
 (`{"startup_delay": 2}`), which the flags override:
 
@@ -78,7 +78,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def behaviour(args: argparse.Namespace) -> dict[str, Any]:
-    """What the model folder's fake_vllm.json and then the flags ask for."""
+    """The behaviour that the model folder's fake_vllm.json asks for; flags override it."""
     file = Path(args.model) / "fake_vllm.json"
     chosen: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if unknown := set(chosen) - set(BEHAVIOUR):

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from fakes.fake_cluster import Fate, cluster
 from support import programs as children
-from support.data_samples import SPLITS, conversation, payload, settings, write
+from support.data_samples import conversation, payload, settings, write
 from support.released import a_config
 
 from flows import jobs as kubernetes
 from flows import stages
 from pipeline import hardware, program, store
+from pipeline.data.splits import SPLITS
 from pipeline.environments import interpreters
 from pipeline.errors import ConfigError, DataError, EnvironmentMissing, ResourceError, StageFailed
 from pipeline.kubernetes import manifests

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 from fakes.fake_judge import KEY, endpoint, honest, verdict
+from support.stored import all_artifacts
 
 from flows import judges, stages
-from pipeline import store
 from pipeline.artifacts import Evaluation, Item
 from pipeline.config.file import load
 from pipeline.config.schema import Config
@@ -68,7 +68,7 @@ def test_the_same_comparison_is_not_paid_for_twice(home):
         judged(config(there.base_url, max_items=3, criteria="Prefer the shorter one."))
         judged(config(there.base_url, max_items=3), attempt="again")
         assert len(there.asked) == 18
-    assert {artifact.stage for artifact in store.all_artifacts()} == {"judge"}
+    assert {artifact.stage for artifact in all_artifacts()} == {"judge"}
 
 
 def test_without_an_incumbent_there_is_nothing_to_compare(home):
@@ -196,4 +196,4 @@ def test_a_task_is_run_once_for_a_served_unit(home, tmp_path, monkeypatch):
     (site / "lm_eval-0.4.13.dist-info").rename(site / "lm_eval-0.4.14.dist-info")
     results("candidate")
     assert len(ran) == 3
-    assert {artifact.made_by["lm-eval"] for artifact in store.all_artifacts()} == {"0.4.13", "0.4.14"}
+    assert {artifact.made_by["lm-eval"] for artifact in all_artifacts()} == {"0.4.13", "0.4.14"}

@@ -12,10 +12,10 @@ from support.released import ENVIRONMENT, FAKE_SITE, a_config, a_model, a_releas
 from flows import measure, systems
 from pipeline import store
 from pipeline.artifacts import Evaluation
-from pipeline.environments import interpreters
 from pipeline.environments.interpreters import Environment
 from pipeline.errors import EnvironmentMissing
 from pipeline.registry import versions
+from pipeline.serving import runtimes
 from pipeline.serving import serve as serving
 
 
@@ -30,7 +30,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     )
     monkeypatch.setattr(versions, "champion", lambda _name: champion)
     monkeypatch.setattr(versions, "config_of", lambda _run: config)
-    monkeypatch.setattr(interpreters, "serving", lambda _config: made.serve)
+    monkeypatch.setattr(runtimes, "environment_of", lambda _config: made.serve)
     return made
 
 
@@ -78,7 +78,7 @@ def test_settings_that_can_not_be_had_any_more_are_todays(
             raise EnvironmentMissing("the serve environment isn't there")
         return ENVIRONMENT
 
-    monkeypatch.setattr(interpreters, "serving", environment)
+    monkeypatch.setattr(runtimes, "environment_of", environment)
     _, incumbent = measured(world, max_num_seqs=3)
     assert incumbent.config["serve"]["max_num_seqs"] == 3
 

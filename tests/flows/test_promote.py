@@ -15,9 +15,9 @@ from support.wire import HTTP, chat, said, wait_for
 from flows import promote
 from pipeline.deployment import promote as deployment
 from pipeline.deployment import proxy, steps
-from pipeline.environments import interpreters
 from pipeline.errors import RegistryError, ReviewError, RoutingError, ServingError
 from pipeline.registry import versions
+from pipeline.serving import runtimes
 
 NAME = "tickets"
 STEPS = list(steps.STEPS)
@@ -185,7 +185,7 @@ def test_the_flow_promotes_by_name(world, prefect, monkeypatch):
     monkeypatch.setattr(versions, "release", find)
     monkeypatch.setattr(versions, "config_of", lambda run_id: world.config)
     monkeypatch.setattr(versions, "set_champion", world.aliases.set_champion)
-    monkeypatch.setattr(interpreters, "serving", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(runtimes, "environment_of", lambda config: ENVIRONMENT)
     now = promote.promote(NAME)
     assert asked == [(NAME, None)]
     assert (now["state"], now["version"]) == ("live", "7")

@@ -41,7 +41,7 @@ def test_a_file_written_just_now_is_not_remembered(old_file, monkeypatch):
 
 
 def test_what_serves_is_read_by_the_process_that_asks(old_file, monkeypatch):
-    """What another process noted in the store isn't believed; the bytes are read once here, and again when they change."""
+    """The store's note of another process isn't believed; the bytes are read once here, and again when they change."""
     asked = []
     monkeypatch.setattr(file_digests, "digest_file", lambda path: asked.append(path) or digest_file(path))
     file_digests.remembered(old_file)

@@ -53,7 +53,7 @@ def test_a_gpu_is_read_from_nvidia_smi():
     [("1", "Tesla T4"), ("GPU-bb", "Tesla T4"), ("0,7,1", "NVIDIA H100 80GB HBM3"), ("", None), ("-1", None)],
 )
 def test_cuda_visible_devices_is_kept_to(visible, names):
-    """A hidden GPU is no GPU, and CUDA's rule that an unknown entry ends the list holds."""
+    """A hidden GPU doesn't count, and CUDA's rule that an unknown entry ends the list holds."""
     found = hardware.gpu_of(SMI, visible, 4)
     assert (found.name if found else None) == names
     if found:

@@ -64,5 +64,5 @@ def test_a_pid_used_again_is_another_process() -> None:
 
 
 def test_nothing_runs_under_a_pid_that_never_was() -> None:
-    """A pid above the kernel's highest has no process."""
+    """No process runs under a pid above the kernel's highest."""
     assert processes.find(2**22 + 1) is None

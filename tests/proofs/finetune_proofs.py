@@ -1,6 +1,6 @@
-"""Measure what test_finetune.py asserts, on a tiny model in the train environment.
+"""Measure the figures of test_train.py, on a tiny model in the train environment.
 
-    python tests/finetune_proofs.py FOLDER (holding base/ and prepare/)
+    python tests/proofs/finetune_proofs.py FOLDER (holding base/ and prepare/)
 
 Prints one JSON object. Float32 throughout, so that equal means equal to rounding.
 """
@@ -21,39 +21,40 @@ from pipeline.config.schema import FinetuneConfig
 from pipeline.finetune import loss, memory, packing, train
 from pipeline.finetune import model as finetune_model
 from pipeline.finetune import rows as finetune_rows
+from pipeline.finetune.execution import Execution
 from pipeline.finetune.packing import IGNORED, Row
 
 
-def exact(base: Path, settings: FinetuneConfig) -> tuple[Any, finetune_model.Hardware]:
+def exact(base: Path, settings: FinetuneConfig) -> tuple[Any, Execution]:
     """The model to be trained, in float32, with adapters that already change what it says."""
-    model, hardware = finetune_model.load(base, settings, 256)
-    model = finetune_model.with_lora(model.float(), settings, hardware, "0" * 64, seed=1)
+    model, execution = finetune_model.load(base, settings, 256)
+    model = finetune_model.with_lora(model.float(), settings, execution, "0" * 64, seed=1)
     torch.manual_seed(5)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    return model, replace(hardware, dtype="float32")
+    return model, replace(execution, dtype="float32")
 
 
-def fallback(model: Any, hardware: finetune_model.Hardware, rows: list[Row]) -> dict[str, Any]:
+def fallback(model: Any, execution: Execution, rows: list[Row]) -> dict[str, Any]:
     """Packed and alone with transformers' own attention and masks, as models with windows are trained."""
     model.set_attn_implementation("sdpa")
-    own, hardware = hardware.attention, replace(hardware, shares_prefixes=False)
+    own, execution = execution.attention, replace(execution, shares_prefixes=False)
     with finetune_model.without_dropout(model):
-        alone = [float(loss.summed_loss(model, [row], hardware)) for row in rows]
-        packed = float(loss.summed_loss(model, rows, hardware))
+        alone = [float(loss.summed_loss(model, [row], execution)) for row in rows]
+        packed = float(loss.summed_loss(model, rows, execution))
     model.set_attn_implementation(own)
     return {"alone": alone, "packed": packed}
 
 
-def packed_and_alone(model: Any, hardware: finetune_model.Hardware, rows: list[Row]) -> dict[str, Any]:
+def packed_and_alone(model: Any, execution: Execution, rows: list[Row]) -> dict[str, Any]:
     """Each row's loss alone, the pack's, and a row's loss when its neighbour in the pack is another."""
     with finetune_model.without_dropout(model):
-        alone = [float(loss.summed_loss(model, [row], hardware)) for row in rows]
-        packed = float(loss.summed_loss(model, rows, hardware))
+        alone = [float(loss.summed_loss(model, [row], execution)) for row in rows]
+        packed = float(loss.summed_loss(model, rows, execution))
         quiet = replace(rows[0], labels=array("i", [IGNORED]) * len(rows[0].labels))
         beside = [
-            float(loss.summed_loss(model, [first, rows[1]], hardware))
+            float(loss.summed_loss(model, [first, rows[1]], execution))
             for first in (quiet, replace(quiet, input_ids=quiet.input_ids[::-1]))
         ]
     return {"alone": alone, "packed": packed, "beside": beside}
@@ -74,10 +75,10 @@ def by_transformers(base: Path, model: Any, rows: list[Row]) -> list[float]:
 
 def gradient(base: Path, settings: FinetuneConfig, rows: list[Row], tokens: int) -> torch.Tensor:
     """The gradient of one effective batch, cut into passes of `tokens` tokens."""
-    model, hardware = exact(base, settings)
+    model, execution = exact(base, settings)
     run = train.Training(
-        model, replace(hardware, tokens_a_pass=tokens), settings, finetune_rows.Rows(rows, [], 0, 0),
-        sequence_len=256, seed=1, checkpoints=Path("unused"),
+        model, replace(execution, tokens_a_pass=tokens), settings, finetune_rows.Rows(rows, [], 0, 0),
+        sequence_len=256, seed=1, folder=Path("unused"),
     )  # fmt: skip
     kept: list[torch.Tensor] = []
     run.optimizer.register_step_pre_hook(
@@ -110,7 +111,7 @@ def unpacking(base: Path) -> dict[str, float]:
     layer.train()
     x = torch.randn(40, layer.in_features, dtype=torch.bfloat16)
     by_library = layer(x)
-    assert finetune_model.unpack(packed, torch.bfloat16)
+    finetune_model.unpack(packed, torch.bfloat16)
     stand_in = packed.model.layers[0].self_attn.q_proj
     before = original.model.layers[0].self_attn.q_proj
     return {
@@ -130,11 +131,11 @@ def under_other_memory(base: Path) -> dict[str, str]:
     memory.free = free
     _, tight_again = finetune_model.load(base, settings, 256, tight)
     found = {"roomy": roomy, "tight": tight, "roomy_again": roomy_again, "tight_again": tight_again}
-    return {name: hardware.frozen_weights for name, hardware in found.items()}
+    return {name: execution.frozen_weights for name, execution in found.items()}
 
 
 def dropout() -> dict[str, float]:
-    """What the quick dropout keeps and by how much it scales."""
+    """The share that the quick dropout keeps, and its scale."""
     outer = torch.nn.Module()
     outer.layers = torch.nn.ModuleDict({"default": torch.nn.Dropout(0.2)})
     finetune_model._quicken_dropout(outer)
@@ -158,14 +159,14 @@ def main() -> None:
     base, prepared = folder / "base" / "payload", folder / "prepare" / "payload"
     settings = FinetuneConfig(adapter="lora", load_in_4bit=False, lora_dropout=0.0, micro_batch_size=64)
     rows = finetune_rows.read(base, prepared, folder / "proofs", settings, 256).train[:6]
-    model, hardware = exact(base, settings)
+    model, execution = exact(base, settings)
     found = {
         "lengths": [len(row.input_ids) for row in rows],
         "trained": [row.trained for row in rows],
-        "attention": hardware.attention,
+        "attention": execution.attention,
         "prefix": packing.shared_prefix(rows),
-        **packed_and_alone(model, hardware, rows),
-        "fallback": fallback(model, hardware, rows),
+        **packed_and_alone(model, execution, rows),
+        "fallback": fallback(model, execution, rows),
         "by_transformers": by_transformers(base, model, rows),
         "gradients": gradients(base, settings, rows),
         "unpacking": unpacking(base),

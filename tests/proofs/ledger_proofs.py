@@ -1,9 +1,9 @@
-"""Make a tiny model learn rows by heart, plant faults in what was made of it, and ask every step of each.
+"""Make a tiny model learn rows by heart, plant faults in its artefacts, and ask every step of each chain.
 
-    python tests/ledger_proofs.py FOLDER (holding prepare/)
+    python tests/proofs/ledger_proofs.py FOLDER (holding prepare/)
 
-Runs in the train environment, all stages in one process. FOLDER/NAME/ledger/ is what the ledger's stage made of the
-chain `clean` or of one with the fault NAME; what was seen beside is printed as JSON.
+Runs in the train environment, all stages in one process. FOLDER/NAME/ledger/ is the ledger's artefact for the chain
+`clean`, or for the chain with the fault NAME; errors, prompts and answers are printed as JSON.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Measure what test_finetune_lora.py asserts, in the train environment.
+"""Measure the figures of test_fused_lora.py, in the train environment.
 
-    python tests/lora_proofs.py BASE (a Hugging Face folder)
+    python tests/proofs/lora_proofs.py BASE (a Hugging Face folder)
 
 Prints one JSON object.
 """

@@ -1,6 +1,6 @@
 """Two steps with fused LoRA layers over an NF4 base: whole in one process, and split over two. Prints both as JSON.
 
-    python tests/split_proofs.py BASE
+    python tests/proofs/split_proofs.py BASE
 
 On a CPU training doesn't fuse layers; here they are, as on a GPU, and layers are checkpointed. Runs in the train environment.
 """
@@ -33,15 +33,15 @@ def rank(request: program.Request, group: Any) -> dict[str, Any]:
 
     settings = FinetuneConfig(**request.config["finetune"])
     ids = [array("i", [(3 + 7 * number + 5 * at) % 400 for at in range(size)]) for number, size in enumerate(LENGTHS)]
-    rows = [Row(it, it, 0, truncated=False) for it in ids]
-    model, hardware = finetune_model.load(Path(request.config["base"]), settings, 32)
-    model = finetune_model.with_lora(model, settings, hardware, "0" * 64, seed=1)
+    rows = [Row(it, it, 0, is_cut=False) for it in ids]
+    model, execution = finetune_model.load(Path(request.config["base"]), settings, 32)
+    model = finetune_model.with_lora(model, settings, execution, "0" * 64, seed=1)
     assert fused_lora.fuse(model)[0] == 14
-    if hardware.split:
-        fsdp.split(model, hardware.device, group.size)
+    if execution.split:
+        fsdp.split(model, execution.device, group.size)
     training = train.Training(
-        model, hardware, settings, finetune_rows.Rows(rows, [], 0, 0),
-        sequence_len=32, seed=1, checkpoints=request.folder, group=group,
+        model, execution, settings, finetune_rows.Rows(rows, [], 0, 0),
+        sequence_len=32, seed=1, folder=request.folder, group=group,
     )  # fmt: skip
     state = checkpoints.State()
     with disable_input_dtype_casting(model):
@@ -51,7 +51,7 @@ def rank(request: program.Request, group: Any) -> dict[str, Any]:
         "history": [[entry["train_loss"], entry["grad_norm"]] for entry in state.history],
         "weights": [float(weight.detach().abs().sum()) for weight in training.weights.values()],
         "held": sum(getattr(it, "_local_tensor", it).nbytes for it in model.parameters() if not it.requires_grad),
-        "dtype": hardware.dtype,
+        "dtype": execution.dtype,
     }
 
 

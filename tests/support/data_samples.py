@@ -9,8 +9,7 @@ from pathlib import Path
 from support import programs
 
 from pipeline.config.schema import DataConfig, DatasetSource
-
-SPLITS = ("train", "val", "calibration", "holdout")
+from pipeline.data.splits import SPLITS
 
 
 def settings(

@@ -14,15 +14,21 @@ CONFIG = {
 }  # fmt: skip
 
 
-def safetensors(path: Path, shapes: dict[str, tuple[str, list[int]]], cut: int = 0) -> Path:
-    """Write zeros under the given names: name -> (dtype, shape); `cut` bytes are missing at the end."""
+def safetensors(path: Path, shapes: dict[str, tuple[str, list[int]]], data: bytes | None = None) -> Path:
+    """Write tensors with the given names, name -> (dtype, shape), and these bytes in all, else zeros."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in shapes.items():
         end = offset + math.prod(shape) * BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
-    return raw_safetensors(path, json.dumps(header).encode(), bytes(offset - cut))
+    path.write_bytes(safetensors_bytes(json.dumps(header).encode(), bytes(offset) if data is None else data))
+    return path
+
+
+def safetensors_bytes(header: bytes, data: bytes = b"") -> bytes:
+    """A safetensors file of just these bytes, even if they contradict each other."""
+    return len(header).to_bytes(8, "little") + header + data
 
 
 def tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
@@ -41,14 +47,8 @@ def tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
     }
 
 
-def raw_safetensors(path: Path, header: bytes, data: bytes) -> Path:
-    """Write a safetensors file of just these bytes."""
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-    return path
-
-
 def make(folder: Path, **config: Any) -> Path:
-    """A folder that nothing speaks against; keyword arguments change its config.json."""
+    """A folder that passes every check; keyword arguments change its config.json."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}, indent=1))
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "auto_map": 1}}}))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+from support import model_folder
 from support.wire import free_port
 
 from pipeline.artifacts import Approval, Release
@@ -53,8 +53,7 @@ def a_model(folder: Path, hello: str | None = None, **behaviour: Any) -> Path:
 def write_weights(folder: Path, text: str) -> None:
     """A weight file with one tensor, whose bytes are the text's."""
     data = text.encode()
-    header = json.dumps({"weight": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    model_folder.safetensors(folder / "model.safetensors", {"weight": ("U8", [len(data)])}, data)
 
 
 def a_release(model: Path, version: str, config: Config) -> Release:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import random
 import re
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import HTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+from pipeline.serving import process
 
 # Below those that servers of a promotion take, and below what Linux gives of its own accord.
 PORTS = range(10000, 20000)
@@ -28,11 +28,7 @@ FAKE = Path(__file__).parents[1] / "fakes" / "fake_vllm.py"
 
 def free_port() -> int:
     """A port that nobody listened on a moment ago, and that the system gives no outgoing connection."""
-    for port in random.SystemRandom().sample(PORTS, 200):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError(f"no free port from {PORTS.start} to {PORTS.stop - 1}")
+    return process.free_port(PORTS)
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from support.released import ENVIRONMENT, a_config, servers_under
 from support.wire import fake_vllm
 
 from flows.commands import chat
-from pipeline.environments import interpreters
+from pipeline.chat import client
 from pipeline.errors import ReviewError, ServingError
 from pipeline.registry import versions
+from pipeline.serving import runtimes
 
 NAME = "tickets"
 
@@ -27,7 +28,7 @@ def options(*, candidate: bool = False, message: str | None = "hello", system: s
 def candidate(tmp_path, monkeypatch):
     """A registered version on which nobody decided, whose server says "version 1"."""
     new_home(tmp_path, monkeypatch)
-    monkeypatch.setattr(interpreters, "serving", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(runtimes, "environment_of", lambda config: ENVIRONMENT)
     yield registered(a_build(tmp_path, config=a_config(gate=EASY.model_dump())))
     assert servers_under(tmp_path) == []
 
@@ -51,9 +52,8 @@ def test_a_chat_reaches_the_proxy_of_the_release_past_any_other(monkeypatch, cap
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
-    with fake_vllm("m", answer="as learned") as url:
-        body = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": True}
-        assert chat._stream(url, {}, body) == "as learned"
+    with fake_vllm("m", answer="as learned") as url, client(url, 30) as http:
+        assert chat._say(http, "m", [{"role": "user", "content": "hello"}]) == "as learned"
     assert "as learned" in capsys.readouterr().out
 
 

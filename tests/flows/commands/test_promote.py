@@ -16,9 +16,9 @@ from flows.commands import housekeeping, promote
 from pipeline.deployment import promote as deployment
 from pipeline.deployment import proxy, steps
 from pipeline.deployment.steps import Promotion
-from pipeline.environments import interpreters
 from pipeline.errors import RegistryError, ReviewError, RoutingError
 from pipeline.registry import versions
+from pipeline.serving import runtimes
 
 NAME = "tickets"
 
@@ -51,7 +51,7 @@ def world(tmp_path, monkeypatch):
     new_home(tmp_path, monkeypatch)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr(steps, "SETTLE_S", 0.1)
-    monkeypatch.setattr(interpreters, "serving", lambda config: ENVIRONMENT)
+    monkeypatch.setattr(runtimes, "environment_of", lambda config: ENVIRONMENT)
     made = World(tmp_path)
     for number in (1, 2):
         made.release(number)

@@ -40,29 +40,29 @@ BROKEN = [
         "one where a list is wanted",
         "loadtest:\n  max_concurrency: 8\n",
         4,
-        "8: is no list",
+        "8: is not a list",
         "a list, such as [1, 4, 8]",
     ),
     (
         "no size",
         "serve:\n  kv_cache_memory: 512 megs\n",
         4,
-        "'512 megs': doesn't have the form",
+        "'512 megs': doesn't have the allowed form",
         "such as 512MiB or 1.5GiB",
     ),
     (
         "a truth where a number is wanted",
         "num_epochs: no\n",
         3,
-        "is a truth value, as which YAML reads yes, no",
+        "is a boolean (YAML reads yes, no",
         "a number",
     ),
-    ("a truth that would count as 1", "lora_r: yes\n", 3, "finetune.lora_r: is a truth value", "a number"),
+    ("a truth that would count as 1", "lora_r: yes\n", 3, "finetune.lora_r: is a boolean", "a number"),
     (
         "none of several kinds",
         "gradient_checkpointing: x\n",
         3,
-        "'x': is none of the choices",
+        "'x': is not one of the choices",
         "true or false, or 'auto'",
     ),
     ("not YAML", "serve: {dtype: float16\n", None, "not YAML", "spaces for indentation"),
@@ -142,7 +142,7 @@ def test_what_to_do_stands_once_at_the_end_as_the_command_was_given(tmp_path: Pa
 def test_no_choice_is_told_twice(tmp_path: Path) -> None:
     """Neither beside what is allowed nor as pydantic says it."""
     (problem,) = broken(tmp_path, GOOD + "adapter: full\n")
-    assert (problem.what, problem.allowed) == ("'full': is none of the choices", "'qlora' or 'lora'")
+    assert (problem.what, problem.allowed) == ("'full': is not one of the choices", "'qlora' or 'lora'")
 
 
 def test_a_policy_is_checked_again_as_a_policy(tmp_path: Path) -> None:
@@ -157,14 +157,14 @@ def test_a_policy_is_checked_again_as_a_policy(tmp_path: Path) -> None:
     ]
     assert caught.value.problems[-1].remedy == f"correct them, then: tunegate gate --policy {file}"
     file.write_text("metrics: [{metric: accuracy, min: yes}]\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="is a truth value"):
+    with pytest.raises(ConfigError, match="is a boolean"):
         load_policy(file)
 
 
 def test_an_empty_file_a_list_and_latin1_are_refused(tmp_path: Path) -> None:
     """What isn't a mapping of UTF-8 text is refused before anything is read from it."""
-    assert "holds no keys" in broken(tmp_path, "")[0].what
-    assert "holds no keys" in broken(tmp_path, "- a\n")[0].what
+    assert "must hold keys" in broken(tmp_path, "")[0].what
+    assert "must hold keys" in broken(tmp_path, "- a\n")[0].what
     file = tmp_path / "latin1.yaml"
     file.write_bytes("seed: 1\nname: caf\xe9\n".encode("latin-1"))
     with pytest.raises(ConfigError) as caught:

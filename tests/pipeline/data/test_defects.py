@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.defects import KINDS, SHOWN, Defect, Ledger
+from pipeline.data.defects import KINDS, SHOWN, Defect, DefectLog
 from pipeline.errors import DataError
 
 
@@ -17,13 +17,13 @@ def test_every_remedy_can_be_written_for_a_file() -> None:
 
 def test_many_defects_of_a_kind_are_counted_not_printed(tmp_path: Path) -> None:
     """The error shows the first of each kind in file order and counts the rest; the list has all."""
-    with Ledger(tmp_path / "defects.jsonl") as ledger:
+    with DefectLog(tmp_path / "defects.jsonl") as log:
         for line in range(1, 101):
-            ledger.add_row("b.jsonl", [Defect("nan", "NaN", line)])
-        ledger.add_row("b.jsonl", [Defect("empty_answer", "empty", 7)])
-        ledger.add_row("a.jsonl", [Defect("empty_answer", "empty", 2)])
+            log.add_row("b.jsonl", [Defect("nan", "NaN", line)])
+        log.add_row("b.jsonl", [Defect("empty_answer", "empty", 7)])
+        log.add_row("a.jsonl", [Defect("empty_answer", "empty", 2)])
         with pytest.raises(DataError) as raised:
-            ledger.judge(0.0)
+            log.raise_if_too_many(0.0)
     problems = raised.value.problems
     assert [problem.line for problem in problems[:8]] == [1, 2, 3, 4, 5, 6, 7, 7]
     assert problems[SHOWN + 1].file == "a.jsonl"
@@ -34,9 +34,9 @@ def test_many_defects_of_a_kind_are_counted_not_printed(tmp_path: Path) -> None:
 
 def test_a_defect_of_a_file_stops_the_run_at_any_rate(tmp_path: Path) -> None:
     """max_defect_rate is about rows; a missing column or file is never dropped silently."""
-    with Ledger(tmp_path / "defects.jsonl") as ledger:
-        ledger.add_row("a.jsonl", [])
-        ledger.judge(0.0)
-        ledger.add("a.jsonl", Defect("missing_column", "has no column x"))
-        with pytest.raises(DataError, match="has no column x"):
-            ledger.judge(1.0)
+    with DefectLog(tmp_path / "defects.jsonl") as log:
+        log.add_row("a.jsonl", [])
+        log.raise_if_too_many(0.0)
+        log.add("a.jsonl", Defect("missing_column", "lacks the column x"))
+        with pytest.raises(DataError, match="lacks the column x"):
+            log.raise_if_too_many(1.0)

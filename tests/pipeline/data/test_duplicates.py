@@ -25,7 +25,7 @@ for _ in range(200):
         bodies.append([asked, {"role": "assistant", "content": "yes"}])
 draw.shuffle(bodies)
 file = data_rows.add_file(db, "rows.jsonl")
-data_rows.add(db, [data_rows.Row(0, file, n, body, 9, 1) for n, body in enumerate(bodies, 1)], 0)
+data_rows.add(db, [data_rows.SoundRow(0, file, n, body, 9, 1) for n, body in enumerate(bodies, 1)], 0)
 data_duplicates.drop_equal(db)
 db.execute("UPDATE rows SET split = CASE WHEN n % 5 THEN 'train' ELSE 'holdout' END")
 kept = {line for line, in db.execute("SELECT line FROM rows WHERE dropped IS NULL")}

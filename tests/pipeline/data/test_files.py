@@ -59,7 +59,7 @@ def test_a_json_file_may_hold_json_lines(tmp_path: Path) -> None:
     ],
 )
 def test_a_broken_json_list_is_reported_where_it_breaks(tmp_path: Path, text: str, found: list) -> None:
-    """What follows the break is read on where that is possible."""
+    """Reading goes on after the break where that is possible."""
     assert read(tmp_path, "rows.json", text) == found
 
 

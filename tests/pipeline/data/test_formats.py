@@ -5,11 +5,9 @@ import json
 import pytest
 
 from pipeline.data import formats
-from pipeline.data.checks import check, special_tokens_pattern
 
 ASKED = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
 BRIEFED = [{"role": "system", "content": "Be brief."}, *ASKED]
-NOTHING = special_tokens_pattern([])
 
 
 def converted(values: dict, kind: str | None = None, template: dict | None = None):
@@ -95,39 +93,3 @@ def test_a_row_of_another_format_is_told_from_a_row_that_lacks_a_column() -> Non
     assert formats.not_this_format({"prompt": "a", "completion": "b"}, wanted).kind == "mixed_format"
     lacking = formats.not_this_format({"message": []}, wanted)
     assert (lacking.kind, lacking.key) == ("missing_field", "messages")
-
-
-def roles(*names: str) -> list[dict[str, str]]:
-    return [{"role": name, "content": "x"} for name in names]
-
-
-@pytest.mark.parametrize(
-    ("body", "kinds"),
-    [
-        (BRIEFED, []),
-        (roles("user", "assistant", "user", "assistant"), []),
-        (roles("system"), ["no_answer"]),
-        (roles("assistant"), ["wrong_role_order"]),
-        (roles("user", "user"), ["wrong_role_order", "no_answer"]),
-        (roles("user", "assistant", "assistant"), ["wrong_role_order"]),
-        (roles("user", "system", "assistant"), ["system_in_middle"]),
-        ([*ASKED[:1], {"role": "assistant", "content": "\n"}], ["empty_answer"]),
-        ("  ", ["empty_message"]),
-        ("Tab\tand\r\nline ends are fine, é too.", []),
-        ("a bell \x07", ["control_character"]),
-        ("half \udc00", ["lone_surrogate"]),
-    ],
-)
-def test_turns_and_characters_are_checked(body: object, kinds: list[str]) -> None:
-    """All that is wrong with a conversation or text is named."""
-    assert [defect.kind for defect in check(body, NOTHING)] == kinds
-
-
-def test_special_tokens_are_found_anywhere() -> None:
-    """The longest token is named, in whichever message it stands."""
-    pattern = special_tokens_pattern(["<|im_end|>", "<s>", "", "<s>x"])
-    found = check([{"role": "user", "content": "a <s>x"}, {"role": "assistant", "content": "<|im_end|>"}], pattern)
-    assert [(defect.kind, defect.what.split()[-1]) for defect in found] == [
-        ("special_token", "<s>x"),
-        ("special_token", "<|im_end|>"),
-    ]

@@ -96,8 +96,8 @@ def test_a_dataset_is_fetched_at_its_commit_and_kept(hub: str, tmp_path: Path) -
     wrong = {
         f"owner/questions|{COMMIT}|final": ("split final", "name a split"),
         f"owner/gated|{COMMIT}|train": ("gated", "HF_TOKEN"),
-        f"owner/nothing|{COMMIT}|train": ("no such dataset", "look at"),
-        f"owner/questions|{'0' * 40}|train": ("no such commit", "/commits/"),
+        f"owner/nothing|{COMMIT}|train": ("the dataset doesn't exist", "look at"),
+        f"owner/questions|{'0' * 40}|train": ("the commit doesn't exist", "/commits/"),
     }
     cache = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     answers = json.loads(programs.python(FETCH, train, test, *wrong, HF_ENDPOINT=hub, **cache))

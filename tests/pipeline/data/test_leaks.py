@@ -84,7 +84,7 @@ BENCHMARKED = {
 def question_of(split: str, folder: Path) -> str:
     """The question of a training row that `settings` puts into that split."""
     db = data_rows.create(folder / "splits.sqlite")
-    data_rows.add(db, [data_rows.Row(0, 1, n, one["messages"], 9, 1) for n, one in enumerate(TRAIN, 1)], seed=7)
+    data_rows.add(db, [data_rows.SoundRow(0, 1, n, one["messages"], 9, 1) for n, one in enumerate(TRAIN, 1)], seed=7)
     splits.assign(db, holdout_size=1e-9, val_set_size=0.05, calibration_set_size=128)
     (body,) = db.execute("SELECT body FROM rows WHERE split = ?", (split,)).fetchone()
     return str(json.loads(body)[1]["content"])
@@ -208,7 +208,7 @@ def test_leaks_below_the_rate_are_counted_and_reported(checked: dict) -> None:
 
 
 def test_a_holdout_row_in_calibration_is_found_as_such(checked: dict) -> None:
-    """What the quantizer would see is held against the holdout like what is trained on."""
+    """Calibration rows are compared with the holdout like training rows."""
     leak, _ = checked["calibration"][1].problems
     assert (Path(leak.file).name, leak.line) == ("near exam.jsonl", len(EXAM) + 1)
     assert "like the calibration row" in leak.what

@@ -27,7 +27,7 @@ def filled(tmp_path: Path) -> Fill:
         index = Index(data_rows.create(tmp_path / "rows.sqlite"))
         split = [data_rows.words(text) for text in needles]
         index.add(Needle("x", 1, n, needles[n], grams_of([text], INSIDE)) for n, text in enumerate(split))
-        texts = [[Text(n, row, shown=True)] if isinstance(row, str) else row for n, row in enumerate(rows)]
+        texts = [[Text(n, row, is_prompt=True)] if isinstance(row, str) else row for n, row in enumerate(rows)]
         index.search((text for some in texts for text in some), len(rows), lambda done, total: None)
         return index
 
@@ -64,9 +64,9 @@ def test_the_filter_lets_every_added_key_through_and_few_others() -> None:
     assert known.may_have(keys[100_000:]).mean() < 0.01
 
 
-def found(index: Index, *, shown: bool = False) -> dict[int, list[int]]:
+def found(index: Index, *, prompts_only: bool = False) -> dict[int, list[int]]:
     """Rows by needle."""
-    return dict(index.candidates("x", shown=shown))
+    return dict(index.candidates("x", prompts_only=prompts_only))
 
 
 def test_a_text_is_found_inside_a_longer_row(filled: Fill) -> None:
@@ -81,10 +81,10 @@ def test_a_text_is_found_inside_a_longer_row(filled: Fill) -> None:
     ]
     index = filled(needles, rows)
     assert found(index) == {1: [0], 2: [1], 3: [2]}
-    shares = [index.share("x", [needles[n].split()], [Text(n, rows[n], shown=True)]) for n in range(3)]
+    shares = [index.share("x", [needles[n].split()], [Text(n, rows[n], is_prompt=True)]) for n in range(3)]
     assert shares == [1.0, 1.0, 7 / 13]
-    assert [index.part(n + 1, n) for n in range(3)] == shares
-    assert index.shared(2, 1, [Text(1, rows[1], shown=True)]) == " ".join(needles[1].split()[:8])
+    assert [index.share_of_counting(n + 1, n) for n in range(3)] == shares
+    assert index.longest_in_common(2, 1, [Text(1, rows[1], is_prompt=True)]) == " ".join(needles[1].split()[:8])
 
 
 def test_the_rows_that_have_most_of_a_text_come_first(filled: Fill) -> None:
@@ -97,7 +97,7 @@ def test_the_rows_that_have_most_of_a_text_come_first(filled: Fill) -> None:
 def test_short_texts_are_found_as_whole_messages_only(filled: Fill) -> None:
     """Four words as an earlier turn are a finding, the same words in a sentence are not; two words are never one."""
     needles = ["where is my parcel", "yes please", "how does it work"]
-    turns = [Text(0, "Where is my parcel?", shown=True), Text(0, "yes, please", shown=True)]
+    turns = [Text(0, "Where is my parcel?", is_prompt=True), Text(0, "yes, please", is_prompt=True)]
     index = filled(needles, [turns, "tell me first how does it work and why"])
     assert found(index) == {1: [0]}
     assert index.share("x", [needles[0].split()], turns) == 1.0
@@ -114,8 +114,8 @@ def test_a_template_that_rows_and_needles_share_is_no_finding(filled: Fill) -> N
     rows.append(f"{sentence('a')} {needles[3].removeprefix(TEMPLATE)} {sentence('b')}")
     index = filled(needles, rows)
     assert found(index) == {4: [30]}
-    assert index.share("x", [needles[3].split()], [Text(30, rows[30], shown=True)]) == 1.0
-    assert index.share("x", [needles[3].split()], [Text(0, rows[0], shown=True)]) == 0.0
+    assert index.share("x", [needles[3].split()], [Text(30, rows[30], is_prompt=True)]) == 1.0
+    assert index.share("x", [needles[3].split()], [Text(0, rows[0], is_prompt=True)]) == 0.0
 
 
 def test_a_phrase_of_some_texts_stays_a_part_of_them(filled: Fill) -> None:
@@ -125,7 +125,7 @@ def test_a_phrase_of_some_texts_stays_a_part_of_them(filled: Fill) -> None:
     rows = [f"{sentence('a')} {phrase}", f"{sentence('b')} {' '.join(needles[3].split()[:28])}"]
     index = filled(needles, rows)
     assert found(index) == {4: [1]}
-    assert index.share("x", [needles[3].split()], [Text(1, rows[1], shown=True)]) == 21 / 33
+    assert index.share("x", [needles[3].split()], [Text(1, rows[1], is_prompt=True)]) == 21 / 33
 
 
 @pytest.mark.parametrize(
@@ -148,17 +148,17 @@ def test_what_many_share_does_not_count(filled: Fill, needles: int, rows: int, i
 
 
 def test_what_an_assistant_says_can_be_left_out(filled: Fill) -> None:
-    """`shown` finds a text in what a model reads, not in what it is to say."""
+    """`prompts_only` finds a text in what a model reads, not in what it is to say."""
     needles = [sentence(n) for n in range(3)]
-    said, asked = (Text(n, f"{sentence('a')} {needles[n]}", shown=bool(n)) for n in range(2))
+    said, asked = (Text(n, f"{sentence('a')} {needles[n]}", is_prompt=bool(n)) for n in range(2))
     index = filled(needles, [[said], [asked]])
     assert found(index) == {1: [0], 2: [1]}
-    assert found(index, shown=True) == {2: [1]}
+    assert found(index, prompts_only=True) == {2: [1]}
 
 
 def test_rows_are_searched_in_batches_without_loss(filled: Fill, monkeypatch: pytest.MonkeyPatch) -> None:
     """However small a batch is, all of a row's messages are looked at."""
     monkeypatch.setattr(ngrams, "BATCH_CHARACTERS", 1)
     needles = [sentence(n) for n in range(3)]
-    rows = [[Text(n, sentence(("x", n)), shown=True), Text(n, needles[n], shown=True)] for n in range(3)]
+    rows = [[Text(n, sentence(("x", n)), is_prompt=True), Text(n, needles[n], is_prompt=True)] for n in range(3)]
     assert found(filled(needles, rows)) == {1: [0], 2: [1], 3: [2]}

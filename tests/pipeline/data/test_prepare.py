@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from support import programs
 from support.data_samples import (
-    SPLITS,
     as_alpaca,
     as_csv,
     as_json_list,
@@ -25,6 +24,7 @@ from support.defects import DEFECTS, TYPES
 
 from pipeline import files
 from pipeline.data import demo_tickets
+from pipeline.data.splits import SPLITS
 from pipeline.digests import digest_folder
 from pipeline.errors import DataError
 
@@ -44,7 +44,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="module")
 def refusals(base: dict, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the stage says about each broken file."""
+    """The stage's answer to each broken file."""
     folder = tmp_path_factory.mktemp("broken")
     truncate = {"sequence_len": 128, "excess_length_strategy": "truncate"}
     configs = {
@@ -286,7 +286,7 @@ def test_texts_are_trained_on_and_never_held_out(prepared: dict) -> None:
 def test_a_set_without_rows_stops_the_run(prepared: dict) -> None:
     """When every row was held out, the error says so and which setting to change."""
     (problem,) = prepared["only holdout"][1].problems
-    assert "no rows are left for train" in problem.what
+    assert "train must have at least one row" in problem.what
     assert "data.holdout_size" in problem.remedy
 
 
@@ -294,7 +294,7 @@ def test_a_set_without_rows_names_its_file_and_where_they_went(prepared: dict) -
     """The remedy fits: with a file as the holdout no size of it is to be lowered."""
     (problem,) = prepared["only val"][1].problems
     assert Path(problem.file).name == "three.jsonl"
-    assert problem.what == "no rows are left for train; read were: 3 val"
+    assert problem.what == "train must have at least one row; read were: 3 val"
     assert problem.remedy == "add rows, or lower data.val_set_size (24)"
     (problem,) = prepared["only the exam"][1].problems
     assert "dropped as in_holdout" in problem.what
@@ -374,7 +374,7 @@ def test_a_column_that_is_missing_or_no_text_is_a_defect(prepared: dict) -> None
         *(("amiss.jsonl", 4, name, "is missing") for name in ("channel", "stars", "sent")),
         ("amiss.jsonl", 5, "channel", "the text holds half a character, U+D83D"),
         ("few.csv", None, None, "has the columns number, question, label"),
-        ("few.csv", 1, None, "has no column channel, stars, sent; its columns are number, question, label"),
+        ("few.csv", 1, None, "lacks the column channel, stars, sent; its columns are number, question, label"),
     ]
 
 

@@ -6,14 +6,14 @@ import pytest
 
 from pipeline.data import rows as data_rows
 from pipeline.data import splits
-from pipeline.data.rows import TEST, TRAIN, Row
+from pipeline.data.rows import TEST, TRAIN, SoundRow
 
 
 def body(number: int, answer: str = "yes") -> list[dict[str, str]]:
     return [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": answer}]
 
 
-def split(folder: Path, rows: list[Row], seed: int = 1, **sizes) -> dict[str, str]:
+def split(folder: Path, rows: list[SoundRow], seed: int = 1, **sizes) -> dict[str, str]:
     """Each row's split by its id."""
     db = data_rows.create(folder / "rows.sqlite")
     data_rows.add(db, rows, seed)
@@ -21,8 +21,8 @@ def split(folder: Path, rows: list[Row], seed: int = 1, **sizes) -> dict[str, st
     return dict(db.execute("SELECT id, split FROM rows").fetchall())
 
 
-def rows(numbers: range, side: int = TRAIN) -> list[Row]:
-    return [Row(side, 1, number + 1, body(number), 10, 1) for number in numbers]
+def rows(numbers: range, side: int = TRAIN) -> list[SoundRow]:
+    return [SoundRow(side, 1, number + 1, body(number), 10, 1) for number in numbers]
 
 
 def test_a_share_is_about_that_share_and_nobody_moves(tmp_path: Path) -> None:
@@ -47,7 +47,9 @@ def test_another_seed_draws_another_holdout(tmp_path: Path) -> None:
 def test_one_prompt_with_two_answers_is_never_in_two_sets(tmp_path: Path) -> None:
     """Rows of the same prompt, in whatever case, are drawn together, by share and by number."""
     pairs = [
-        row for n in range(300) for row in (Row(TRAIN, 1, n, body(n), 10, 1), Row(TRAIN, 1, n, body(n, "no"), 10, 1))
+        row
+        for n in range(300)
+        for row in (SoundRow(TRAIN, 1, n, body(n), 10, 1), SoundRow(TRAIN, 1, n, body(n, "no"), 10, 1))
     ]
     for size in (0.2, 41):
         found = split(tmp_path, pairs, holdout_size=size, val_set_size=size, calibration_set_size=20)
@@ -78,25 +80,9 @@ def test_calibration_takes_at_most_a_tenth_of_train_but_one_row_at_least(tmp_pat
 
 def test_texts_are_calibrated_on_only_where_there_is_nothing_else(tmp_path: Path) -> None:
     """Conversations come first, because they are what will be served."""
-    texts = [Row(TRAIN, 1, n, f"text {n}", 10, 0) for n in range(100)]
+    texts = [SoundRow(TRAIN, 1, n, f"text {n}", 10, 0) for n in range(100)]
     kinds = split(tmp_path, [*texts, *rows(range(30))], holdout_size=0.1)
     names = {data_rows.content_id(f"text {n}") for n in range(100)}
     assert not {name for name, where in kinds.items() if where in ("calibration", "holdout")} & names
     alone = split(tmp_path, texts)
     assert sum(where == "calibration" for where in alone.values()) == 9
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "equal"),
-    [
-        ("Where is my card?", "where  is MY card", True),
-        ("I can't pay!", "I can\u2019t pay", True),
-        ("\uff46\uff55\uff4c\uff4c width", "full width", True),
-        ("What is 3+4?", "What is 3=4?", False),
-        ("???", "!!!", False),
-        ("straße", "STRASSE", True),
-    ],
-)
-def test_folding_forgets_case_punctuation_and_space(first: str, second: str, equal: bool) -> None:
-    """Symbols that carry meaning stay, and a text of punctuation alone is not empty."""
-    assert (data_rows.fold(first) == data_rows.fold(second)) is equal

@@ -12,10 +12,11 @@ import pytest
 from support import plugin
 from support.holdout import NAME, answers_file, report, request, rows, write_holdout
 from support.programs import artifact
+from support.stored import all_artifacts
 from support.wire import fake_vllm
 
 from flows import measure, stages, systems
-from pipeline import program, store
+from pipeline import program
 from pipeline.artifacts import Artifact, ServedUnit
 from pipeline.config.file import load
 from pipeline.config.gate import GateConfig, MetricCheck
@@ -200,7 +201,7 @@ def test_a_new_version_is_measured_anew(tmp_path, installed, monkeypatch):
             installed(POLITE, version=version)
             measure._evaluate(config, {"prepare": prepared}, system, "", start, lambda _event: None)
     assert starts == ["my_safety-scorer 1.0", "my_safety-scorer 1.1"]
-    made = {artifact.made_by["my_safety"] for artifact in store.all_artifacts()}
+    made = {artifact.made_by["my_safety"] for artifact in all_artifacts()}
     assert made == set(starts)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose optimizer keeps its state in a form of its own; whole runs are killed and resumed by test_finetune.py."""
+"""Checkpoints whose optimizer keeps its state in a form of its own; whole runs are killed and resumed by test_train.py."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from support import programs
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What tests/graph_proofs.py measured."""
+    """The figures of tests/proofs/graph_proofs.py."""
     base = programs.tiny(tmp_path_factory.mktemp("graphs") / "base")
     return json.loads(programs.python(Path(__file__).parents[2] / "proofs" / "graph_proofs.py", base).splitlines()[-1])
 

@@ -229,7 +229,7 @@ def test_a_process_that_dies_ends_the_stage_with_its_name(made: Path, number: in
 
 @pytest.mark.slow
 def test_a_users_mistake_is_reported_by_its_own_error(made: Path):
-    """What one process would say of the data, several say, once."""
+    """Several processes report a mistake in the data as one would, once."""
     with pytest.raises(DataError, match="carries loss within 4 tokens"):
         programs.run(
             "pipeline.finetune.train", made / "short", {**config(num_processes=2), "sequence_len": 4}, inputs(made)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What tests/lora_proofs.py measured."""
+    """The figures of tests/proofs/lora_proofs.py."""
     base = tmp_path_factory.mktemp("lora") / "base"
     programs.tiny(base)
     train = interpreters.find("train")

@@ -1,4 +1,4 @@
-"""Starting and watching the processes of a training; that they train is test_finetune_distributed's."""
+"""Starting and watching the processes of a training; test_distributed.py tests that they train."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from pipeline.config.schema import FinetuneConfig
 from pipeline.errors import ConfigError, ResourceError, StageFailed
-from pipeline.finetune import launch as finetune_processes
+from pipeline.finetune import launch as launcher
 from pipeline.hardware import Device
 from pipeline.plan import resolve
 from pipeline.program import Request
@@ -30,15 +30,15 @@ def launch(folder: Path, code: str, processes: int = 2) -> dict:
     """Run this code in so many processes."""
     file = folder / "rank.py"
     file.write_text(PROGRAM + code, encoding="utf-8")
-    return finetune_processes.launch(Request({}, {}, folder), processes, (str(file),))
+    return launcher.launch(Request({}, {}, folder), processes, (str(file),))
 
 
 def test_more_processes_than_gpus_are_refused() -> None:
     """The error names the key, what is allowed, and that fewer processes train the same rows; a CPU has no such bound."""
-    finetune_processes.check(2, TWO_GPUS)
-    finetune_processes.check(4, CPU)
+    launcher.check(2, TWO_GPUS)
+    launcher.check(4, CPU)
     with pytest.raises(ConfigError) as raised:
-        finetune_processes.check(3, TWO_GPUS)
+        launcher.check(3, TWO_GPUS)
     (problem,) = raised.value.problems
     assert (problem.key, problem.allowed) == ("finetune.num_processes", "1 to 2")
     assert "num_processes: 2" in str(problem.remedy)
@@ -125,8 +125,8 @@ def test_the_process_that_failed_first_is_named(tmp_path: Path, code: str, what:
 
 
 def test_a_partner_that_ignores_the_signal_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What doesn't end politely ends after END_S seconds."""
-    monkeypatch.setattr(finetune_processes, "END_S", 1.0)
+    """A process that doesn't end politely is killed after END_S seconds."""
+    monkeypatch.setattr(launcher, "END_S", 1.0)
     code = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nPath(request['folder'], str(rank)).write_text(str(os.getpid()))\n"
     code += "while not Path(request['folder'], '0').exists(): time.sleep(0.05)\nif rank: sys.exit(1)\ntime.sleep(600)"
     with pytest.raises(StageFailed, match="process 2 of 2"):
@@ -136,8 +136,8 @@ def test_a_partner_that_ignores_the_signal_is_killed(tmp_path: Path, monkeypatch
 
 def test_a_result_is_heard_however_slow_the_flow_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that ended well have said it; and what one prints beside its events is no event."""
-    monkeypatch.setattr(finetune_processes, "END_S", 0.1)
-    monkeypatch.setattr(finetune_processes.program, "emit", lambda *_, **__: time.sleep(0.05))
+    monkeypatch.setattr(launcher, "END_S", 0.1)
+    monkeypatch.setattr(launcher.program, "emit", lambda *_, **__: time.sleep(0.05))
     code = """
 print(1, flush=True)
 for step in range(30):

@@ -1,4 +1,4 @@
-"""Token rows, labels and steps, with a tokenizer of words; test_finetune.py has the real ones."""
+"""Token rows, labels and steps, with a tokenizer of words; test_train.py has the real ones."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_long_rows_lose_their_end():
     tokenizer = Words()
     whole = one(chat("how much ?", "two apples"), tokenizer)
     cut = one(chat("how much ?", "two apples"), tokenizer, sequence_len=whole.prompt_length + 1)
-    assert (trained(cut, tokenizer), cut.truncated) == ("two", True)
+    assert (trained(cut, tokenizer), cut.is_cut) == ("two", True)
     assert one(chat("how much ?", "two"), tokenizer, sequence_len=whole.prompt_length).trained == 0
 
 
@@ -142,7 +142,7 @@ def test_a_template_without_end_token_is_refused():
 def test_a_template_that_rewrites_the_question_is_refused():
     """Where the prompt isn't the beginning of the whole, no token can be said to belong to the answer."""
     rewriting = "{{ messages|length }} " + CHATML
-    with pytest.raises(DataError, match="row a1: the chat template writes a question otherwise"):
+    with pytest.raises(DataError, match="row a1: the chat template must write a question as it does"):
         one(chat("how much ?", "two"), Words(rewriting))
 
 
@@ -155,7 +155,7 @@ def test_a_template_that_raises_is_reported_with_the_row():
 
 def test_a_model_without_template_is_refused():
     """Conversations need a chat template; the remedy names the choices."""
-    with pytest.raises(ModelError, match="no chat template") as error:
+    with pytest.raises(ModelError, match="without a chat template") as error:
         one(chat("how much ?", "two"), Words(None))
     assert "-instruct" in (error.value.problems[0].remedy or "")
 

@@ -22,8 +22,8 @@ def level(e2el: list[list[float]], metrics: dict[str, tuple[float, ...]], **samp
 def test_a_percentile_is_bounded_by_order_statistics():
     """Of 100 sorted values the median's 95 % limits are the 40th and the 61st (Conover's ranks)."""
     values = np.arange(1.0, 101.0)
-    found = load.quantile_interval(values, 0.5, 0.95)
-    assert (found.interval.low, found.interval.high, found.open_above) == (40.0, 61.0, False)
+    median = load.quantile_interval(values, 0.5, 0.95)
+    assert (median.interval.low, median.interval.high, median.open_above) == (40.0, 61.0, False)
 
 
 @pytest.mark.parametrize(("share", "needed"), [(0.5, 6), (0.95, 72), (0.99, 368)])
@@ -39,8 +39,8 @@ def test_a_percentiles_interval_covers_the_truth():
     truth = -np.log(0.05)
     inside = 0
     for _ in range(300):
-        found = load.quantile_interval(RNG.exponential(size=150), 0.95, 0.95).interval
-        inside += found.low <= truth <= found.high
+        interval = load.quantile_interval(RNG.exponential(size=150), 0.95, 0.95).interval
+        inside += interval.low <= truth <= interval.high
     assert inside / 300 >= 0.93
 
 
@@ -59,27 +59,27 @@ def test_a_gap_percentiles_interval_covers_the_truth():
     inside = 0
     for _ in range(200):
         gaps = np.concatenate([RNG.lognormal(0, 0.5) * RNG.exponential(size=20) for _ in range(100)])
-        found = load.clustered_quantile_interval(gaps, np.full(100, 20), 0.9, 0.95).interval
-        inside += found.low <= truth <= found.high
+        interval = load.clustered_quantile_interval(gaps, np.full(100, 20), 0.9, 0.95).interval
+        inside += interval.low <= truth <= interval.high
     assert inside / 200 >= 0.9
 
 
 def test_throughput_of_one_run_has_the_spread_of_its_requests():
     """The relative width is that of the ratio of tokens to seconds over requests."""
     seconds = RNG.uniform(1, 3, size=200)
-    found = load.throughput_interval(50.0, np.full(200, 10.0), seconds, 0.95).interval
+    interval = load.throughput_interval(50.0, np.full(200, 10.0), seconds, 0.95).interval
     expected = 1.96 * seconds.std(ddof=1) / seconds.mean() / np.sqrt(200)
-    assert found.value == 50.0
-    assert (found.high - 50) / 50 == pytest.approx(expected, rel=0.02)
+    assert interval.value == 50.0
+    assert (interval.high - 50) / 50 == pytest.approx(expected, rel=0.02)
 
 
 def test_three_repeats_are_judged_by_their_own_spread():
     """With repeats the interval is Student's t over them, whatever the requests inside say."""
     runs = level([[100.0] * 80] * 3, {"p95_e2el_ms": (90.0, 100.0, 125.0)})
-    found = load.measured(runs, "p95_e2el_ms", 0.95)
+    latency = load.measured(runs, "p95_e2el_ms", 0.95)
     half = t.ppf(0.975, 2) * np.std([90, 100, 125], ddof=1) / np.sqrt(3)
-    assert (found.interval.low, found.interval.high) == pytest.approx((105 - half, 105 + half))
-    assert not found.open_above
+    assert (latency.interval.low, latency.interval.high) == pytest.approx((105 - half, 105 + half))
+    assert not latency.open_above
 
 
 def test_repeats_of_a_few_requests_do_not_bound_a_tail():
@@ -91,9 +91,9 @@ def test_repeats_of_a_few_requests_do_not_bound_a_tail():
 def test_one_repeat_without_samples_is_unknown():
     """A bare figure gets no made-up interval."""
     bare = LoadLevel(max_concurrency=1, completed=9, failed=0, metrics={"output_throughput": (40.0,)})
-    found = load.measured(bare, "output_throughput", 0.95)
-    assert found.unknown
-    assert found.interval.value == 40.0
+    throughput = load.measured(bare, "output_throughput", 0.95)
+    assert throughput.unknown
+    assert throughput.interval.value == 40.0
 
 
 def test_nothing_finished_is_nothing_measured():

@@ -73,7 +73,7 @@ def test_the_merge_that_was_not_taken_is_no_culprit():
 
 
 def test_a_step_that_was_not_measured_is_passed_over():
-    """What follows it is held against the step before, and says so."""
+    """Its successor is compared with the step before it, and says so."""
     entries = [one for one in whole(served=10) if one.step != "quantized"]
     found = compare.culprit(entries, "exact_match", 0.95)
     assert found
@@ -109,7 +109,7 @@ def row(verb: str, item: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """What ledger_proofs.py made, in which folder: the holdout is what was learned, so that a sound step knows it all."""
+    """The folder and the figures of ledger_proofs.py. The holdout repeats the training rows: a sound step knows it all."""
     folder = tmp_path_factory.mktemp("ledger")
     payload = folder / "prepare" / "payload"
     payload.mkdir(parents=True)
@@ -202,7 +202,7 @@ def test_padding_changes_no_answer(proofs):
 
 @pytest.mark.slow
 def test_a_killed_ledger_goes_on_to_the_same_bytes(proofs, tmp_path):
-    """What was answered before kill -9 isn't asked again."""
+    """A batch from before kill -9 isn't asked again."""
     folder, _ = proofs
     records = json.loads((folder / "records.json").read_text())
     request = {

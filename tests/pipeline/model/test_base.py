@@ -53,7 +53,7 @@ def test_a_gguf_file_is_found_and_another_file_refused(tmp_path, train):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     (tmp_path / "a.bin").write_bytes(b"")
     assert base.locate("a.gguf", None, tmp_path, train).kind == "gguf"
-    with pytest.raises(ModelError, match="no model") as error:
+    with pytest.raises(ModelError, match="isn't a model") as error:
         base.locate("a.bin", None, tmp_path, train)
     assert error.value.problems[0].key == "base_model"
 
@@ -204,10 +204,10 @@ def test_weights_that_are_not_finite_are_all_named(variants):
 
 @pytest.mark.slow
 def test_missing_misshapen_and_foreign_tensors_are_all_named(variants):
-    """What the architecture wants and the file holds is compared before anything is copied."""
+    """The file's tensors are compared with the architecture's before anything is copied."""
     folder, error = variants["shapes"]
     assert {problem.key: problem.what for problem in error.problems} == {
-        "model.extra": "LlamaForCausalLM has no such tensor",
+        "model.extra": "isn't a tensor of LlamaForCausalLM",
         "model.layers.1.mlp.up_proj.weight": "the tensor is missing",
         "model.norm.weight": "its shape is [5]",
     }

@@ -31,13 +31,13 @@ def test_all_that_is_unsafe_or_missing_is_told_at_once(tmp_path):
     found = {(os.path.relpath(problem.file, folder), problem.what.split(",")[0]) for problem in checks.problems(folder)}
     assert found == {
         ("config.json", "names code to run: {'AutoModel': 'evil.Model'}"),
-        ("evil.py", "is code; a model may bring none"),
-        ("model.safetensors", "no safetensors header: the file is something else"),
+        ("evil.py", "is code; a model must not bring any"),
+        ("model.safetensors", "isn't a safetensors file"),
         ("notes.txt", "is a link that leaves the folder"),
         ("pytorch_model.bin", "may hold pickle"),
         ("sub/OPTIMIZER.PT", "may hold pickle"),
-        (".", "there is no tokenizer"),
-        (".", "there is no chat template"),
+        (".", "the tokenizer is missing"),
+        (".", "the chat template is missing"),
     }
     assert all(problem.remedy for problem in checks.problems(folder))
 
@@ -83,7 +83,7 @@ def test_a_link_that_leads_nowhere_or_to_itself_is_told(tmp_path):
     folder = model_folder.make(tmp_path / "m")
     (folder / "loop.txt").symlink_to("loop.txt")
     (folder / "gone.txt").symlink_to("nothing.txt")
-    assert [problem.what for problem in checks.problems(folder)] == ["is no readable file"] * 2
+    assert [problem.what for problem in checks.problems(folder)] == ["isn't a readable file"] * 2
 
 
 def test_broken_json_is_told_with_its_line(tmp_path):
@@ -98,7 +98,7 @@ def test_an_adapter_is_no_base(tmp_path):
     """A folder with adapter_config.json would make a library fetch another base by name."""
     folder = model_folder.make(tmp_path / "m")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
-    assert [problem.what for problem in checks.problems(folder)] == ["is an adapter, not a whole model"]
+    assert [problem.what for problem in checks.problems(folder)] == ["is an adapter, not a complete model"]
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])

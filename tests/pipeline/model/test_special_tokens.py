@@ -1,4 +1,4 @@
-"""pipeline.model.special_tokens: which ids end an answer. How they are settled is tested by test_model.py on whole folders."""
+"""pipeline.model.special_tokens: which ids end an answer. How they are settled is tested by test_base.py on whole folders."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pipeline.model import weights
 
 
 def test_header_gives_names_dtypes_and_shapes(tmp_path):
-    """What lies in a file is known from its header alone."""
+    """A file's header alone tells its tensors."""
     path = model_folder.safetensors(tmp_path / "a.safetensors", {"x": ("BF16", [2, 3]), "y": ("F32", [])})
     assert weights.read_header(path) == {
         "x": weights.Tensor("x", "BF16", (2, 3)),
@@ -21,8 +21,8 @@ def test_header_gives_names_dtypes_and_shapes(tmp_path):
 @pytest.mark.parametrize(
     ("header", "data", "said"),
     [
-        (b"not json", b"", "no JSON"),
-        (b"[1]", b"", "no JSON object"),
+        (b"not json", b"", "isn't JSON"),
+        (b"[1]", b"", "isn't a JSON object"),
         (b'{"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 2]}}', b"ab", "don't fit its shape"),
         (b'{"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}', b"abcd", "the file holds 4"),
         (b'{"x": {"dtype": "BF16", "shape": [1], "data_offsets": [2, 4]}}', b"abcd", "overlap or leave gaps"),
@@ -33,7 +33,8 @@ def test_header_gives_names_dtypes_and_shapes(tmp_path):
 )
 def test_a_header_that_lies_is_refused(tmp_path, header, data, said):
     """A header must be JSON and cover the file's bytes exactly."""
-    path = model_folder.raw_safetensors(tmp_path / "a.safetensors", header, data)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(model_folder.safetensors_bytes(header, data))
     with pytest.raises(weights.BadHeader, match=said):
         weights.read_header(path)
 
@@ -42,7 +43,7 @@ def test_a_header_that_lies_is_refused(tmp_path, header, data, said):
 def test_what_is_no_safetensors_file_is_refused(tmp_path, content):
     """A renamed pickle, an empty file or noise is told from safetensors by its first bytes."""
     (tmp_path / "a.safetensors").write_bytes(content)
-    with pytest.raises(weights.BadHeader, match="something else, or was cut off"):
+    with pytest.raises(weights.BadHeader, match="isn't a safetensors file, or was cut off"):
         weights.read_header(tmp_path / "a.safetensors")
 
 

@@ -66,7 +66,7 @@ def test_doctor_accepts_what_the_config_names(venvs):
     found = findings(autoawq=Setting(sys.executable), train=Setting("/no/python"))
     assert found["environment autoawq"].ok
     assert found["environment autoawq"].needed
-    assert found["environment train"].detail == "/no/python is no program"
+    assert found["environment train"].detail == "/no/python is not a program"
 
 
 def test_doctor_finds_an_engine_by_its_socket_and_a_gpu_by_its_tool(venvs, tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_doctor_accepts_what_a_host_says_once(venvs, tmp_path, monkeypatch):
     monkeypatch.setenv(interpreters.OF_HOST, str(file))
     found = findings()
     assert found["environment train"].ok
-    assert found["environment serve"].detail == "/no/python is no program"
+    assert found["environment serve"].detail == "/no/python is not a program"
     control = 0.0 if importlib.util.find_spec("prefect") else install.ENVIRONMENTS["control"][1]["cpu"]
     assert found["disk"].detail.endswith(f"{control + 5.0:.1f} GB wanted")
 

@@ -1,19 +1,26 @@
-"""What a build takes of a machine's memory, and what can't fit."""
+"""A build's memory, estimated by stage, and warnings of too much."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, FinetuneConfig
 from pipeline.errors import ConfigError
+from pipeline.finetune import execution
+from pipeline.finetune import memory as finetune_memory
 from pipeline.hardware import Device
 from pipeline.plan import memory as plan_memory
 
 GIB = 2**30
-SHAPE = {"hidden_size": 576, "num_hidden_layers": 30, "max_position_embeddings": 2048}
+SHAPE = {
+    "model_type": "llama", "hidden_act": "silu", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    "max_position_embeddings": 2048,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -38,8 +45,11 @@ def config(**sections):
 
 
 def warned(made, record, there):
-    found = plan_memory.estimates(made, record, there)
-    return [(one.key, str(one.what)) for one in plan_memory.too_large(made, found, there, Path("use.yaml"))]
+    """Keys and texts of the warnings; each names its key in the remedy, too."""
+    sizes = plan_memory.estimates(made, record, there)
+    problems = list(plan_memory.too_large(made, sizes, there, Path("use.yaml")))
+    assert all(problem.key in problem.remedy for problem in problems)
+    return [(problem.key, str(problem.what)) for problem in problems]
 
 
 @pytest.mark.parametrize(
@@ -85,10 +95,46 @@ def test_the_cache_alone_is_told_before_the_base_is_known():
     assert warned(made, None, device(0)) == []
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_checkpointing": False},
+        {"gradient_checkpointing": True, "micro_batch_size": 2},
+        {"adapter": "lora", "load_in_4bit": False, "lora_target_modules": ["q_proj"]},
+        {"num_processes": 2, "fsdp_version": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sequence_len", [1024, 16_000])
+def test_check_warns_of_the_pass_that_training_would_choose_and_could_not_hold(record, settings, sequence_len):
+    """From too small a GPU to one with room: a warning exactly where weights, adapter and the chosen pass exceed its memory."""
+    made = config(finetune=settings, data={"sequence_len": sequence_len})
+    shape, tune = SimpleNamespace(**SHAPE), FinetuneConfig(**settings)
+    fixed = finetune_memory.frozen_bytes(shape, 135_000_000, tune) + finetune_memory.adapter_bytes(shape, tune)
+    gates = finetune_memory.adapts_gates(tune)
+    base = execution.Base(shape, "sdpa", has_plain_head=True, has_gates=gates, is_known_to_liger=True)
+    machine = execution.Machine("cuda", "a GPU", "bfloat16", 8, tune.num_processes)
+    verdicts = set()
+    for size in (GIB // 8, GIB // 4, GIB // 2, GIB, 2 * GIB, 8 * GIB, 32 * GIB, 80 * GIB):
+        chosen = execution.choose(
+            tune, base, machine, "nf4", sequence_len=sequence_len, free_bytes=max(0, size - fixed)
+        )
+        activations = chosen.tokens_a_pass * finetune_memory.bytes_a_token(
+            shape, checkpointing=chosen.gradient_checkpointing, fused_loss=chosen.fused_loss, has_gates=gates
+        )
+        refused = fixed + activations > size
+        told = any("finetune would take" in text for _, text in warned(made, record(), device(size, "cuda")))
+        assert told is refused
+        verdicts.add(told)
+    assert verdicts == {True, False}, "the sizes reach from too small to large enough"
+
+
 def test_a_gpu_too_small_without_checkpointing_is_estimated_with_it(record):
-    """As `auto` does it; a CPU never checkpoints by itself."""
+    """As `auto` does it: not where a long row fits without; and a CPU never checkpoints by itself."""
     made = config(data={"sequence_len": 16_000})
-    assert plan_memory.estimates(made, record(), device(8 * GIB, "cuda"))["finetune"] < 2 * GIB
+    assert plan_memory.estimates(made, record(), device(6 * GIB, "cuda"))["finetune"] < 2 * GIB
+    assert 6 * GIB < plan_memory.estimates(made, record(), device(8 * GIB, "cuda"))["finetune"] < 8 * GIB
     assert plan_memory.estimates(made, record(), device(8 * GIB))["finetune"] > 8 * GIB
 
 

@@ -20,6 +20,7 @@ from pipeline.digests import digest_folder
 from pipeline.environments import interpreters
 from pipeline.model import weights
 from pipeline.serving import serve
+from pipeline.serving.server import ToServe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
@@ -232,7 +233,7 @@ def test_vllm_serves_what_was_checked(quantized, method, tmp_path, monkeypatch):
     environment, model, folder = interpreters.find("serve"), quantized[method].payload(), tmp_path / "server"
     unit = serve.served_unit(model, SERVE, "m", environment)
     with (
-        serve.running(unit, model, SERVE, "m", folder, environment, on_event=lambda _: None) as server,
+        serve.running(ToServe(unit, model, SERVE, "m", folder, environment), on_event=lambda _: None) as server,
         httpx.Client(base_url=server.url, timeout=120, trust_env=False) as client,
     ):
         compare_answers(client, quantized[method].seen["meaning"])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.model_folder import safetensors
 
 from pipeline.config.schema import QuantizeConfig
 from pipeline.digests import digest_file
@@ -23,15 +24,7 @@ SMOLLM2 = {
 def model_folder(folder: Path, shapes: dict[str, tuple[int, ...]], **config: object) -> Path:
     """A folder with a config.json, a tokenizer, and zeros in bf16 of these shapes."""
     folder.mkdir(parents=True)
-    header, offset = {}, 0
-    for name, shape in shapes.items():
-        size = 2
-        for side in shape:
-            size *= side
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(offset))
+    safetensors(folder / "model.safetensors", {name: ("BF16", list(shape)) for name, shape in shapes.items()})
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
     (folder / "tokenizer.json").write_bytes(b'{"odd":   "spacing\xc3\xa9"}\r\n')
     (folder / "chat_template.jinja").write_text("{{ messages }}")

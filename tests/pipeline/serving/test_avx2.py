@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def proofs() -> dict:
-    """What tests/unpacked_proofs.py measured."""
+    """The figures that tests/proofs/unpacked_proofs.py measured."""
     serve = interpreters.find("serve")
     ended = subprocess.run(
         [serve.interpreter, Path(__file__).parents[2] / "proofs" / "unpacked_proofs.py"],

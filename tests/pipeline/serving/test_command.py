@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from pipeline.config.schema import ServeConfig
 from pipeline.errors import ConfigError
 from pipeline.serving import command
@@ -74,53 +72,6 @@ def test_no_share_of_a_gpu_must_be_free_unless_the_config_asks_for_one():
     flags = command.unit_flags(ServeConfig(extra_args={"gpu_memory_utilization": 0.5}), "n")
     given = command.arguments(flags, "model", "127.0.0.1", 1, 60)
     assert [word for word in given if "utilization" in word] == ["--gpu-memory-utilization=0.5"]
-
-
-@pytest.mark.parametrize(
-    "flag",
-    ["trust-remote-code", "trust_remote_code", "no-trust-remote-code", "host", "port", "api-key", "model",
-     "load-format", "tokenizer", "chat-template", "middleware", "worker-cls", "lora-modules", "config", "hf-token", "uds",
-     "speculative-config", "allowed-local-media-path", "disable-log-stats", "logits-processors", "generation-config", "hf_config_path",
-     "speculative-config.model"],
-)  # fmt: skip
-def test_arguments_that_break_the_promise_are_refused(flag):
-    """Each with its key and what to do."""
-    found = problems(extra_args={flag: "x"})
-    assert list(found) == [f"serve.extra_args.{flag}"]
-    assert found[f"serve.extra_args.{flag}"].remedy
-
-
-def test_an_argument_with_a_setting_of_its_own_names_it():
-    """So that it isn't given twice."""
-    assert (
-        problems(extra_args={"max_model_len": 5})["serve.extra_args.max_model_len"].remedy == "set serve.max_model_len"
-    )
-
-
-def test_an_unknown_argument_gets_a_suggestion():
-    """A misspelt flag is told before vLLM is started."""
-    found = problems(extra_args={"max-num-batched-token": 5})["serve.extra_args.max-num-batched-token"]
-    assert "did you mean max-num-batched-tokens?" in found.allowed
-
-
-def test_a_value_that_names_a_file_is_refused(tmp_path):
-    """Its bytes are in no digest."""
-    file = tmp_path / "x.json"
-    file.write_text("{}")
-    found = problems(extra_args={"compilation-config": str(file), "hf-overrides": "../y"})
-    assert len(found) == 2
-    command.unit_flags(ServeConfig(extra_args={"hf-overrides": '{"rope_theta": 1e4}'}), "n")
-
-
-@pytest.mark.parametrize(
-    "variable",
-    ["VLLM_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "PYTHONPATH", "LD_PRELOAD", "PATH", "VLLM_PLUGINS",
-     "VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_SERVER_DEV_MODE",
-     "VLLM_CACHE_ROOT", "VLLM_CPU_KVCACHE_SPACE", "VLLM_MY_TOKEN", "HTTP_PROXY", "TORCHINDUCTOR_CACHE_DIR"],
-)  # fmt: skip
-def test_dangerous_secret_and_foreign_variables_are_refused(variable):
-    """No secret, no path, no door, no code comes in by the environment."""
-    assert list(problems(env={variable: "1"})) == [f"serve.env.{variable}"]
 
 
 def test_variables_of_computing_are_part_of_the_unit():

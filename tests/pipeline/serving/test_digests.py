@@ -1,4 +1,4 @@
-"""What the digests of a served unit cover, and what they leave out."""
+"""Files and packages in the digests of a served unit, and those outside them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def site(folder, name, version, record):
 
 
 def read(*places):
-    """What is installed, as it is seen with these folders first on the path."""
+    """The installed packages, with these folders first on the path."""
     return digests.installed(Environment("serve", Path(sys.executable), places))
 
 

@@ -26,7 +26,8 @@ from pipeline.environments import interpreters
 from pipeline.errors import ServingError
 from pipeline.serving import docker as serving_docker
 from pipeline.serving import serve as serving
-from pipeline.serving.server import Server
+from pipeline.serving.digests import Installed
+from pipeline.serving.server import Server, ToServe
 
 pytestmark = pytest.mark.timeout(600)
 container = pytest.mark.container
@@ -53,10 +54,8 @@ class World:
 
     def start(self, folder, serve=None, unit=None, **options):
         """Start a server of the model."""
-        return serving.start(
-            unit or self.unit, self.model, serve or self.serve, NAME, folder, None,
-            on_event=self.events.append, **options,
-        )  # fmt: skip
+        to_serve = ToServe(unit or self.unit, self.model, serve or self.serve, NAME, folder, None)
+        return serving.start(to_serve, on_event=self.events.append, **options)
 
 
 @pytest.fixture(scope="module")
@@ -198,15 +197,16 @@ def test_vllms_own_refusal_is_told_and_leaves_no_container(world):
 @container
 def test_an_image_that_is_not_here_is_named(world):
     """Nothing is pulled: the error names the image and how to get it."""
+    absent = world.serve.model_copy(update={"image": "localhost/absent@sha256:" + "0" * 64})
     with pytest.raises(ServingError) as caught:
-        serving_docker.image("localhost/absent@sha256:" + "0" * 64, world.serve.container)
+        serving_docker.identity(absent, None)
     assert "isn't here" in caught.value.problems[0].what
     assert "docker/README.md" in caught.value.problems[0].remedy
 
 
 @container
 def test_another_image_than_the_judged_one_is_refused(world):
-    """A unit of another digest is no unit of what the config names."""
+    """A unit of another digest isn't the unit of the image that the config names."""
     unit = world.unit.model_copy(update={"runtime_digest": "sha256:" + "0" * 64})
     with pytest.raises(ServingError) as caught:
         world.start(world.folder / "else", unit=unit, keep=False)
@@ -255,21 +255,22 @@ def test_what_changes_while_a_container_loads_it_is_not_served(tmp_path, monkeyp
     monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
     model, folder, stopped = a_model(tmp_path / "model"), tmp_path / "server", []
     serve = ServeConfig.model_validate({"runtime": "docker", "image": "vllm@sha256:" + "0" * 64, "max_model_len": 256})
-    image = serving_docker.Image("sha256:" + "0" * 64, "0.0.0")
+    identity = Installed("sha256:" + "0" * 64, "0.0.0")
     with fake_vllm(NAME) as url:
 
-        def spawn(unit, model, serve, folder, *, keep):
+        def spawn(to_serve, files, *, keep):
             (model / "model.safetensors").write_bytes(b"other")
             return Server(
-                runtime="docker", unit_digest=unit.digest, url=url, model=NAME, folder=folder, log=folder / "vllm.log"
+                runtime="docker", unit_digest=to_serve.unit.digest, url=url, model=NAME, folder=folder, log=folder / "vllm.log"
             )  # fmt: skip
 
-        monkeypatch.setattr(serving_docker, "image", lambda *which: image)
+        monkeypatch.setattr(serving_docker, "identity", lambda serve, environment: identity)
         monkeypatch.setattr(serving_docker, "spawn", spawn)
         monkeypatch.setattr(serving_docker, "stop", lambda server, timeout_s: stopped.append(answers(f"{url}/health")))
         unit = serving.served_unit(model, serve, NAME, None)
+        to_serve = ToServe(unit, model, serve, NAME, folder, None)
         with pytest.raises(ServingError) as caught:
-            serving.start(unit, model, serve, NAME, folder, None, keep=True, on_event=lambda event: None)
+            serving.start(to_serve, keep=True, on_event=lambda event: None)
     (problem,) = caught.value.problems
     assert (problem.file, problem.key) == (str(model / "model.safetensors"), "unit.weights")
     assert stopped[0]

@@ -14,6 +14,7 @@ from pipeline.config.schema import ServeConfig
 from pipeline.errors import ServingError
 from pipeline.serving import gpu_room
 from pipeline.serving import serve as serving
+from pipeline.serving.server import ToServe
 
 SERVE = ServeConfig(kv_cache_memory="20GiB", startup_timeout=20)
 HELD = "GPU-0, 42, python3, 61440\n"
@@ -27,7 +28,7 @@ def model(tmp_path, monkeypatch):
 
 
 def unit_of(model, serve=SERVE):
-    """What would serve it."""
+    """The unit that would serve it."""
     return serving.served_unit(model, serve, "m", ENVIRONMENT)
 
 
@@ -35,10 +36,9 @@ def test_a_held_gpu_is_told_with_who_holds_it(model, tmp_path, monkeypatch):
     """No server starts, and the error names process and setting."""
     fake_smi.install(monkeypatch, tmp_path, 20000, programs=HELD)
     monkeypatch.setattr(gpu_room, "WAIT_S", 0.0)
+    to_serve = ToServe(unit_of(model), model, SERVE, "m", tmp_path / "server", ENVIRONMENT)
     with pytest.raises(ServingError) as caught:
-        serving.start(
-            unit_of(model), model, SERVE, "m", tmp_path / "server", ENVIRONMENT, keep=False, on_event=lambda _: None
-        )
+        serving.start(to_serve, keep=False, on_event=lambda _: None)
     problem = caught.value.problems[0]
     assert "20.0 GiB of a GPU, of which 19.5 of 79.6 GiB are free; held by pid 42 (python3) 60.0 GiB" in problem.what
     assert problem.key == "serve.kv_cache_memory"
@@ -50,7 +50,7 @@ def test_a_server_starts_where_there_is_room(model, tmp_path, monkeypatch):
     fake_smi.install(monkeypatch, tmp_path, 21000, programs=HELD)
     unit = unit_of(model)
     assert unit.device == "NVIDIA H100 80GB HBM3"
-    with serving.running(unit, model, SERVE, "m", tmp_path / "server", ENVIRONMENT, lambda _: None) as server:
+    with serving.running(ToServe(unit, model, SERVE, "m", tmp_path / "server", ENVIRONMENT), lambda _: None) as server:
         assert said(chat(server.url, model="m")) == "here"
 
 

@@ -1,4 +1,4 @@
-"""What a waiting person is told of a starting server, from its log."""
+"""Messages to a person who waits for a starting server, from its log."""
 
 from __future__ import annotations
 

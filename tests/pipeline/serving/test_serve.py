@@ -14,20 +14,21 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.model_folder import safetensors_bytes
 from support.released import ENVIRONMENT, a_model, processes_under
 from support.wire import chat, said, stream_chat, under_way, wait_for
 
 from pipeline import hardware
 from pipeline.config.schema import ServeConfig
-from pipeline.errors import EnvironmentMissing, ModelError, ServingError
+from pipeline.errors import ModelError, ServingError
 from pipeline.serving import process as serving_process
 from pipeline.serving import progress
 from pipeline.serving import serve as serving
 from pipeline.serving import server as serving_server
+from pipeline.serving.server import ToServe
 
 NAME = "tickets"
-HEADER = b'{"__metadata__":{"a":"b"}}'
-OTHER_WEIGHTS = len(HEADER).to_bytes(8, "little") + HEADER
+OTHER_WEIGHTS = safetensors_bytes(b'{"__metadata__":{"a":"b"}}')
 
 
 class World:
@@ -44,19 +45,17 @@ class World:
         return a_model(self.folder / "models" / str(number), **behaviour)
 
     def unit(self, model, serve=None):
-        """What would serve it."""
+        """The unit that would serve it."""
         return serving.served_unit(model, serve or self.serve, NAME, ENVIRONMENT)
 
     def start(self, model, *, keep=False, place="server", serve=None, unit=None):
         """Start it and wait."""
         serve = serve or self.serve
-        return serving.start(
-            unit or self.unit(model, serve), model, serve, NAME, self.folder / place, ENVIRONMENT,
-            keep=keep, on_event=self.events.append,
-        )  # fmt: skip
+        to_serve = ToServe(unit or self.unit(model, serve), model, serve, NAME, self.folder / place, ENVIRONMENT)
+        return serving.start(to_serve, keep=keep, on_event=self.events.append)
 
     def left(self):
-        """What still runs."""
+        """Pids of its servers that still run."""
         return [p.pid for p in processes_under(self.folder, "-m") if p.pid != os.getpid()]
 
 
@@ -192,13 +191,13 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 from support.released import ENVIRONMENT
 from pipeline.serving import serve as serving
+from pipeline.serving.server import ToServe
 from pipeline.config.schema import ServeConfig
 serve = ServeConfig.model_validate_json({serve!r})
 model = Path({model!r})
 unit = serving.served_unit(model, serve, "tickets", ENVIRONMENT)
-server = serving.start(
-    unit, model, serve, "tickets", Path({folder!r}), ENVIRONMENT, keep={keep}, on_event=lambda event: None
-)
+to_serve = ToServe(unit, model, serve, "tickets", Path({folder!r}), ENVIRONMENT)
+server = serving.start(to_serve, keep={keep}, on_event=lambda event: None)
 print("ready", flush=True)
 time.sleep({linger})
 """
@@ -283,11 +282,8 @@ def test_another_unit_in_the_folder_is_stopped_first(world):
 def test_running_stops_the_server_also_after_an_error(world):
     """The context manager ends it whatever happens inside."""
     model = world.model()
-    place = world.folder / "server"
-    with (
-        pytest.raises(RuntimeError),
-        serving.running(world.unit(model), model, world.serve, NAME, place, ENVIRONMENT, world.events.append) as server,
-    ):
+    to_serve = ToServe(world.unit(model), model, world.serve, NAME, world.folder / "server", ENVIRONMENT)
+    with pytest.raises(RuntimeError), serving.running(to_serve, world.events.append) as server:
         raise RuntimeError
     assert not serving.is_alive(server)
 
@@ -346,9 +342,9 @@ def test_what_changes_while_it_is_loaded_is_not_served(world, monkeypatch, name,
 
 def test_other_packages_while_it_is_loaded_are_no_server_either(world, monkeypatch):
     """They are imported after their digest was taken."""
-    before = serving.serving_digests.installed(ENVIRONMENT)
+    before = serving_process.installed(ENVIRONMENT)
     found = [before, before, replace(before, digest="0" * 64)]
-    monkeypatch.setattr(serving.serving_digests, "installed", lambda environment: found.pop(0))
+    monkeypatch.setattr(serving_process, "installed", lambda environment: found.pop(0))
     with pytest.raises(ServingError) as caught:
         world.start(world.model(), keep=True)
     assert [problem.key for problem in caught.value.problems] == ["unit.runtime_digest"]
@@ -420,30 +416,6 @@ def test_wherever_a_model_lies_vllm_is_told_one_path(world):
         told.append([word for word in process.cmdline() if word.startswith("--model=")])
         assert Path(process.cwd(), told[0][0].partition("=")[2]).resolve() == world.folder / place
     assert told[0] == told[1]
-
-
-def test_caches_lie_at_home_and_are_one_for_all_servers(world):
-    """What is compiled for an evaluation is found by the promotion, whatever the user's own caches are."""
-    model = world.model()
-    environ = serving_process.environ(world.unit(model), ENVIRONMENT)
-    here = str(world.folder / "home" / "vllm-cache")
-    names = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE")
-    assert all(environ[name].startswith(here) for name in names)
-
-
-def test_a_server_gets_the_hosts_say_on_multicast_and_no_other_variable_of_the_shell(world, monkeypatch):
-    """NVLink multicast that is kept off stays off; what changes how vLLM computes comes from the config alone."""
-    monkeypatch.setenv("NCCL_NVLS_ENABLE", "0")
-    monkeypatch.setenv("VLLM_ATTENTION_BACKEND", "TORCH_SDPA")
-    environ = serving_process.environ(world.unit(world.model()), ENVIRONMENT)
-    assert environ["NCCL_NVLS_ENABLE"] == "0"
-    assert "VLLM_ATTENTION_BACKEND" not in environ
-
-
-def test_the_process_runtime_needs_an_environment(world):
-    """served_unit says so instead of failing on None."""
-    with pytest.raises(EnvironmentMissing, match="make setup"):
-        serving.served_unit(world.model(), world.serve, NAME, None)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from pipeline.environments import interpreters
 from pipeline.errors import ServingError
 from pipeline.serving import serve as serving
 from pipeline.serving.diagnosis import last_run
+from pipeline.serving.server import ToServe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
@@ -48,12 +49,13 @@ def start(place, serve=SERVE, model=None):
     model = model or place / "model"
     environment = interpreters.find("serve")
     unit = serving.served_unit(model, serve, NAME, environment)
-    server = serving.start(unit, model, serve, NAME, place / "server", environment, keep=False, on_event=lambda _: None)
+    to_serve = ToServe(unit, model, serve, NAME, place / "server", environment)
+    server = serving.start(to_serve, keep=False, on_event=lambda _: None)
     return unit, server
 
 
 def long_stream(server):
-    """What a streamed completion of TOKENS tokens says at its end: finish reason, tokens by its usage, last line.
+    """The end of a streamed completion of TOKENS tokens: finish reason, tokens by its usage, last line.
 
     Pieces aren't tokens: vLLM puts those that wait for a slow reader into one.
     """
