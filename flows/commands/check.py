@@ -12,14 +12,14 @@ from pipeline import hardware
 from pipeline.environments import interpreters
 from pipeline.errors import Problem
 from pipeline.kubernetes import place
-from pipeline.plan import doctor as environments_doctor
+from pipeline.plan import doctor as doctors
 from pipeline.plan import memory, plan, resolve
 
 
 def check(options: argparse.Namespace) -> int:
     """Print the plan of a config.
 
-    Raises ConfigError, DataError, ModelError or EnvironmentMissing with all that is wrong.
+    Raises ConfigError, DataError, ModelError or EnvironmentMissing with all problems.
     """
     config = resolve.resolve(options.config, options.set, options.data_dir)
     if options.resolved:
@@ -31,32 +31,32 @@ def check(options: argparse.Namespace) -> int:
 def show(config: Mapping[str, Any], path: Path, *, look: bool = False) -> plan.Plan:
     """Print and return the plan of a resolved config, with warnings where its builds can't pass.
 
-    `look`: data that is still to be prepared is read as far as that is quick; raises DataError with what is wrong with it.
+    `look`: data that is still to be prepared is read as far as that is quick; raises DataError with its problems.
     """
-    planned = plan.make(config, resolve.sources(config), hardware.device().name)
-    looked = _looked_at(config, planned) if look else None
-    plan.render(planned, path, print)
-    if looked:
-        print(f"  data    {looked}")
-    for warning in (*resolve.warnings(config, path), *_too_large(config, planned, path)):
+    build_plan = plan.make(config, resolve.sources(config), hardware.device().name)
+    data_line = _data_line(config, build_plan) if look else None
+    plan.render(build_plan, path, print)
+    if data_line:
+        print(f"  data    {data_line}")
+    for warning in (*resolve.warnings(config, path), *_too_large(config, build_plan, path)):
         print(f"warning: {warning}")
-    return planned
+    return build_plan
 
 
-def _looked_at(config: Mapping[str, Any], planned: plan.Plan) -> str | None:
-    """What a look at the data's files says; None where they were prepared as they are."""
+def _data_line(config: Mapping[str, Any], build_plan: plan.Plan) -> str | None:
+    """The summary of a look at the data's files; None where an earlier build prepared the same files."""
     from pipeline.plan import data_look
 
-    prepared = any(step.record for step in planned.steps if step.step.stage == "prepare")
-    return None if prepared else data_look.look(config["data"])
+    is_prepared = any(step.record for step in build_plan.steps if step.step.stage == "prepare")
+    return None if is_prepared else data_look.look(config["data"])
 
 
-def _too_large(config: Mapping[str, Any], planned: plan.Plan, path: Path) -> list[Problem]:
-    """What can't fit into the memory here; nothing where a cluster's pod asks for GPUs of its own."""
+def _too_large(config: Mapping[str, Any], build_plan: plan.Plan, path: Path) -> list[Problem]:
+    """The stages that can't fit into the memory here; none where a cluster's pod asks for GPUs of its own."""
     cluster = config["kubernetes"]
     if cluster and place.devices(cluster["flow"]):
         return []
-    return list(memory.too_large(config, planned.memory, hardware.device(), path))
+    return list(memory.too_large(config, build_plan.memory, hardware.device(), path))
 
 
 def schema(_options: argparse.Namespace) -> int:
@@ -68,14 +68,14 @@ def schema(_options: argparse.Namespace) -> int:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Print what the machine has and lacks, for every config or for this one too; 1 when something needed is missing."""
+    """Print what is there and what is missing, for every config or for this one too; 1 when a needed part is missing."""
     config = resolve.resolve(options.config) if options.config else {}
-    found = environments_doctor.doctor(interpreters.settings(config), config.get("serve", {}).get("runtime", "process"))
+    reports = doctors.doctor(interpreters.settings(config), config.get("serve", {}).get("runtime", "process"))
     if config:
         from pipeline.plan import needs
 
-        found += needs.needs(config)
-    findings = {finding.name: finding for finding in found}.values()  # what the config needs wins
+        reports += needs.needs(config)
+    findings = {finding.name: finding for finding in reports}.values()  # the config's own needs win
     for finding in findings:
         mark = "ok" if finding.ok else "missing" if finding.needed else "absent"
         print(f"{mark:<9}{finding.name:<22}{finding.detail}")

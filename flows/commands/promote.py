@@ -61,24 +61,24 @@ def _as_decided_now(release: Release) -> Release:
     """
     name, number = release.name, release.version
     try:
-        registered = versions_soon(name)
+        all_versions = versions_soon(name)
     except RegistryError as error:
         return _as_decided_then(release, error.problems[0].what)
     unit_and_number = (number, release.unit)
-    version = next((entry for entry in registered if (entry.version, entry.unit) == unit_and_number), None)
+    version = next((entry for entry in all_versions if (entry.version, entry.unit) == unit_and_number), None)
     if version is None:
         return _as_decided_then(release, f"MLflow knows no version {number} of {name} with this unit")
     if version.approval is not None and version.approval.decision == "approved":
         return release.model_copy(update={"approval": version.approval})
-    raise _not_approved(version, registered)
+    raise _not_approved(version, all_versions)
 
 
-def _not_approved(version: Version, registered: list[Version]) -> ReviewError:
+def _not_approved(version: Version, all_versions: list[Version]) -> ReviewError:
     """The error for a version that can't be put back; the next older approved one is what to promote instead."""
     approval, live = version.approval, state.read(version.name).live
     decision = f"{approval.decision} by {approval.reviewer}: {approval.reason}" if approval else "waiting for review"
     passed_by = {version.version, live.release.version if live else None}
-    choices = [entry.version for entry in registered if _is_approved(entry) and entry.version not in passed_by]
+    choices = [entry.version for entry in all_versions if _is_approved(entry) and entry.version not in passed_by]
     older = [number for number in choices if int(number) < int(version.version)]
     instead = f"tunegate promote {version.name} --version {(older or choices)[0]}" if choices else None
     return ReviewError(

@@ -15,48 +15,50 @@ from pipeline.registry.versions import Version
 
 
 def review(options: argparse.Namespace) -> int:
-    """List a model's versions, and show the one that waits (or the one asked for) with scores and gate table.
+    """List a model's versions, and show the waiting one (or that of --version) with scores and gate table.
 
     Raises ReviewError for an unknown name or version.
     """
     name = one_name(options.name)
-    found = versions.versions(name)
-    for version in found:
-        print(_line(version))
-    waits = next((version for version in found if version.approval is None), None)
-    shown = versions.version(name, options.version) if options.version else waits
-    if shown is None:
+    all_versions = versions.versions(name)
+    for entry in all_versions:
+        print(_line(entry))
+    waits = next((entry for entry in all_versions if entry.approval is None), None)
+    version = versions.version(name, options.version) if options.version else waits
+    if version is None:
         print(f"nothing waits for review; next: tunegate status {name}")
         return 0
-    tables.print_build(shown.build_key, shown)
-    print(f"\nv{shown.version} page: {versions.page(name, shown.version, shown.run_id)}")
-    if shown.approval is None:
+    tables.print_build(version.build_key, version)
+    print(f"\nv{version.version} page: {versions.page(name, version.version, version.run_id)}")
+    if version.approval is None:
         print("next: any of")
-        if shown == waits:  # the one that chat starts
+        if version == waits:  # chat starts this one
             print(f"  tunegate chat {name} --candidate")
-        print(f"  tunegate approve {name} --version {shown.version} --reviewer NAME")
-        print(f'  tunegate reject {name} --version {shown.version} --reviewer NAME --reason "…"')
+        print(f"  tunegate approve {name} --version {version.version} --reviewer NAME")
+        print(f'  tunegate reject {name} --version {version.version} --reviewer NAME --reason "…"')
     return 0
 
 
 def _line(version: Version) -> str:
-    made = version.approval
-    unit, created = version.unit.digest[:12], f"{version.created:%Y-%m-%d %H:%M}"
-    head = f"{version.name} v{version.version}  unit {unit}  {created}"
-    decision = f"{made.decision} by {made.reviewer}, {made.at:%Y-%m-%d %H:%M}" if made else "waits for review"
-    why = f": {made.reason}" if made and made.reason else ""
-    judged = "" if version.verdict == "pass" else f"  (judged again: {version.verdict})"
+    approval = version.approval
+    unit, day = version.unit.digest[:12], f"{version.created:%Y-%m-%d %H:%M}"
+    head = f"{version.name} v{version.version}  unit {unit}  {day}"
+    decision = (
+        f"{approval.decision} by {approval.reviewer}, {approval.at:%Y-%m-%d %H:%M}" if approval else "waits for review"
+    )
+    why = f": {approval.reason}" if approval and approval.reason else ""
+    later_verdict = "" if version.verdict == "pass" else f"  (judged again: {version.verdict})"
     aliases = f"  [{', '.join(version.aliases)}]" if version.aliases else ""
-    return f"{head}  {decision}{why}{judged}{aliases}"
+    return f"{head}  {decision}{why}{later_verdict}{aliases}"
 
 
 def approve(options: argparse.Namespace) -> int:
-    """Approve a version: the one asked for, or the only one that waits."""
+    """Approve a version: that of --version, or the only one that waits."""
     return _decide(options, "approved")
 
 
 def reject(options: argparse.Namespace) -> int:
-    """Reject a version: the one asked for, or the only one that waits."""
+    """Reject a version: that of --version, or the only one that waits."""
     return _decide(options, "rejected")
 
 
@@ -64,8 +66,8 @@ def _decide(options: argparse.Namespace, decision: Literal["approved", "rejected
     name = one_name(options.name)
     with store.lock(f"review/{name}"):
         target = options.version or _only_waiting(name)
-        made = versions.decide(name, target, decision, options.reviewer or "", options.reason)
-    print(f"{name} v{target} {made.decision} by {made.reviewer}: unit {made.unit_digest[:12]}")
+        approval = versions.decide(name, target, decision, options.reviewer or "", options.reason)
+    print(f"{name} v{target} {approval.decision} by {approval.reviewer}: unit {approval.unit_digest[:12]}")
     live = state.read(name).live
     serves = live is not None and live.server is not None and live.release.version == target
     if decision == "approved" and not serves:
@@ -77,18 +79,18 @@ def _decide(options: argparse.Namespace, decision: Literal["approved", "rejected
 
 
 def _only_waiting(name: str) -> str:
-    """The version that waits; raises ReviewError when none does, or several: nobody approves one unseen."""
-    found = [version.version for version in versions.waiting(name)]
-    if not found:
-        raise ReviewError("nothing waits for review", key=name, remedy=f"tunegate review {name}")
-    if len(found) > 1:
+    """The version that waits; raises ReviewError for none or several: nobody approves a version unseen."""
+    numbers = [version.version for version in versions.waiting(name)]
+    if not numbers:
+        raise ReviewError("no version waits for review", key=name, remedy=f"tunegate review {name}")
+    if len(numbers) > 1:
         raise ReviewError(
-            f"{len(found)} versions wait for review",
+            f"{len(numbers)} versions wait for review",
             key=name,
-            allowed=f"--version with one of {', '.join(found)}",
-            remedy=f"tunegate review {name} --version {found[0]}",
+            allowed=f"--version with one of {', '.join(numbers)}",
+            remedy=f"tunegate review {name} --version {numbers[0]}",
         )
-    return found[0]
+    return numbers[0]
 
 
 def waiting(name: str) -> Version | None:
@@ -97,17 +99,17 @@ def waiting(name: str) -> Version | None:
 
 
 def one_name(name: str | None) -> str:
-    """The name given, or the only one there is, by what is registered and what was deployed.
+    """The name itself, or the only name of a registered or deployed model.
 
-    Raises ReviewError listing the names when there are several or none.
+    Raises ReviewError with the names when it is unknown, or none is given and not exactly one exists.
     """
-    deployed = state.names()
-    if name and name in deployed:
+    deployments = state.names()
+    if name and name in deployments:
         return name  # without MLflow, which is slow to ask and may be away
-    known = sorted({*versions.names(), *deployed})
-    if name in known or (name is None and len(known) == 1):
-        return name or known[0]
+    names = sorted({*versions.names(), *deployments})
+    if name in names or (name is None and len(names) == 1):
+        return name or names[0]
     unknown = f"no model is registered as {name}" if name else "no model is registered"
-    what = "several models are registered" if known and not name else unknown
-    remedy = "name one of them" if known else "tunegate run CONFIG"
-    raise ReviewError(what, allowed=", ".join(known) or None, remedy=remedy)
+    defect = "several models are registered" if names and not name else unknown
+    remedy = "name one of them" if names else "tunegate run CONFIG"
+    raise ReviewError(defect, allowed=", ".join(names) or None, remedy=remedy)

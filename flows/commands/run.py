@@ -17,27 +17,27 @@ def run(options: argparse.Namespace) -> int:
     Raises GateFailed when the verdict isn't a pass, whether it was reached now or before.
     """
     config = resolve.resolve(options.config, options.set, options.data_dir)
-    planned = check.show(config, options.config, look=options.dry_run)
+    build_plan = check.show(config, options.config, look=options.dry_run)
     if options.dry_run:
         return 0
-    finished = planned.finished
-    if finished is None or options.again:
-        finished = build_here(config, again=options.again)
+    note = build_plan.finished
+    if note is None or options.again:
+        note = build_here(config, again=options.again)
     else:
-        _take_over(finished, config)
-        print("nothing that is judged changed since; this is what that build found (--again measures anew)")
-    report(finished)
+        _take_over(note, config)
+        print("nothing that is judged changed since; this is that build's result (--again measures anew)")
+    report(note)
     return 0
 
 
-def _take_over(finished: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Let a version that may be promoted have the sections that nobody judged as the config has them now, and say so."""
+def _take_over(note: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Give a version that may be promoted today's config sections that no gate judges, and print their names."""
     from pipeline.registry import runs
 
-    changed = runs.take_over(finished, config)
-    if changed:
-        again = f"tunegate promote {finished['name']} --version {finished['version']}"
-        print(f"taken over from the config, for the next promotion ({again}): {', '.join(changed)}")
+    sections = runs.take_over(note, config)
+    if sections:
+        again = f"tunegate promote {note['name']} --version {note['version']}"
+        print(f"taken over from the config, for the next promotion ({again}): {', '.join(sections)}")
 
 
 def build_here(config: Mapping[str, Any], *, again: bool = False) -> Mapping[str, Any]:
@@ -58,40 +58,40 @@ def build_here(config: Mapping[str, Any], *, again: bool = False) -> Mapping[str
         return from_terminal()
 
 
-def report(finished: Mapping[str, Any]) -> None:
-    """Print what a build came to and what comes next; raises GateFailed unless it passed."""
+def report(note: Mapping[str, Any]) -> None:
+    """Print a finished build's tables and the next command; raises GateFailed unless it passed."""
     from flows.commands.tables import print_build
 
-    print_build(str(finished["build_key"]))
-    if finished["outcome"] != "pass":
+    print_build(str(note["build_key"]))
+    if note["outcome"] != "pass":
         raise GateFailed(
             Problem(
-                f"the verdict is {finished['outcome']}; nothing was registered",
-                file=str(finished["page"]),
+                f"the verdict is {note['outcome']}; nothing was registered",
+                file=str(note["page"]),
                 allowed="every check of the policy passes",
                 remedy="read the table above; change data, training or policy, then run again",
             )
         )
-    print(f"\n{standing(str(finished['name']), str(finished['version']), str(finished['page']))}")
+    print(f"\n{standing(str(note['name']), str(note['version']), str(note['page']))}")
 
 
 def standing(name: str, version: str, page: str) -> str:
-    """Where a passed version stands between its gate and its clients, and the next commands.
+    """The place of a passed version between its gate and its clients, and the next commands.
 
     Raises ReviewError when it was deleted in MLflow.
     """
     from pipeline.deployment import state
     from pipeline.registry import versions
 
-    made = versions.version(name, version).approval
-    passed = f"{name} version {version} passed"
-    if made is None:
+    approval = versions.version(name, version).approval
+    head = f"{name} version {version} passed"
+    if approval is None:
         verbs = ", then ".join(f"tunegate {verb} {name}" for verb in ("review", "approve", "promote"))
-        return f"{passed} and waits for review: {page}\n  next: {verbs}"
-    if made.decision == "rejected":
-        return f"{passed} and was rejected by {made.reviewer}: {made.reason}\n  next: tunegate review {name}"
-    approved = f"{passed} and was approved by {made.reviewer}"
+        return f"{head} and waits for review: {page}\n  next: {verbs}"
+    if approval.decision == "rejected":
+        return f"{head} and was rejected by {approval.reviewer}: {approval.reason}\n  next: tunegate review {name}"
+    approved_head = f"{head} and was approved by {approval.reviewer}"
     live = state.read(name).live
     if live is None or live.release.version != version:
-        return f"{approved}: {page}\n  next: tunegate promote {name} --version {version}"
-    return f"{approved} and promoted: {page}\n  next: tunegate status {name}"
+        return f"{approved_head}: {page}\n  next: tunegate promote {name} --version {version}"
+    return f"{approved_head} and promoted: {page}\n  next: tunegate status {name}"

@@ -42,7 +42,7 @@ TITLES = {
 
 
 def up(options: argparse.Namespace) -> int:
-    """Start what isn't running and say where everything is.
+    """Start the services that aren't running and print their addresses.
 
     Raises ServingError when a port is taken or a service does not come up, ConfigError for a broken CONFIG.
     """
@@ -65,8 +65,8 @@ def up(options: argparse.Namespace) -> int:
         _wait("mlflow-server", lambda: _answers(f"{mlflow}/health"))
         _note("mlflow-url", mlflow)
     for service, url in (("PREFECT", prefect), ("MLFLOW", mlflow)):
-        title, what = TITLES[service]
-        print(f"  {title:<8} {_without_password(url):<24} {what}")
+        title, contents = TITLES[service]
+        print(f"  {title:<8} {_without_password(url):<24} {contents}")
     print(f"  deployments: {', '.join(names)}; in Prefect's page, or")
     print(f"    PREFECT_API_URL={_without_password(prefect)}/api {_prefect_command()} deployment run {names[0]}")
     print("  stop all: tunegate down")
@@ -74,13 +74,13 @@ def up(options: argparse.Namespace) -> int:
 
 
 def down(_options: argparse.Namespace) -> int:
-    """Stop the pages, the worker, every server and its proxy; what they recorded stays.
+    """Stop the pages, the worker, every server and its proxy; their records stay.
 
-    Raises the errors of what could not be stopped, after everything else was.
+    Raises the errors of those that could not be stopped, after everything else was.
     """
     from pipeline.deployment import promote, state
 
-    stopped = 0
+    count = 0
     problems: list[Problem] = []
     with store.lock("services"):
         for name in NAMES:
@@ -88,7 +88,7 @@ def down(_options: argparse.Namespace) -> int:
             if running:
                 _end(running)
                 print(f"  stopped {name}")
-                stopped += 1
+                count += 1
             _file(name).unlink(missing_ok=True)
         for note in NOTES:
             (_folder() / note).unlink(missing_ok=True)
@@ -100,17 +100,17 @@ def down(_options: argparse.Namespace) -> int:
             problems += error.problems
             continue
         if serving:
-            print(f"  stopped what served {name}, and its proxy")
-            stopped += 1
+            print(f"  stopped the server of {name} and its proxy")
+            count += 1
     if problems:
         raise ServingError(problems)
-    if not stopped:
+    if not count:
         print("  nothing of tunegate's runs here")
     return 0
 
 
 def prefect_environment() -> None:
-    """What `surroundings` sets, and the server that `tunegate up` runs here: runs from a terminal show there too."""
+    """Set the variables of `surroundings`, and the server that `tunegate up` runs here: runs from a terminal show there."""
     surroundings.set_environment()
     store.home().mkdir(parents=True, exist_ok=True)  # Prefect makes no folders above its own
     url = page_of("prefect")
@@ -121,7 +121,7 @@ def prefect_environment() -> None:
 def prefect_for_a_run() -> None:
     """Prefect's settings for a run from a terminal, with a server: the user's, `up`'s, or one for this process alone.
 
-    The failures that the run raises are told by who called it; Prefect's words on them go to its server alone.
+    The caller prints the failures that the run raises; Prefect's lines about them go to its server alone.
     Raises ServingError when the server does not come up.
     """
     prefect_environment()
@@ -173,21 +173,21 @@ def _prefect_command() -> str:
 
 def _prefect_server() -> str:
     """The address of the Prefect server to use; one of ours is started if the user names none."""
-    named = os.environ.get("PREFECT_API_URL", "").removesuffix("/").removesuffix("/api")
-    if named and named != page_of("prefect"):
-        return named
+    url = os.environ.get("PREFECT_API_URL", "").removesuffix("/").removesuffix("/api")
+    if url and url != page_of("prefect"):
+        return url
     host, port = "127.0.0.1", _port("prefect")
     return _ensure("prefect-server", ["prefect", "server", "start", "--host", host, "--port", str(port)], port)
 
 
 def _mlflow_server() -> str:
     """The address of the MLflow server to use; one of ours is started if the user names none."""
-    named = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if named.startswith("http"):
-        return named.removesuffix("/")
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri.startswith("http"):
+        return uri.removesuffix("/")
     home, port = store.home(), _port("mlflow")
     command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-               "--backend-store-uri", named or f"sqlite:///{home / 'mlflow.db'}",
+               "--backend-store-uri", uri or f"sqlite:///{home / 'mlflow.db'}",
                "--artifacts-destination", (home / "artifacts").as_uri()]  # fmt: skip
     return _ensure("mlflow-server", command, port)
 
@@ -195,25 +195,25 @@ def _mlflow_server() -> str:
 def _port(service: str) -> int:
     """The port for a service: the variable's, or its usual one.
 
-    Raises ServingError for what is no port.
+    Raises ServingError when the variable isn't a port.
     """
     variable = f"TUNEGATE_{service.upper()}_PORT"
-    given = os.environ.get(variable) or {"prefect": "4200", "mlflow": "5000"}[service]
-    if not (given.isascii() and given.isdigit() and 0 < int(given) < 65536):
+    port = os.environ.get(variable) or {"prefect": "4200", "mlflow": "5000"}[service]
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise ServingError(
-            f"{given!r} is no port",
+            f"{port!r} is not a port",
             key=variable,
             allowed="1 to 65535",
             remedy=f"unset {variable}, or correct it",
         )
-    return int(given)
+    return int(port)
 
 
 def _ensure(name: str, command: Sequence[str], port: int | None = None, *, everything: bool = False) -> str:
     """Start a service unless it runs, and return its address.
 
-    `everything` hands on the whole environment, secrets too: the worker does what a user's terminal would.
-    Raises ServingError when its port is taken by somebody else.
+    `everything` hands on the whole environment, secrets too: the worker builds as a user's terminal does.
+    Raises ServingError when another process listens at its port.
     """
     if _running(name):
         return _address(name)
@@ -247,7 +247,7 @@ def _address(name: str) -> str:
 
 
 def _end(process: Process) -> None:
-    """End a service and whatever it left in its process group."""
+    """End a service and the rest of its process group."""
     processes.end(process, STOP_S)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -269,8 +269,8 @@ def _wait(name: str, ready: Callable[[], bool], child: subprocess.Popen[bytes] |
     deadline = time.monotonic() + PATIENCE_S
     while not ready():
         ours = child is not None or _file(name).is_file()
-        died = ours and (child.poll() is not None if child else _running(name) is None)
-        if time.monotonic() > deadline or died:
+        is_dead = ours and (child.poll() is not None if child else _running(name) is None)
+        if time.monotonic() > deadline or is_dead:
             tail = _log(name).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:] if ours else []
             raise ServingError(
                 Problem(
@@ -292,8 +292,8 @@ def _answers(url: str) -> bool:
 
 
 def _without_password(url: str) -> str:
-    parsed = httpx.URL(url)
-    return str(parsed.copy_with(username=None, password=None)) if parsed.userinfo else url
+    address = httpx.URL(url)
+    return str(address.copy_with(username=None, password=None)) if address.userinfo else url
 
 
 def _folder() -> Path:

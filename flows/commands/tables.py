@@ -31,54 +31,54 @@ def read_build(key: str, version: Version | None = None) -> Build:
     if version is None:
         return Build.model_validate_json(file.read_text(encoding="utf-8"))
     if file.is_file():
-        made = Build.model_validate_json(file.read_text(encoding="utf-8"))
-        if made.unit == version.unit:
-            return made
+        build = Build.model_validate_json(file.read_text(encoding="utf-8"))
+        if build.unit == version.unit:
+            return build
     from pipeline.registry import runs
 
-    made = Build.model_validate_json(runs.read_text(version.run_id, runs.RECORD))
-    if made.unit != version.unit:
+    build = Build.model_validate_json(runs.read_text(version.run_id, runs.RECORD))
+    if build.unit != version.unit:
         raise RegistryError(
-            f"{runs.RECORD} of the MLflow run {version.run_id} is about unit {made.unit.digest[:12]}",
+            f"{runs.RECORD} of the MLflow run {version.run_id} is about unit {build.unit.digest[:12]}",
             key=f"{version.name} version {version.version}",
             allowed=f"unit {version.unit.digest[:12]}, which was registered",
             remedy="build anew: tunegate run CONFIG --again",
         )
-    return made
+    return build
 
 
 def print_build(key: str, version: Version | None = None) -> None:
     """Print a finished build: must-pass prompts that broke, every system's scores, the loss ledger, the gate's table."""
-    made = read_build(key, version)
+    build = read_build(key, version)
     console = terminal()
-    if asked := prompts.prompts(made):
-        print_prompts(asked, console)
-    head, *rows = render.scores_table(made)
-    title = f"\n{made.name}: as served by vLLM {made.unit.vllm_version}, on the holdout"
+    if verdicts := prompts.prompts(build):
+        print_prompts(verdicts, console)
+    head, *rows = render.scores_table(build)
+    title = f"\n{build.name}: as served by vLLM {build.unit.vllm_version}, on the holdout"
     console.print(_table(head, [list(map(escape, row)) for row in rows], title=escape(title)))
-    if ledger := report_ledger.ledger(made):
+    if ledger := report_ledger.ledger(build):
         head, *rows = render.ledger_table(ledger)
         title = f"loss ledger, {ledger.items} items: {ledger.said}"
         console.print(_table(head, [list(map(escape, row)) for row in rows], title=escape(title)))
-    if made.verdict:
-        print_verdict(made.verdict, console)
+    if build.verdict:
+        print_verdict(build.verdict, console)
 
 
-def print_prompts(asked: prompts.Prompts, console: Console) -> None:
-    """Print how many must-pass prompts hold, and each that broke with what it broke; those since the champion first."""
-    since = [(one, "since the champion") for one in asked.lost]
-    before = [(one, "also before" if asked.with_champion else "broken") for one in asked.broken]
+def print_prompts(verdicts: prompts.Prompts, console: Console) -> None:
+    """Print how many must-pass prompts hold, and each broken one with its assertions; those since the champion first."""
+    since = [(prompt, "since the champion") for prompt in verdicts.lost]
+    before = [(prompt, "also before" if verdicts.with_champion else "broken") for prompt in verdicts.broken]
     rows = [
         [
             f"[red]{when}[/]",
-            *(escape(_printable(text)) for text in (one.id, "; ".join(one.broken), one.answer[:ANSWER])),
+            *(escape(_printable(text)) for text in (prompt.id, "; ".join(prompt.broken), prompt.answer[:ANSWER])),
         ]
-        for one, when in [*since, *before]
+        for prompt, when in [*since, *before]
     ]
     if rows:
-        console.print(_table(["broken", "prompt", "assertion", "answer"], rows, title=escape(f"\n{asked.said}")))
+        console.print(_table(["broken", "prompt", "assertion", "answer"], rows, title=escape(f"\n{verdicts.said}")))
     else:
-        console.print(f"\n{asked.said}", highlight=False)
+        console.print(f"\n{verdicts.said}", highlight=False)
 
 
 def print_verdict(verdict: Verdict, console: Console | None = None) -> None:
@@ -109,7 +109,7 @@ def terminal() -> Console:
 
 
 def _printable(text: str) -> str:
-    """A model's words in one line, without what would steer the terminal."""
+    """A model's words in one line, without characters that steer the terminal."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 

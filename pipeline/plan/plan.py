@@ -76,7 +76,7 @@ def key_of(step: Step, config: Mapping[str, Any], inputs: Mapping[str, str], mad
             "stage": step.stage,
             "inputs": dict(inputs),
             "config": {name: section(config, name) for name in step.sections},
-            "source": source_digest(step.program),
+            "source": [source_digest(program) for program in (step.program, *step.parts)],
             "made_by": dict(made_by),
         }
     )[:32]
@@ -182,7 +182,7 @@ def _programs(config: Mapping[str, Any]) -> list[str]:
     """The dotted names of everything that decides a build's outcome."""
     prompts = ["pipeline.evaluation.prompts"] if config["evaluate"]["prompts"] else []
     return [
-        *(step.program for step in all_steps(config)),
+        *(program for step in all_steps(config) for program in (step.program, *step.parts)),
         "pipeline.evaluation.evaluate",
         *prompts,
         *(JUDGE_PROGRAMS[stage] for stage in judges(config)),

@@ -26,6 +26,7 @@ class Step:
     inputs: tuple[str, ...]
     sections: tuple[str, ...]
     packages: tuple[str, ...]
+    parts: tuple[str, ...] = ()  # further programs that the config chooses and the program imports by name
     retries: int = 0
     timeout_hours: float = 24
 
@@ -56,7 +57,7 @@ def steps(config: Mapping[str, Any]) -> tuple[Step, ...]:
         table.append(
             Step(
                 "quantize", "pipeline.quantize.quantize", method.environment, ("merge", "prepare"), ("quantize", "seed"),
-                (*torch, *method.packages), retries=1,
+                (*torch, *method.packages), parts=(method.program,), retries=1,
             )
         )  # fmt: skip
     return tuple(table)

@@ -44,8 +44,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # The base's own sampling default: vLLM would apply it to every request, and no answer would end.
 PENALTY = 5.0
-# So small a model gains nothing by more, and other tests run beside this one.
-# A task for lm-eval: of two words the one that was learned.
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from functools import partial
 
 import pytest
 from prefect import get_client
@@ -150,7 +149,7 @@ def test_an_alias_that_fails_for_a_moment_is_tried_again(world, prefect, prefect
     newest_flow_run(prefect_server, {**dict.fromkeys(STEPS, 1), "alias": 3})
 
 
-def test_a_new_step_needs_an_entry_in_the_table_alone(world, monkeypatch):
+def test_a_new_step_needs_an_entry_in_the_table_alone(world, prefect, monkeypatch):
     """It is taken at its place, as a task with the table's name, retries and time limit."""
     tries, options, really = [], {}, promote._step.with_options
 
@@ -168,8 +167,6 @@ def test_a_new_step_needs_an_entry_in_the_table_alone(world, monkeypatch):
     table.insert(3, new)
     monkeypatch.setattr(steps, "STEPS", {step.name: step for step in table})
     monkeypatch.setattr(promote._step, "with_options", noted)
-    monkeypatch.setattr(promote, "_prefect_url", lambda: None)
-    monkeypatch.setattr(promote.deployment, "promote", partial(deployment.promote, run_step=promote.as_task))
     assert world.run(world.release("1")) == ["verify", "start", "canary", "weights", "switch", "drain", "alias"]
     assert tries == [NAME] * 3
     for name, step in steps.STEPS.items():

@@ -13,11 +13,8 @@ import httpx
 import psutil
 
 TESTS = Path(__file__).parents[1]
-
-
+# So small a model gains nothing by more, and other tests run beside this one.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-
-
 WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "ivory", "jade")
 
 
@@ -51,14 +48,13 @@ gate:
 promote: {{port: {port}}}
 """
 
-
 PROMPTS = """
 - description: no item is a zebra
   prompt: Say the code of item 3
   assert: [{type: not-contains, value: zebra}]
 """
 
-
+# A task for lm-eval: choose, of two words, the learned one.
 TASK = """
 task: words
 dataset_path: json

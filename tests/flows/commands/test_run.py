@@ -61,7 +61,7 @@ def test_a_finished_build_takes_over_where_it_is_promoted_to(tmp_path, version, 
 
 
 def promoted(version: str) -> None:
-    """Leave the record of a promotion, as deployment.py does."""
+    """Leave the record of a promotion, as a switch leaves it."""
     record, release = state.read(NAME), versions.release(NAME, version)
     assert isinstance(release, Release)
     config = versions.config_of(release.run_id).model_dump(mode="json")
