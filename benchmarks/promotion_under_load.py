@@ -32,7 +32,7 @@ import httpx
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from released import a_model
+from support.released import a_model
 
 from pipeline.artifacts import Approval, Release
 from pipeline.config.schema import Config

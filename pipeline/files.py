@@ -9,13 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-HALF_WRITTEN = re.compile(r"\..+\.\d+")  # the file that a killed `write_json` leaves
+HALF_WRITTEN = re.compile(r"\..+\.\d+")  # the file that a killed `write_text` leaves
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write JSON beside `path`, then rename, so that no half-written file is ever visible."""
+    """Write JSON whole or not at all, keys sorted."""
+    write_text(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text beside `path`, then rename, so that no half-written file is ever visible."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def link(path: Path, target: Path) -> None:
+    """Make or change a symbolic link to a folder in one step."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target, target_is_directory=True)
     beside.replace(path)
 
 

@@ -22,6 +22,7 @@ from pipeline.config.schema import ServeConfig
 from pipeline.environments.interpreters import Environment
 from pipeline.environments.uv import ROOT
 from pipeline.errors import EnvironmentMissing, ServingError
+from pipeline.files import link
 from pipeline.serving import command, diagnosis
 from pipeline.serving.digests import Installed, installed
 from pipeline.serving.server import Condition, Server, ToServe
@@ -73,7 +74,7 @@ def spawn(to_serve: ToServe, files: dict[str, str], *, keep: bool) -> Server:
     )
     for stale in ("ready", "state.json"):
         (folder / stale).unlink(missing_ok=True)
-    _link(folder / MODEL, to_serve.model)
+    link(folder / MODEL, to_serve.model)
     spec.write(folder)
     with log.open("a", encoding="utf-8") as sink:
         sink.write(f"{diagnosis.START} {unit.vllm_version}, unit {unit.digest[:12]}, {spec.url}, {to_serve.model}\n")
@@ -95,14 +96,6 @@ def _needed(environment: Environment | None) -> Environment:
     if environment is None:
         raise EnvironmentMissing("runtime: process needs an environment with vLLM", remedy="make setup")
     return environment
-
-
-def _link(link: Path, target: Path) -> None:
-    """Make or change a symbolic link in one step."""
-    beside = link.with_name(f".{link.name}.{os.getpid()}")
-    beside.unlink(missing_ok=True)
-    beside.symlink_to(target, target_is_directory=True)
-    beside.replace(link)
 
 
 def environ(unit: ServedUnit, environment: Environment) -> dict[str, str]:

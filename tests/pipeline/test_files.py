@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.files import HALF_WRITTEN, finished_lines, write_json, write_lines
+from pipeline.files import HALF_WRITTEN, finished_lines, link, write_json, write_lines
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -52,3 +52,14 @@ def test_lines_are_written_below_a_new_folder(tmp_path: Path) -> None:
     """One document a line."""
     write_lines(tmp_path / "new" / "rows.jsonl", [1, "two"])
     assert (tmp_path / "new" / "rows.jsonl").read_text(encoding="utf-8") == '1\n"two"\n'
+
+
+def test_a_link_is_changed_in_one_step(tmp_path: Path) -> None:
+    """Also where a killed run left its half-made one."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / f".model.{os.getpid()}").symlink_to(tmp_path / "old")
+    for name in ("old", "new"):
+        link(tmp_path / "model", tmp_path / name)
+        assert (tmp_path / "model").resolve() == tmp_path / name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new", "old"]
