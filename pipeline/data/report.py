@@ -22,14 +22,14 @@ WHY = {
 
 def write(summary: Summary, folder: Path) -> None:
     """Write report.json, report.md, token_lengths.png and, where answers are labels, answers.png."""
-    from pipeline.data import plots as data_plots
+    from pipeline.data import plots
 
     write_json(folder / "report.json", summary)
-    plots = data_plots.save(summary, folder)
-    (folder / "report.md").write_text(markdown(summary, plots), encoding="utf-8")
+    plot_files = plots.save(summary, folder)
+    (folder / "report.md").write_text(markdown(summary, plot_files), encoding="utf-8")
 
 
-def markdown(summary: Summary, plots: list[str]) -> str:
+def markdown(summary: Summary, plot_files: list[str]) -> str:
     """The text of report.md."""
     near, parts = summary["near_duplicates"], ["# Data report", ""]
     parts += _table(
@@ -81,7 +81,7 @@ def markdown(summary: Summary, plots: list[str]) -> str:
         parts += _table(["value", *SPLITS], [
             [value, *(splits.get(split, 0) for split in SPLITS)] for value, splits in sorted(values.items())
         ])  # fmt: skip
-    parts += [line for plot in plots for line in (f"![{plot.removesuffix('.png')}]({plot})", "")]
+    parts += [line for plot in plot_files for line in (f"![{plot.removesuffix('.png')}]({plot})", "")]
     parts += ["## Examples", ""]
     for example in summary["examples"]:
         parts += ["```json", json.dumps(example, ensure_ascii=False, indent=1)[:2000], "```", ""]

@@ -28,7 +28,7 @@ DECIDING = re.compile(r".*\.(safetensors|json|jinja|model)|merges\.txt|README\.m
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """The source of a base model: `kind` is hub, folder, gguf or pypi; `path` leads to its bytes, None for the hub.
 
     `digest` is the key of its content: of local bytes, or of repository and commit on the hub.
@@ -41,7 +41,7 @@ class Source:
     digest: str
 
 
-def locate(base_model: str, revision: str | None, data_root: Path, train: Environment) -> Source:
+def locate(base_model: str, revision: str | None, data_root: Path, train: Environment) -> ModelSource:
     """Locate the model that `base_model` names; relative paths start at `data_root`.
 
     Local bytes are hashed once and remembered. Raises ModelError when the model doesn't exist, or a hub id comes
@@ -53,12 +53,12 @@ def locate(base_model: str, revision: str | None, data_root: Path, train: Enviro
     if path.is_dir():
         names = [file.relative_to(path).as_posix() for file in path.rglob("*")
                  if file.is_file() and DECIDING.fullmatch(file.name)]  # fmt: skip
-        return Source("folder", path.name, path, None, file_digests.remembered_folder(path, names))
+        return ModelSource("folder", path.name, path, None, file_digests.remembered_folder(path, names))
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ModelError(f"{path.name} isn't a model", file=str(path), key="base_model", allowed=FORMS,
                              remedy="set base_model to the folder that holds the model, or to a .gguf file")  # fmt: skip
-        return Source("gguf", path.name, path, None, file_digests.remembered(path))
+        return ModelSource("gguf", path.name, path, None, file_digests.remembered(path))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith(".") and path.suffix != ".gguf":
         return _on_hub(base_model, revision)
     raise ModelError(
@@ -80,7 +80,7 @@ def check_folder(folder: Path, links_within: Path | None = None) -> None:
         raise ModelError(problems)
 
 
-def _from_package(package: str, train: Environment) -> Source:
+def _from_package(package: str, train: Environment) -> ModelSource:
     """The one GGUF file that an installed package carries, by its list of files, without importing it."""
     normalized_name = re.sub(r"[-_.]+", "-", package).lower()
     home = train.interpreter.parent.parent
@@ -101,7 +101,7 @@ def _from_package(package: str, train: Environment) -> Source:
     )
 
 
-def _in_package(package: str, version: str, place: Path, record: Path) -> Source:
+def _in_package(package: str, version: str, place: Path, record: Path) -> ModelSource:
     lines = record.read_text(encoding="utf-8").splitlines()
     files = [place / name for line in lines if (name := line.rsplit(",", 2)[0].strip('"')).endswith(".gguf")]
     if len(files) != 1 or not files[0].is_file():
@@ -112,10 +112,10 @@ def _in_package(package: str, version: str, place: Path, record: Path) -> Source
             allowed="one",
             remedy="set base_model to the path of the .gguf file",
         )
-    return Source("pypi", files[0].name, files[0], version, file_digests.remembered(files[0]))
+    return ModelSource("pypi", files[0].name, files[0], version, file_digests.remembered(files[0]))
 
 
-def _on_hub(repository: str, revision: str | None) -> Source:
+def _on_hub(repository: str, revision: str | None) -> ModelSource:
     if revision is None or not re.fullmatch(r"[0-9a-f]{40}", revision):
         mistake = "is missing" if revision is None else f"{revision!r} isn't a full commit; a branch or tag may move"
         raise ModelError(
@@ -123,7 +123,7 @@ def _on_hub(repository: str, revision: str | None) -> Source:
             remedy=f"copy it from the commit list of {repository}'s page (Files, History), or print it with: "
             f"python -c \"from huggingface_hub import model_info; print(model_info('{repository}').sha)\"",
         )  # fmt: skip
-    return Source("hub", repository, None, revision, digest_of({"hub": repository, "revision": revision}))
+    return ModelSource("hub", repository, None, revision, digest_of({"hub": repository, "revision": revision}))
 
 
 def run(request: program.Request) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def run(request: program.Request) -> dict[str, Any]:
     return {**_facts(source, folder), **origin, **_token_facts(tokens)}
 
 
-def _copied(source: Source, folder: Path) -> dict[str, Any]:
+def _copied(source: ModelSource, folder: Path) -> dict[str, Any]:
     from pipeline.model import checkpoint, hub, licence
 
     if source.path is None:
@@ -166,7 +166,7 @@ def _copied(source: Source, folder: Path) -> dict[str, Any]:
     return {"licence": licence.of_folder(origin), "quantized_from": None}
 
 
-def _converted(source: Source, folder: Path) -> dict[str, Any]:
+def _converted(source: ModelSource, folder: Path) -> dict[str, Any]:
     from pipeline.model import gguf, licence
 
     path = source.path or folder
@@ -182,7 +182,7 @@ def _progress(bytes_so_far: int, total: int) -> None:
     program.progress(round(bytes_so_far / 2**20), round(total / 2**20), "MiB")
 
 
-def _facts(source: Source, folder: Path) -> dict[str, Any]:
+def _facts(source: ModelSource, folder: Path) -> dict[str, Any]:
     config = checks.read_object(folder / "config.json") or {}
     return {
         "source": source.name,

@@ -94,7 +94,7 @@ def test_a_dataset_is_fetched_at_its_commit_and_kept(hub: str, tmp_path: Path) -
     """The split's files come, no code does, mistakes say what to do, and the cache serves offline."""
     train, test = (f"owner/questions|{COMMIT}|{split}" for split in ("train", "test"))
     wrong = {
-        f"owner/questions|{COMMIT}|final": ("split final", "name a split"),
+        f"owner/questions|{COMMIT}|final": ("split final", "in the paths of its files"),
         f"owner/gated|{COMMIT}|train": ("gated", "HF_TOKEN"),
         f"owner/nothing|{COMMIT}|train": ("the dataset doesn't exist", "look at"),
         f"owner/questions|{'0' * 40}|train": ("the commit doesn't exist", "/commits/"),
