@@ -163,7 +163,7 @@ def _truths(data: Mapping[str, Any], lines: Mapping[KeyPath, int], path: Path) -
         line = _line(at, lines)
         yield Problem(
             "is a boolean (YAML reads yes, no, on, off as one)", "--set" if line == 0 else str(path), line or None,
-            ".".join(map(str, at)), "a number",
+            ".".join(map(str, at)), "a number", "write a number",
         )  # fmt: skip
 
 

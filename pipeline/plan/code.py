@@ -27,8 +27,9 @@ from pipeline.digests import digest_of
 ROOT = Path(__file__).resolve().parents[2]
 # Shared by all stages and free of decisions about a result: a config's resolved values are part of every key.
 NOT_SOURCE = (
-    "pipeline.artifacts", "pipeline.config.gate", "pipeline.config.kubernetes", "pipeline.config.methods", "pipeline.config.schema", "pipeline.config.section",
-    "pipeline.digests", "pipeline.environments.interpreters", "pipeline.errors", "pipeline.program", "pipeline.store",
+    "pipeline.artifacts", "pipeline.config.gate", "pipeline.config.kubernetes", "pipeline.config.methods", "pipeline.config.schema",
+    "pipeline.config.section", "pipeline.digests", "pipeline.environments.interpreters", "pipeline.errors", "pipeline.program",
+    "pipeline.store",
 )  # fmt: skip
 FORMAT = 1  # of what `plan.meaning` reads: raise it when that changes, and remembered digests are void
 

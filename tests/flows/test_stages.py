@@ -100,3 +100,41 @@ def test_who_holds_a_gpu_is_said_before_a_stage_takes_it(tmp_path: Path, monkeyp
         with stages.device_slot(lambda event: said.append(str(event["text"]))):
             pass
     assert said == ["GPU memory: 19.5 of 79.6 GiB are free; held by pid 42 (python3) 60.0 GiB"]
+
+
+def test_an_artefact_is_made_once_and_its_server_starts_before_the_key_is_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that waits for a GPU with a key's lock in hand would wait for ever on one that has the GPU and wants the key."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
+    calls: list[str] = []
+
+    def start() -> None:
+        with store.lock("evaluate/k", wait=False):
+            calls.append("start")
+
+    def make(folder: Path) -> stages.Origin:
+        with pytest.raises(Busy), store.lock("evaluate/k", wait=False):
+            pass
+        calls.append("make")
+        (folder / "payload").mkdir()
+        return stages.Origin({"unit": "u"}, {"vllm": "1"}, {"items": 3})
+
+    artifact = stages.kept("evaluate", "k", make, start)
+    assert (artifact.parents, artifact.made_by, artifact.detail) == ({"unit": "u"}, {"vllm": "1"}, {"items": 3})
+    assert stages.kept("evaluate", "k", make, start) == artifact
+    assert calls == ["start", "make"]
+
+
+def test_an_artefact_that_another_run_made_meanwhile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two builds may start a server for the same measurement; the second finds it made once it has the key."""
+    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
+
+    def make(folder: Path) -> stages.Origin:
+        (folder / "payload").mkdir()
+        return stages.Origin({}, {}, {"by": "the other run"})
+
+    artifact = stages.kept(
+        "evaluate", "k", lambda _folder: pytest.fail("made twice"), lambda: stages.kept("evaluate", "k", make)
+    )
+    assert artifact.detail == {"by": "the other run"}

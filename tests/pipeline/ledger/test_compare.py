@@ -6,20 +6,16 @@ import json
 import os
 import signal
 import subprocess
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import programs
-from support.released import a_config
 
-from flows import ledger as flow
 from pipeline import program
 from pipeline.artifacts import Evaluation, Item, LedgerEntry
 from pipeline.digests import digest_folder
 from pipeline.environments import interpreters
-from pipeline.errors import ConfigError, ModelError, ResourceError
 from pipeline.evaluation import scoring
 from pipeline.ledger import compare, scores
 
@@ -221,19 +217,3 @@ def test_a_killed_ledger_goes_on_to_the_same_bytes(proofs, tmp_path):
     programs.run("pipeline.ledger.answers", tmp_path, request["config"], records)
     assert kept.stat().st_mtime_ns == written
     assert digest_folder(tmp_path / "payload") == digest_folder(folder / "clean" / "ledger" / "payload")
-
-
-@pytest.mark.parametrize("kind", [ResourceError, ConfigError])
-def test_a_ledger_that_cannot_be_had_loses_no_verdict(monkeypatch, kind):
-    """Neither for want of memory nor for a user's scorer; a broken model stops the build."""
-    said = []
-    monkeypatch.setattr(flow, "ledger_step", lambda _config: "a step")
-    for error, ends in ((kind, nullcontext()), (ModelError, pytest.raises(ModelError))):
-
-        def asked(*_, error=error):
-            raise error("it doesn't fit")
-
-        monkeypatch.setattr(flow, "_asked", asked)
-        with ends:
-            assert flow.ledger_of(a_config(), "key", {}, None, {}, said.append) == ()
-    assert [event["text"] for event in said] == ["no loss ledger: it doesn't fit"]
