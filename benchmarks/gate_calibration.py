@@ -3,7 +3,7 @@
     python benchmarks/gate_calibration.py [--simulations 2000] [--workers 2]
 
 A candidate is compared with an incumbent whose true quality is known, with a margin of three points fixed first, at the size
-that `sample_size.items_for_margin` recommends and at an eighth of it. What is asked for, at the recommended size: an equal
+that `sample_size.items_for_margin` recommends and at an eighth of it. Demanded at the recommended size: an equal
 candidate passes at least 80 % of the time, one at the margin (three points worse) passes at most 5 % and fails, not merely
 inconclusive, at least 80 %; an equal one fails at most 5 %. At an eighth of it: most verdicts are inconclusive, and wrong ones
 stay as rare. Four kinds of holdout: right or wrong answers; scores in halves; right or wrong in groups of four that share a
@@ -222,7 +222,7 @@ def simulate(kind: str, size: int, gap: float, simulations: int, seed: int) -> C
 
 @dataclass(frozen=True)
 class Demand:
-    """What is asked of a share of verdicts."""
+    """A bound on the share of verdicts."""
 
     outcome: str
     at_least: float = 0.0

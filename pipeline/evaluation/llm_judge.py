@@ -129,7 +129,7 @@ async def _ask(
 
 
 async def _judged(http: httpx.AsyncClient, config: JudgeConfig, pair: Pair, seed: int) -> Judgement:
-    """One item in both orders; raises RequestFailed when either order has no usable verdict."""
+    """One item in both orders; raises RequestFailed when either order lacks a usable verdict."""
     first = await _opinion(http, config, pair, seed, candidate_first=True)
     second = await _opinion(http, config, pair, seed, candidate_first=False)
     sides: dict[str, tuple[Side, Side]] = {

@@ -165,7 +165,7 @@ def _with_includes(path: Path, paths: list[Path], problems: list[Problem]) -> di
         problems.append(Problem(fault, file=str(path), line=line, allowed="settings and data", remedy=CODE_REMEDY))
     if not isinstance(settings, dict):
         problems.append(
-            Problem("holds no keys", file=str(path), allowed="a task's settings", remedy="correct the path")
+            Problem("must hold keys", file=str(path), allowed="a task's settings", remedy="correct the path")
         )
         return {}
     settings_below: dict[str, Any] = {}
@@ -216,7 +216,7 @@ def _data_files(settings: Mapping[str, Any], path: Path, problems: list[Problem]
     if not data_files:
         problems.append(
             Problem(
-                f"dataset_path: {source or 'nothing'} is no data that can be read here",
+                f"dataset_path: {source or 'nothing'} is not data that can be read here",
                 file=str(path),
                 key="dataset_path",
                 allowed=f"{', '.join(LOADERS)} with dataset_kwargs.data_files, or a hub dataset OWNER/NAME",

@@ -63,7 +63,7 @@ def records(
 ) -> list[TaskResult]:
     """lm-eval's results and samples as records: of each task the metrics that are means over its documents, first filter.
 
-    A metric such as bleu, which exists for all documents together only, has no value a document. Raises ConfigError when one
+    A metric such as bleu exists for all documents together only, and is left out. Raises ConfigError when one
     of `metrics` isn't there, or none at all.
     """
     candidates = [record for task, documents in samples.items() for record in _of_task(task, documents, results)]

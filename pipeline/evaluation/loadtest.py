@@ -1,8 +1,11 @@
 """Stage program: a closed-loop load sweep of a served model by vLLM's own `bench serve`, in this process.
 
-Why vLLM's bench and not GuideLLM: it is the very version of the server under test and comes with it, so there
-is no further dependency or environment; its metric names are what vLLM's users know; it gives the samples of
-each request, which the gate's intervals need; and one import (10 to 40 s: it brings torch) serves all levels.
+Why vLLM's bench and not GuideLLM:
+- It comes with the server under test, in the very same version: no further dependency or environment.
+- vLLM's users know the names of its metrics.
+- It gives the samples of each request, which the gate's intervals need.
+- One import (10 to 40 s: it brings torch) serves all levels.
+
 Its `benchmark` function is called rather than its command line, whose custom dataset sends one user message
 and drops the system's: here each request is a holdout conversation, as evaluation sends it, ended by the
 model itself or by `max_tokens`.
@@ -122,7 +125,9 @@ def read_prompts(holdout: Path) -> list[list[dict[str, str]]]:
     rows = [json.loads(line) for line in holdout.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     prompts = [row["messages"][:-1] for row in rows if len(row.get("messages") or []) > 1]
     if not prompts:
-        raise DataError("the holdout has no conversation", file=str(holdout), remedy="raise data.holdout_size")
+        raise DataError(
+            "the holdout must hold at least one conversation", file=str(holdout), remedy="raise data.holdout_size"
+        )
     return prompts
 
 

@@ -99,7 +99,7 @@ def _run(request: program.Request, work: Path) -> None:
         raise StageFailed(
             f"the load test's container ended with status {status}: {' | '.join(words.splitlines()[-3:])}",
             file=str(request.folder / "log.txt"),
-            remedy="read the log; status 137 is most often too little memory: raise serve.container.memory",
+            remedy="read the log; status 137 is most often too little memory for the container: free some, or take a smaller model",
         )
 
 

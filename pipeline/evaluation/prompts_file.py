@@ -2,7 +2,7 @@
 
 YAML or JSON: a list of tests, or `tests:` with such a list. A test has an `id` or a `description` (both may be left out),
 `prompt`, a text, or `messages`, and under `assert` conditions on the answer that must all hold: `type`, one of
-assertions.KINDS, and `value`. What promptfoo would run or fetch (templates, providers, scripts, file://) is refused.
+assertions.KINDS, and `value`. Anything that promptfoo would run or fetch (templates, providers, scripts, file://) is refused.
 """
 
 from __future__ import annotations

@@ -57,12 +57,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def answers_in(shown: str) -> tuple[str, str]:
-    """The texts between the marks of answer A and answer B."""
-    found = {
+    """The text between the marks of answer A and answer B."""
+    texts = {
         name: text
         for name, _, text in re.findall(r"\[begin (answer [AB]) (\w+)\]\n(.*?)\n\[end \1 \2\]", shown, re.DOTALL)
     }
-    return found["answer A"], found["answer B"]
+    return texts["answer A"], texts["answer B"]
 
 
 @contextmanager

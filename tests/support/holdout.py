@@ -37,9 +37,9 @@ def write_holdout(folder: Path, holdout: list[dict]) -> None:
 
 def answers_file(folder: Path, holdout: list[dict], wrong: int = 0) -> Path:
     """Right answers to all rows but the first `wrong`."""
-    known = {row["messages"][1]["content"]: row["messages"][2]["content"] for row in holdout[wrong:]}
+    answers = {row["messages"][1]["content"]: row["messages"][2]["content"] for row in holdout[wrong:]}
     file = folder / "answers.json"
-    file.write_text(json.dumps(known), encoding="utf-8")
+    file.write_text(json.dumps(answers), encoding="utf-8")
     return file
 
 
@@ -57,5 +57,5 @@ def request(folder: Path, url: str, **options) -> Request:
     return Request(config, {"prepare": {"path": str(folder / "prepare")}}, folder / "work")
 
 
-def report(made: Request) -> Evaluation:
-    return Evaluation.model_validate_json((made.payload / "report.json").read_text(encoding="utf-8"))
+def report(request: Request) -> Evaluation:
+    return Evaluation.model_validate_json((request.payload / "report.json").read_text(encoding="utf-8"))

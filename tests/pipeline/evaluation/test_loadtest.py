@@ -1,12 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +12,9 @@ from pipeline import program
 from pipeline.artifacts import LoadTest
 from pipeline.environments import interpreters
 from pipeline.errors import DataError, ServingError
-from pipeline.evaluation import loadtest, loadtest_container
+from pipeline.evaluation import loadtest
 from pipeline.intervals.load import measured
 from pipeline.program import Request
-from pipeline.serving import docker
 
 VOCABULARY = {"hello": 0, "[UNK]": 1}
 
@@ -145,7 +140,7 @@ def test_a_holdout_without_conversations_is_refused(tmp_path):
     """There is nothing to ask; the error names the file."""
     file = tmp_path / "holdout.jsonl"
     file.write_text('{"id": "1", "text": "once"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"holdout.jsonl: the holdout has no conversation"):
+    with pytest.raises(DataError, match=r"holdout.jsonl: the holdout must hold at least one conversation"):
         loadtest.read_prompts(file)
 
 
@@ -171,45 +166,3 @@ def test_a_level_is_recorded_without_its_failed_requests():
 def test_this_interpreter_can_read_the_stage_without_vllm():
     """Control imports the module; vLLM is only imported when a load is put on."""
     assert "vllm" not in sys.modules
-
-
-def test_a_container_can_read_what_is_mounted_whatever_the_umask(tmp_path, monkeypatch):
-    """Umask 077 hides every file from the container's user; what is handed to the engine is readable for anybody."""
-    seen: dict[str, list[int]] = {}
-
-    def create(*_: object, volumes: dict[str, dict[str, str]], **__: object) -> None:
-        for source, mount in volumes.items():
-            places = [Path(source), *Path(source).rglob("*")]
-            inside = {"/".join((mount["bind"], *place.relative_to(source).parts)): place for place in places}
-            seen.update(
-                {name: place.stat().st_mode & (0o5 if place.is_dir() else 0o4) for name, place in inside.items()}
-            )
-        raise ServingError("seen enough")
-
-    @contextmanager
-    def engine():
-        yield SimpleNamespace(containers=SimpleNamespace(create=create))
-
-    monkeypatch.setattr(docker, "engine", engine)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    before = os.umask(0o077)
-    try:
-        (tmp_path / "data" / "payload").mkdir(parents=True)
-        (tmp_path / "data" / "payload" / "holdout.jsonl").write_text("{}\n")
-        (tmp_path / "data" / "payload" / "train.jsonl").write_text("{}\n")
-        model = tokenizer_folder(tmp_path / "model")
-        container = {"network": "host", "ulimits": {}}
-        config = {"model_path": str(model), "container": container, "image": "sha256:0", "unit_digest": "u"}
-        inputs = {"prepare": {"path": str(tmp_path / "data")}}
-        with pytest.raises(ServingError, match="seen enough"):
-            loadtest_container.run(Request(config, inputs, tmp_path / "work"))
-    finally:
-        os.umask(before)
-    wanted = {
-        "/work/request.json", "/work/payload", "/tunegate/pipeline/evaluation/loadtest.py", "/data/payload/holdout.jsonl",
-        "/model/tokenizer.json",
-    }  # fmt: skip
-    assert wanted <= set(seen)
-    assert [name for name, mode in seen.items() if not mode & 0o4] == []
-    assert "/data/payload/train.jsonl" not in seen
-    assert (tmp_path / "data" / "payload" / "holdout.jsonl").stat().st_mode & 0o077 == 0
