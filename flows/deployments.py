@@ -79,7 +79,7 @@ def template(config: Mapping[str, Any]) -> dict[str, Any]:
 def show(options: argparse.Namespace) -> int:
     """`tunegate manifests`: print the objects to apply for a config's builds, or with --jobs the jobs that builds make.
 
-    Nothing is applied. Raises ConfigError when the config is wrong or has no section `kubernetes`.
+    Nothing is applied. Raises ConfigError when the config is wrong or lacks the section `kubernetes`.
     """
     import yaml
 

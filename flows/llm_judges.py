@@ -39,7 +39,7 @@ def reports(
         if judge.against in evaluations:
             comparisons.append(_compare(config, judge, dict(evaluations), attempt, show))
         else:
-            text = f"{judge.model} has nothing to compare: there is no {judge.against}"
+            text = f"{judge.model} compares nothing: {judge.against} was not measured"
             show({"event": "message", "text": text})
     return tuple(comparisons)
 

@@ -166,7 +166,7 @@ def device_slot(on_event: OnEvent) -> Iterator[None]:
     """One stage at a time on the GPUs, across all runs of this machine; a CPU is shared by the system itself.
 
     All GPUs are one slot, also while a stage uses one of several: a served model may take them all. A message tells of memory
-    that other processes hold, to explain a stage that finds too little. A flow's pod on a cluster holds no lock: its GPUs are
+    that other processes hold, to explain a stage that finds too little. A flow's pod on a cluster takes no lock: its GPUs are
     its own, and the locks lie on a volume that it shares with other pods.
     """
     if hardware.device().kind != "cuda":

@@ -109,7 +109,7 @@ def death(job: Record | None, pod: Record | None, stage: str, log: str, describe
                            remedy=f"{describe}; running the same command again continues from the last finished step")  # fmt: skip
     if pod is None:
         return StageFailed(
-            f"the {stage} job has no pod: {failure.get('message') or 'its node is gone'}", file=log, remedy=describe
+            f"the {stage} job lost its pod: {failure.get('message') or 'its node is gone'}", file=log, remedy=describe
         )
     status = end.get("exitCode")
     if status == KILLED:

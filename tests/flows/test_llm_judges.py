@@ -71,7 +71,7 @@ def test_without_an_incumbent_there_is_nothing_to_compare(home):
     """It is said, and nobody is asked."""
     reports, events = compare(config(against="incumbent"))
     assert reports == ()
-    assert [event["text"] for event in events] == ["judge-1 has nothing to compare: there is no incumbent"]
+    assert [event["text"] for event in events] == ["judge-1 compares nothing: incumbent was not measured"]
 
 
 def test_the_key_reaches_the_judge_and_nothing_in_the_store(home, monkeypatch):

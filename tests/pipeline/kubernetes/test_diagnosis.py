@@ -38,7 +38,7 @@ def condition(kind, **more):
         (JOB, pod(conditions=condition("DisruptionTarget", message="Taint manager: deleting due to NoExecute taint")),
          "the merge pod was evicted: Taint manager"),
         ({**JOB, "status": {"conditions": condition("Failed", message="Job has reached the specified backoff limit")}}, None,
-         "the merge job has no pod: Job has reached"),
+         "the merge job lost its pod: Job has reached"),
         (JOB, pod(containerStatuses=ended(1, reason="Error")), "ended with status 1: Error"),
         (JOB, pod("Succeeded", containerStatuses=ended(0, reason="Completed")), "is the volume the same in both pods"),
         (JOB, pod("Running"), "ended without a status of its program"),
