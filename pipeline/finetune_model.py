@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import (
+    compute_dtype,
     finetune_attention,
     finetune_distributed,
     finetune_head,
@@ -78,7 +79,7 @@ def load(
             allowed="adamw_torch or adamw_torch_fused",
             remedy="set finetune.optimizer: adamw_torch",
         )
-    dtype = compute_dtype(device)
+    dtype = compute_dtype.of_device(device)
     split, processes = settings.fsdp_version is not None, finetune_distributed.size()
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -160,19 +161,6 @@ def _weights(model: Any, settings: FinetuneConfig, dtype: torch.dtype, device: s
     if before is not None:
         most = math.inf if before.frozen_weights.endswith(UNPACKED) else 0.0
     return settings.bnb_4bit_quant_type + (UNPACKED if unpack(model, dtype, most) else "")
-
-
-def compute_dtype(device: str) -> torch.dtype:
-    """bf16 where the hardware multiplies it; elsewhere float32, which is then faster."""
-    import torch
-
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    found = torch.backends.cpu.get_cpu_capability()
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else set()
-    fast = {"avx512_bf16", "amx_bf16", "bf16"} & flags and found != "DEFAULT"
-    return torch.bfloat16 if fast else torch.float32
 
 
 def four_bit(settings: FinetuneConfig, dtype: torch.dtype) -> Any:

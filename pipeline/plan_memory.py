@@ -30,6 +30,7 @@ def estimates(config: Mapping[str, Any], record: Mapping[str, Any] | None, devic
 
     Weights: 0.55 bytes a parameter in NF4 with double quantization, 2 in bf16. Activations: 34 bytes a token, layer and hidden
     unit without checkpointing (Korthikanti et al. 2022, eq. 2, without the attention scores, which sdpa doesn't keep), 2 with it.
+    AWQ computes in float32 on a CPU without bf16, 4 bytes a parameter.
     """
     if record is None:
         return {}
@@ -41,7 +42,7 @@ def estimates(config: Mapping[str, Any], record: Mapping[str, Any] | None, devic
     calibration = quantize["num_calibration_samples"] * quantize["max_calibration_tokens"]
     return {
         "finetune": _training(config, parameters, hidden, int(shape["num_hidden_layers"]), device),
-        "quantize": parameters * 2 + calibration * hidden * 4,
+        "quantize": parameters * (4 if device.kind == "cpu" and not device.bf16 else 2) + calibration * hidden * 4,
         "serve": served,
         PROMOTE: 2 * served,
     }

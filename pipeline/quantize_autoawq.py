@@ -4,7 +4,8 @@ Runs in the autoawq environment, whose transformers 4.51 reads a config.json of 
 it is handed one in the old form, and what it understood is compared. AutoAWQ itself has traps that are met
 here: on a CPU its search for scales overwrites the weights it means to keep; samples longer than its limit
 are skipped and the end of the last block dropped without a word; its search for clips takes minutes and
-refuses layers whose width isn't a multiple of 64.
+refuses layers whose width isn't a multiple of 64. A CPU without bf16 computes in float32; what isn't packed
+is stored in the model's own dtype all the same.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import quantize_batches
+from pipeline import compute_dtype, quantize_batches
 from pipeline.errors import ModelError, Problem, StageFailed
 
 SHARD_SIZE = "1GB"  # files are read side by side when what serves is held against its digest
@@ -92,7 +93,7 @@ def blocks(samples: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
 
 
 def load(folder: Path, scratch: Path) -> Any:
-    """The model of a Hugging Face folder, plain, in the dtype it is stored in, on the CPU.
+    """The model of a Hugging Face folder, plain, in the dtype to compute in, on the CPU.
 
     Raises ModelError when AutoAWQ doesn't know the architecture or transformers 4 misreads its config.json.
     """
@@ -116,7 +117,7 @@ def load(folder: Path, scratch: Path) -> Any:
         old, torch_dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     model.config.use_cache = False
-    return model.eval()
+    return compute_dtype.for_quantizing(model.eval())
 
 
 def _old_folder(folder: Path, config: Mapping[str, Any], old: Path) -> Path:
@@ -165,6 +166,7 @@ def quantize(
         quantizer_cls=_quantizer_class(cut, search_tokens, on_layer),
     )
     on_layer(len(awq.quantizer.modules), len(awq.quantizer.modules))
+    compute_dtype.back_to_stored(model)
     awq.save_quantized(str(folder), shard_size=SHARD_SIZE)
     return dict(awq.quant_config.to_transformers_dict())
 

@@ -2,7 +2,8 @@
 
 Runs in the train environment. What is done to llm-compressor: on a CPU its cache must not pin memory (pinning needs an
 accelerator) and its grid search looks at the first samples only, because activation statistics want all tokens while the
-choice among scales doesn't, and takes nearly all of the time. On a GPU with room the model and what passes between its
+choice among scales doesn't, and takes nearly all of the time. A CPU without bf16 computes in float32, and the result is
+stored in the model's own dtype all the same. On a GPU with room the model and what passes between its
 layers stay there, and samples go through in batches; the recipe is llm-compressor's own, and its losses are summed in
 float32, because a bfloat16 sum of a large batch has too few digits to choose by.
 """
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import quantize_batches, weights
+from pipeline import compute_dtype, quantize_batches, weights
 from pipeline.errors import StageFailed
 from pipeline.quantize_check import decoder_layers, quantization_of
 
@@ -29,15 +30,16 @@ MODEL_UP_TO = 0.5
 
 
 def load(folder: Path, _scratch: Path) -> Any:
-    """The model of a Hugging Face folder, plain, in the dtype it is stored in; on the GPU if it takes up to half of it."""
+    """The model of a Hugging Face folder, plain, in the dtype to compute in; on the GPU if it takes up to half of it."""
     import torch
     from transformers import AutoModelForCausalLM
 
     size = sum(file.stat().st_size for file in weights.files(folder))
     fits = torch.cuda.is_available() and size <= MODEL_UP_TO * torch.cuda.mem_get_info()[0]
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, trust_remote_code=False, device_map={"": 0} if fits else None
     ).eval()
+    return compute_dtype.for_quantizing(model)
 
 
 def quantize(
@@ -91,6 +93,7 @@ def quantize(
             sequential_offload_device="cuda:0" if batch_tokens and model.device.type == "cuda" else "cpu",
             use_loss_mask="loss_mask" in batches[0],
         )
+    compute_dtype.back_to_stored(model)  # before packing, so that values are rounded to the scales that are written
     model.save_pretrained(folder, save_compressed=True, max_shard_size=SHARD_SIZE)
     reset_session()  # it holds the model
     return quantization_of(folder)
