@@ -1,6 +1,7 @@
 """AWQ through llm-compressor: pipeline.quantize.llmcompressor against oneshot as its documents show it.
 
     python benchmarks/quantize_cuda.py BASE [--layers N] [--samples 128] [--tokens 512] [--shortest N] [--sides plain,ours] [--out FOLDER]
+        [--compute float32]
 
 Runs in the train environment, on a GPU or, with a small BASE, on a CPU. BASE is a Hugging Face folder
 (benchmarks/make_llama.py makes one of 7.4 B). Every side quantizes the same model by the same recipe (AWQModifier with 20
@@ -10,6 +11,8 @@ of random ids, --shortest to --tokens long:
   plain        the model on the CPU, a dataset of one sample a batch
   plain-gpu    the same with the model on the GPU
   ours         pipeline.quantize.llmcompressor, batches as memory allows (or of --batch-tokens)
+
+Without a GPU all sides compute in the dtype that the stage takes on this CPU, or in that of --compute.
 
 Each side has a process to itself. Prints seconds from loading to saved, where they went, the peak of allocated memory, and
 for ours what the stage's check takes besides; then how far each side's weights are from the first's: |W - W'| over the
@@ -40,6 +43,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from pipeline import compute_dtype
 from pipeline.model import weights
 from pipeline.quantize import check, formats
 from pipeline.quantize import llmcompressor as quantize_llmcompressor
@@ -126,7 +130,9 @@ def plain(base: Path, samples: list[list[int]], group_size: int, folder: Path, f
     from datasets import Dataset
 
     with found.span("load"):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map=device)
+        model = compute_dtype.for_quantizing(
+            AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map=device)
+        )
         tokenizer = AutoTokenizer.from_pretrained(base)
     rows = Dataset.from_dict({"input_ids": samples, "attention_mask": [[1] * len(sample) for sample in samples]})
     linear = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": group_size, "symmetric": False}
@@ -141,6 +147,7 @@ def plain(base: Path, samples: list[list[int]], group_size: int, folder: Path, f
             max_seq_length=max(map(len, samples)), shuffle_calibration_samples=False,
         )  # fmt: skip
     with found.span("save"):
+        compute_dtype.back_to_stored(model)
         model.save_pretrained(folder, save_compressed=True)
 
 
@@ -172,6 +179,9 @@ def measure(name: str, args: argparse.Namespace) -> Measured:
     found, samples = Measured(name), samples_of(args.base, args)
     group_size = choose_group_size("auto", linear_shapes(args.base))
     watch(found, args.profile)
+    if args.compute:
+        dtype = getattr(torch, args.compute)
+        compute_dtype.of_device = lambda _device: dtype
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
     if name == "ours":
@@ -276,6 +286,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shortest", type=int)
     parser.add_argument("--batch-tokens", type=int, help="of a batch of ours, instead of what memory allows")
     parser.add_argument("--sides", default="plain,ours")
+    parser.add_argument("--compute", choices=("bfloat16", "float32"), help="on a CPU, instead of what it multiplies")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("quantize_cuda"))
     parser.add_argument("--only", help=argparse.SUPPRESS)

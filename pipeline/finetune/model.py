@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import compute_dtype
 from pipeline.config.schema import FinetuneConfig
 from pipeline.errors import ConfigError, ModelError
 from pipeline.finetune import attention, distributed, fsdp, fused_lora, fused_loss, memory
@@ -62,7 +63,7 @@ def this_machine() -> Machine:
     return Machine(
         device=device,
         name=torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        dtype=str(compute_dtype(device)).removeprefix("torch."),
+        dtype=str(compute_dtype.of_device(device)).removeprefix("torch."),
         threads=torch.get_num_threads(),
         processes=distributed.size(),
     )
@@ -138,19 +139,6 @@ def _free_beside(model: Any, settings: FinetuneConfig, machine: Machine) -> floa
     split = settings.fsdp_version is not None
     with fsdp.reserved(model, settings, machine.device, machine.processes) if split else nullcontext():
         return memory.free(machine.device)
-
-
-def compute_dtype(device: str) -> torch.dtype:
-    """bf16 where the hardware multiplies it; elsewhere float32, which is then faster."""
-    import torch
-
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    capability = torch.backends.cpu.get_cpu_capability()
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text(encoding="utf-8").split()) if cpuinfo.exists() else set()
-    fast = {"avx512_bf16", "amx_bf16", "bf16"} & flags and capability != "DEFAULT"
-    return torch.bfloat16 if fast else torch.float32
 
 
 def four_bit(settings: FinetuneConfig, dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline import compute_dtype
 from pipeline.artifacts import Artifact, LedgerStep
 from pipeline.config.schema import FinetuneConfig
 from pipeline.errors import ModelError, Problem
@@ -52,7 +53,7 @@ def load(step: LedgerStep, artifacts: Mapping[str, Artifact], settings: Finetune
     import torch
 
     base, finetune, merge = (artifacts[name] for name in ("base", "finetune", "merge"))
-    dtype = finetune_model.compute_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype.of_device("cuda" if torch.cuda.is_available() else "cpu")
     if step == "base":
         return _ready(_plain(base.payload, base.payload, dtype), base.payload)
     if step == "adapter":

@@ -32,7 +32,7 @@ def estimates(config: Mapping[str, Any], record: Mapping[str, Any] | None, devic
     | stage    | for       | bytes                                                           |
     |----------|-----------|-----------------------------------------------------------------|
     | finetune | a process | weights + adapter + activations of a pass: `execution.estimate` |
-    | quantize | a machine | 2 · parameters + 4 · hidden · calibration tokens                |
+    | quantize | a machine | 2 · parameters (4 on a CPU without bf16) + 4 · hidden · calibration tokens |
     | serve    | a GPU     | served weights / tensor_parallel_size + kv_cache_memory         |
     | promote  | a GPU     | 2 · serve                                                       |
     """
@@ -42,13 +42,14 @@ def estimates(config: Mapping[str, Any], record: Mapping[str, Any] | None, devic
     quantize, serve = config["quantize"], config["serve"]
     parts = serve["tensor_parallel_size"] if device.kind == "cuda" else 1
     server = served_weights(config, parameters, device) // parts + bytes_of(serve["kv_cache_memory"])
+    compute_bytes = 4 if device.kind == "cpu" and not device.bf16 else 2  # as AWQ computes
     calibration_tokens = quantize["num_calibration_samples"] * quantize["max_calibration_tokens"]
     return {
         "finetune": execution.estimate(
             SimpleNamespace(**config["finetune"]), SimpleNamespace(**shape), parameters, kind=device.kind,
             device_memory=device.memory, sequence_len=config["data"]["sequence_len"],
         ),
-        "quantize": parameters * 2 + calibration_tokens * int(shape["hidden_size"]) * 4,
+        "quantize": parameters * compute_bytes + calibration_tokens * int(shape["hidden_size"]) * 4,
         "serve": server,
         PROMOTE: 2 * server,
     }  # fmt: skip

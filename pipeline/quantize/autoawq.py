@@ -8,6 +8,8 @@ AutoAWQ's traps, each met here:
 - on a CPU its search for scales overwrites the weights that it means to keep;
 - it silently skips samples longer than its limit, and drops the end of the last block;
 - its search for clips takes minutes, and refuses layers whose width isn't a multiple of 64.
+
+A CPU without bf16 computes in float32; unpacked weights are stored in the model's own dtype all the same.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline import compute_dtype
 from pipeline.errors import ModelError, Problem, StageFailed
 from pipeline.quantize import batches
 
@@ -96,7 +99,7 @@ def blocks(samples: Sequence[Sequence[int]], longest: int) -> list[list[int]]:
 
 
 def load(folder: Path, scratch: Path) -> Any:
-    """The model of a Hugging Face folder, plain, in the dtype it is stored in, on the CPU.
+    """The model of a Hugging Face folder, plain, in the dtype to compute in, on the CPU.
 
     Raises ModelError when AutoAWQ doesn't know the architecture or transformers 4 misreads its config.json.
     """
@@ -120,7 +123,7 @@ def load(folder: Path, scratch: Path) -> Any:
         old, torch_dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     model.config.use_cache = False
-    return model.eval()
+    return compute_dtype.for_quantizing(model.eval())
 
 
 def _old_folder(folder: Path, config: Mapping[str, Any], old: Path) -> Path:
@@ -168,6 +171,7 @@ def quantize(
         quantizer_cls=_quantizer_class(cut, search_tokens, on_layer),
     )
     on_layer(len(awq.quantizer.modules), len(awq.quantizer.modules))
+    compute_dtype.back_to_stored(model)
     awq.save_quantized(str(folder), shard_size=SHARD_SIZE)
     return dict(awq.quant_config.to_transformers_dict())
 

@@ -5,6 +5,7 @@ Runs in the train environment. The recipe is llm-compressor's own, with these ch
 - on a CPU its cache must not pin memory: pinning needs an accelerator;
 - on a CPU its grid search uses the first samples only. Activation statistics need all tokens; the choice among scales
   doesn't, and takes nearly all of the time;
+- on a CPU without bf16 it computes in float32, and the result is stored in the model's own dtype all the same;
 - on a GPU with room the model and the activations between its layers stay there, and samples go through in batches;
 - losses are summed in float32: a bfloat16 sum over a large batch has too few digits to choose by.
 """
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipeline import compute_dtype
 from pipeline.errors import StageFailed
 from pipeline.model import weights
 from pipeline.quantize import batches as quantize_batches
@@ -32,15 +34,16 @@ MODEL_UP_TO = 0.5
 
 
 def load(folder: Path, _scratch: Path) -> Any:
-    """The model of a Hugging Face folder, plain, in the dtype it is stored in; on the GPU if it takes up to half of it."""
+    """The model of a Hugging Face folder, plain, in the dtype to compute in; on the GPU if it takes up to half of it."""
     import torch
     from transformers import AutoModelForCausalLM
 
     size = sum(file.stat().st_size for file in weights.files(folder))
     fits = torch.cuda.is_available() and size <= MODEL_UP_TO * torch.cuda.mem_get_info()[0]
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, trust_remote_code=False, device_map={"": 0} if fits else None
     ).eval()
+    return compute_dtype.for_quantizing(model)
 
 
 def quantize(
@@ -94,6 +97,7 @@ def quantize(
             sequential_offload_device="cuda:0" if batch_tokens and model.device.type == "cuda" else "cpu",
             use_loss_mask="loss_mask" in batches[0],
         )
+    compute_dtype.back_to_stored(model)  # before packing, so that values are rounded to the scales that are written
     model.save_pretrained(folder, save_compressed=True, max_shard_size=SHARD_SIZE)
     reset_session()  # it holds the model
     return quantization_of(folder)

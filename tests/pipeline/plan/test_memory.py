@@ -70,6 +70,17 @@ def test_served_weights_are_estimated_as_they_will_lie_in_memory(method, dtype, 
 
 
 @pytest.mark.parametrize(
+    ("kind", "bf16", "bytes_a_parameter"), [("cpu", True, 2), ("cpu", False, 4), ("cuda", True, 2), ("cuda", False, 2)]
+)
+def test_awq_takes_twice_the_weights_on_a_cpu_without_bf16(record, kind, bf16, bytes_a_parameter):
+    """There it computes in float32; beside them lie the activations of all calibration tokens."""
+    settings = config(quantize={"num_calibration_samples": 2, "max_calibration_tokens": 64})
+    there = Device(kind, "one", "one", 2**34, 2, int(kind == "cuda"), bf16=bf16)
+    estimate = plan_memory.estimates(settings, record(), there)["quantize"]
+    assert estimate == 135_000_000 * bytes_a_parameter + 2 * 64 * 576 * 4
+
+
+@pytest.mark.parametrize(
     ("sections", "keys"),
     [
         ({}, []),

@@ -10,6 +10,7 @@ from fakes import fake_smi
 from support.released import ENVIRONMENT, a_model
 from support.wire import chat, said
 
+from pipeline import hardware
 from pipeline.config.schema import ServeConfig
 from pipeline.errors import ServingError
 from pipeline.serving import gpu_room
@@ -73,16 +74,33 @@ def test_every_gpu_that_is_taken_needs_room(model, tmp_path, monkeypatch):
         gpu_room.check(both, model, 0)
 
 
-def test_the_least_is_counted_by_what_is_stored_and_how_it_is_served(model):
-    """Weights in float32 are served in half the bytes; each of two GPUs takes half of them, and a whole KV cache."""
+def test_the_least_is_counted_by_what_is_stored(model):
+    """Each of two GPUs takes half of the weights, and a whole KV cache."""
     (model / "model.safetensors").write_bytes(b"x" * 4000)
     kv = 20 * 2**30
     assert gpu_room.least(unit_of(model), model) == 4000 + kv
     two = unit_of(model, SERVE.model_copy(update={"tensor_parallel_size": 2}))
     assert gpu_room.least(two, model) == 2000 + kv
+
+
+@pytest.mark.parametrize(
+    ("device_class", "dtype", "weights"),
+    [
+        ("cpu-x86_64-avx512_bf16", "auto", 2000),
+        ("cpu-x86_64-avx2", "auto", 4000),
+        ("cpu-x86_64-avx512_bf16", "float32", 4000),
+        ("cpu-x86_64-avx2", "bfloat16", 2000),
+    ],
+)
+def test_weights_stored_in_float32_are_counted_as_they_are_served(model, monkeypatch, device_class, dtype, weights):
+    """Half of their bytes in 16 bits, all of them in float32, which `auto` is on a CPU with AVX2 alone."""
+    device = hardware.Device("cpu", "a CPU", device_class, 2**34, 2, 0, bf16="bf16" in device_class)
+    monkeypatch.setattr(hardware, "device", lambda: device)
+    (model / "model.safetensors").write_bytes(b"x" * 4000)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
-    assert gpu_room.least(unit_of(model), model) == 2000 + kv
+    unit = unit_of(model, SERVE.model_copy(update={"dtype": dtype}))
+    assert gpu_room.least(unit, model) == weights + 20 * 2**30
 
 
 def test_weights_that_vllm_makes_smaller_as_it_reads_them_count_nothing(model):
