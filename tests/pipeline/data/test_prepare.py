@@ -328,7 +328,7 @@ def test_the_demo_tickets_pass_and_their_report_shows_their_labels(prepared: dic
 
 
 def test_a_holdout_row_keeps_its_columns_as_text(prepared: dict) -> None:
-    """Strings as they are, numbers and truth values as JSON; rows, ids and sets are those without columns."""
+    """Strings as they are, numbers and booleans as JSON; rows, ids and sets are those without columns."""
     sets, plain = payload(prepared["columns"][0]), payload(prepared["as messages"][0])
     numbers = {json.dumps(conversation(n)["messages"], sort_keys=True): n for n in range(60)}
     assert sets["holdout"]
