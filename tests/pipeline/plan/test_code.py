@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[3]
 SOURCES = sorted(path for path in (ROOT / "pipeline").rglob("*.py") if "avx2" not in path.parts)
 PROGRAMS = {
     step.stage: step.program
-    for step in steps.all_steps({"quantize": {"method": "awq", "backend": "llmcompressor"}, "evaluate": {"ledger_items": 1}})
+    for step in steps.all_steps(
+        {"quantize": {"method": "awq", "backend": "llmcompressor"}, "evaluate": {"ledger_items": 1}}
+    )
 }
 
 
