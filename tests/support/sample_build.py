@@ -261,7 +261,9 @@ def sample_build(folder: Path, count: int = 200) -> Build:
             "max_abs_delta": 0.01,
         },
         "quantize": {
-            "method": "llmcompressor",
+            "method": "awq",
+            "backend": "llmcompressor",
+            "label": "AWQ, llm-compressor",
             "group_size": 64,
             "samples": 16,
             "perplexity_before": 3.1,

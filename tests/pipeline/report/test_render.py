@@ -3,14 +3,13 @@ from __future__ import annotations
 import base64
 import json
 import re
-import struct
 from html.parser import HTMLParser
 
 import pytest
 from support.sample_build import full_build, sample_build
 
 from pipeline.artifacts import Build, PromptResult
-from pipeline.report import content, render
+from pipeline.report import plots, render
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def test_names_from_files_are_never_markup(full):
     evil = "<i>x</i>|`y`[z](http://z)"
     candidate = full.evaluations["candidate"]
     items = tuple(
-        item.model_copy(update={"columns": {evil: evil}} if n % 2 else {}) for n, item in enumerate(candidate.items)
+        row.model_copy(update={"columns": {evil: evil}} if n % 2 else {}) for n, row in enumerate(candidate.items)
     )
     first, *rest = full.verdict.checks
     checks = (first.model_copy(update={"waived": evil, "name": evil, "rule": evil, "why": evil}), *rest)
@@ -132,10 +131,10 @@ def test_names_from_files_are_never_markup(full):
             "evaluations": {**full.evaluations, "candidate": candidate.model_copy(update={"items": items})},
             "prompts": {"candidate": (PromptResult(id=evil, prompt=evil, answer=evil, broken=(evil,)),)},
             "tasks": {
-                role: tuple(one.model_copy(update={"task": evil}) for one in found)
-                for role, found in full.tasks.items()
+                role: tuple(task.model_copy(update={"task": evil}) for task in tasks)
+                for role, tasks in full.tasks.items()
             },
-            "judged": tuple(one.model_copy(update={"model": evil}) for one in full.judged),
+            "judged": tuple(report.model_copy(update={"model": evil}) for report in full.judged),
             "verdict": full.verdict.model_copy(update={"checks": checks}),
         }
     )
@@ -150,7 +149,7 @@ def test_long_texts_are_folded_and_whole(full):
     """The beginning is shown, the rest is a click away; short ones stand as they are."""
     long = "word " * 200 + "end"
     candidate = full.evaluations["candidate"]
-    items = tuple(item.model_copy(update={"answer": long}) for item in candidate.items)
+    items = tuple(row.model_copy(update={"answer": long}) for row in candidate.items)
     evaluations = {**full.evaluations, "candidate": candidate.model_copy(update={"items": items})}
     page = Page(render.html(full.model_copy(update={"evaluations": evaluations})))
     assert page.tags.count("details") == 1 + 20
@@ -163,29 +162,29 @@ def test_the_json_says_what_the_page_says(full, build):
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
-    found = json.loads(render.to_json(full), parse_constant=refuse)
-    assert (found["name"], found["outcome"], found["unit"]) == ("tickets", "fail", full.unit.digest)
-    assert found["why"] in words(render.html(full))
-    assert [one["id"] for one in found["prompts"]["lost"]] == ["refund period"]
-    assert {check["name"] for check in found["checks"]} == {check.name for check in full.verdict.checks}
-    assert found["checks"][0]["outcome"] == "fail"
-    assert found["ledger"]["said"].startswith("AWQ lost most")
-    assert set(found["ledger"]["steps"][1]["change"]) == {"value", "low", "high"}
-    assert [cost["objective"] for cost in found["costs"]] == [True, False]
+    report = json.loads(render.to_json(full), parse_constant=refuse)
+    assert (report["name"], report["outcome"], report["unit"]) == ("tickets", "fail", full.unit.digest)
+    assert report["why"] in words(render.html(full))
+    assert [prompt["id"] for prompt in report["prompts"]["lost"]] == ["refund period"]
+    assert {check["name"] for check in report["checks"]} == {check.name for check in full.verdict.checks}
+    assert report["checks"][0]["outcome"] == "fail"
+    assert report["ledger"]["said"].startswith("AWQ lost most")
+    assert set(report["ledger"]["steps"][1]["change"]) == {"value", "low", "high"}
+    assert [cost["objective"] for cost in report["costs"]] == [True, False]
     bare = json.loads(render.to_json(build.model_copy(update={"evaluations": {}, "loadtests": {}, "verdict": None})))
     assert (bare["outcome"], bare["prompts"], bare["ledger"], bare["examples"]) == ("not judged", None, None, [])
 
 
 def test_a_waived_check_is_shown_with_its_reason_and_decides_nothing(build):
     """It stands last, greyed, and the sentence counts it apart."""
-    failed = build.verdict.checks[2].model_copy(update={"outcome": "fail", "waived": "allowed: an old habit"})
-    checks = (*build.verdict.checks[:2], failed, *build.verdict.checks[3:])
-    waived = build.model_copy(update={"verdict": build.verdict.model_copy(update={"checks": checks})})
-    text = words(render.html(waived))
+    waiver = build.verdict.checks[2].model_copy(update={"outcome": "fail", "waived": "allowed: an old habit"})
+    checks = (*build.verdict.checks[:2], waiver, *build.verdict.checks[3:])
+    passing = build.model_copy(update={"verdict": build.verdict.model_copy(update={"checks": checks})})
+    text = words(render.html(passing))
     assert f"Passes: all {len(checks) - 1} checks hold (1 more not counted)." in text
     assert "fail, not counted" in text
     assert "; allowed: an old habit" in text
-    last = render.gate_table(waived.verdict).splitlines()[-1]
+    last = render.gate_table(passing.verdict).splitlines()[-1]
     assert "❌ fail, not counted" in last
     assert "`allowed: an old habit`" in last
 
@@ -197,24 +196,13 @@ def test_the_plots_are_svg_and_the_same_every_time(build, page_text):
     assert svg.lstrip().startswith(b"<?xml")
 
 
-def test_saved_plots_are_pictures(build, full, tmp_path):
-    """One for each section that has something to show, wide enough to read."""
-    assert [path.name for path in render.save_plots(build, tmp_path / "some")] == ["gate.png", "scores.png", "load.png"]
-    written = render.save_plots(full, tmp_path / "plots")
-    assert [path.name for path in written] == ["gate.png", "ledger.png", "scores.png", "load.png"]
-    for path in written:
-        data = path.read_bytes()
-        assert data[:8] == b"\x89PNG\r\n\x1a\n"
-        assert struct.unpack(">I", data[16:20])[0] > 1000
-
-
 def test_a_build_that_measured_nothing_is_still_rendered(build, tmp_path):
     """No evaluation, load test or verdict: a card, a page, an empty table and no plots, without an error."""
     bare = build.model_copy(update={"evaluations": {}, "loadtests": {}, "verdict": None, "artifacts": {}})
     assert "Nothing was evaluated." in render.model_card(bare)
     assert "Nothing was evaluated." in render.html(bare)
     assert render.scores_table(bare) == [["metric"], ["items"]]
-    assert render.save_plots(bare, tmp_path) == []
+    assert plots.save_plots(bare, tmp_path) == []
 
 
 def test_the_scores_table_is_metrics_by_systems(build):
@@ -251,7 +239,7 @@ def test_the_card_fits_mlflows_note(build, full):
         for n in range(50)
     )
     many = full.model_copy(update={"prompts": {"candidate": prompts}, "evaluations": long.evaluations})
-    cards = [render.model_card(found) for found in (build, long, full, many)]
+    cards = [render.model_card(record) for record in (build, long, full, many)]
     assert "tunegate approve tickets" in cards[1]
     assert "## Must-pass prompts" in cards[2]
     assert "and 45 more" in cards[3]
@@ -277,71 +265,9 @@ def test_untrusted_text_stays_inside_its_code_span(text, want):
     assert render.code(text, 20) == want
 
 
-def test_flips_come_first(build, full):
-    """Twenty items: what the candidate lost, then what it won, each with every system's answer; those against the champion first."""
-    shown = content.examples(build, 20)
-    assert len(shown) == 20
-    kinds = [example.kind for example in shown]
-    assert kinds == sorted(kinds, key=["lost", "won", "wrong", "right"].index)
-    assert kinds.count("lost") >= 10
-    assert kinds.count("won") >= 5
-    lost = {answer.role: answer.score for answer in shown[0].answers}
-    assert lost["candidate"] < max(lost.values())
-    assert set(lost) == {"base", "merged", "candidate"}
-    first = {answer.role: answer.score for answer in content.examples(full, 20)[0].answers}
-    assert first["candidate"] < first["incumbent"]
-
-
-def test_few_flips_leave_room_for_the_rest(build):
-    """Where nothing flipped all the room goes to what didn't."""
-    alone = build.model_copy(update={"evaluations": {"candidate": build.evaluations["candidate"]}})
-    kinds = [example.kind for example in content.examples(alone, 20)]
-    assert len(kinds) == 20
-    assert set(kinds) == {"wrong", "right"}
-
-
-def test_each_step_has_a_paired_difference(build):
-    """Fine-tuning and AWQ are told apart: what each did to the headline metric, paired."""
-    tuned, awq = content.deltas(build)
-    assert (tuned.step, awq.step) == ("fine-tuning: merged - base", "AWQ: candidate - merged")
-    assert tuned.metric == "json_field_match"
-    assert tuned.change.low > 0.5
-    means = {role: found.metrics["json_field_match"].value for role, found in build.evaluations.items()}
-    assert awq.change.value == pytest.approx(means["candidate"] - means["merged"])
-
-
-def test_a_system_scored_on_other_items_is_not_compared_item_by_item(build):
-    """An incumbent with fewer items is in the tables, not in the examples or differences."""
-    short = build.evaluations["merged"].model_copy(
-        update={"system": "incumbent", "items": build.evaluations["merged"].items[:50]}
-    )
-    more = build.model_copy(update={"evaluations": {**build.evaluations, "incumbent": short}})
-    assert render.scores_table(more)[0][-1] == "incumbent (champion)"
-    assert len(content.deltas(more)) == 2
-    assert {answer.role for answer in content.examples(more, 1)[0].answers} == {
-        "base",
-        "merged",
-        "candidate",
-    }
-
-
-def test_a_system_message_that_all_prompts_share_is_said_once(build):
-    """Examples show the user's own words; where prompts begin differently they are shown whole."""
-    head = "system: Triage the ticket.\nuser: "
-    candidate = build.evaluations["candidate"]
-    items = tuple(item.model_copy(update={"prompt": head + item.prompt}) for item in candidate.items)
-    told = build.model_copy(
-        update={"evaluations": {**build.evaluations, "candidate": candidate.model_copy(update={"items": items})}}
-    )
-    assert content.shared_prompt(told) == head
-    assert content.examples(told, 1)[0].prompt == content.examples(build, 1)[0].prompt
-    assert render.html(told).count("Triage the ticket.") == 1
-    assert content.shared_prompt(build) == ""
-
-
 def test_a_failed_build_is_not_told_to_promote(build):
     """Without a pass the next step is another build."""
-    failed = build.model_copy(update={"verdict": build.verdict.model_copy(update={"outcome": "fail"})})
-    card = render.model_card(failed)
+    failure = build.model_copy(update={"verdict": build.verdict.model_copy(update={"outcome": "fail"})})
+    card = render.model_card(failure)
     assert "tunegate promote" not in card
     assert "tunegate run CONFIG" in card
