@@ -38,11 +38,11 @@ def heard(monkeypatch):
     """Every list of messages that a server was sent, where each answer is "aye"."""
     bodies = []
 
-    def answer(url, headers, body):
-        bodies.append([(message["role"], message["content"]) for message in body["messages"]])
-        return "aye"
+    def answer(_http, _model, messages):
+        bodies.append([(message["role"], message["content"]) for message in messages])
+        return iter(["a", "ye"])
 
-    monkeypatch.setattr(chat, "_stream", answer)
+    monkeypatch.setattr(chat, "stream", answer)
     return bodies
 
 
@@ -59,12 +59,13 @@ def test_a_chat_reaches_the_proxy_of_the_release_past_any_other(monkeypatch, cap
 
 def test_a_server_that_refuses_or_is_gone_is_an_error_with_a_command(capsys):
     """With its answer, as far as it gave one."""
-    with fake_vllm("m") as url, pytest.raises(ServingError, match="answered 404") as refused:
-        chat._stream(url, {}, {"model": "another", "messages": [], "stream": True})
-    with pytest.raises(ServingError, match="did not answer") as gone:
-        chat._stream("http://127.0.0.1:9", {}, {})
-    assert refused.value.problems[0].remedy == "tunegate status"
-    assert "tunegate logs" in gone.value.problems[0].remedy
+    messages = [{"role": "user", "content": "hello"}]
+    with fake_vllm("m") as url, client(url, 30) as http, pytest.raises(ServingError, match="ended in 404") as refused:
+        chat._say(http, "another", messages)
+    with client("http://127.0.0.1:9", 30) as http, pytest.raises(ServingError, match="got no answer") as gone:
+        chat._say(http, "m", messages)
+    for error in (refused.value, gone.value):
+        assert "tunegate logs" in error.problems[0].remedy
 
 
 def test_a_candidate_is_started_for_the_chat_alone(candidate, capsys):
