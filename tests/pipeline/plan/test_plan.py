@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from fakes import fake_smi
+from support.released import a_config
 
 from flows import build
 from pipeline.environments.interpreters import Environment
@@ -35,12 +36,12 @@ def test_a_build_on_more_gpus_than_there_are_is_a_mistake_of_the_config(monkeypa
     if not gpus:
         monkeypatch.setenv("TUNEGATE_DEVICE", "cpu")
     monkeypatch.setattr(build.resolve, "sources", lambda _: {})
-    monkeypatch.setattr(build.plan, "make", lambda *_: SimpleNamespace(finished=None, key="k"))
+    monkeypatch.setattr(build.plan, "make", lambda *_: SimpleNamespace(finished=None, key="k", name="tickets"))
     monkeypatch.setattr(
         build.store, "lock", lambda *_, **__: (_ for _ in ()).throw(LookupError)
     )  # the rest isn't asked here
     with pytest.raises(ConfigError if refused else LookupError) as caught:
-        build.run({"serve": {"tensor_parallel_size": wanted}}, print)
+        build.run(a_config(serve={"tensor_parallel_size": wanted}).model_dump(mode="json"), print)
     if refused:
         (problem,) = caught.value.problems
         assert (problem.key, problem.allowed) == ("serve.tensor_parallel_size", "1 to 1")
