@@ -419,10 +419,3 @@ class Config(Section):
     kubernetes: KubernetesConfig | None = Field(
         None, description="how builds run on a cluster; elsewhere it is not looked at"
     )
-
-
-def size_in_bytes(size: str) -> int:
-    """A `Bytes` setting such as "1.5GiB" as a number of bytes."""
-    number = size.rstrip("BKMGi ")
-    unit = size[len(number) :].strip()
-    return int(float(number) * {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[unit])

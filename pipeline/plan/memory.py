@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline import hardware
 from pipeline.config import methods
+from pipeline.config.sizes import size_in_bytes
 from pipeline.errors import ConfigError, Problem
 from pipeline.finetune import execution
 
@@ -41,7 +42,7 @@ def estimates(config: Mapping[str, Any], record: Mapping[str, Any] | None, devic
     shape, parameters = _shape(record), int(record["detail"]["parameters"])
     quantize, serve = config["quantize"], config["serve"]
     parts = serve["tensor_parallel_size"] if device.kind == "cuda" else 1
-    server = served_weights(config, parameters, device) // parts + bytes_of(serve["kv_cache_memory"])
+    server = served_weights(config, parameters, device) // parts + size_in_bytes(serve["kv_cache_memory"])
     compute_bytes = 4 if device.kind == "cpu" and not device.bf16 else 2  # as AWQ computes
     calibration_tokens = quantize["num_calibration_samples"] * quantize["max_calibration_tokens"]
     return {
@@ -64,12 +65,6 @@ def served_weights(config: Mapping[str, Any], parameters: int, device: hardware.
     return int(parameters * method.bytes_a_parameter) if method and is_packed else plain
 
 
-def bytes_of(size: str) -> int:
-    """A size such as 1.5GiB as a number of bytes."""
-    number = size.rstrip("BKMGi ")
-    return int(float(number) * {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[size[len(number) :].strip()])
-
-
 def too_large(
     config: Mapping[str, Any], memory: Mapping[str, int], device: hardware.Device, path: Path
 ) -> Iterator[Problem]:
@@ -77,7 +72,7 @@ def too_large(
 
     Before the base model's shape is known, the figure is the KV cache alone. A server that doesn't fit isn't told again as two.
     """
-    sizes = memory or {"serve": bytes_of(config["serve"]["kv_cache_memory"])}
+    sizes = memory or {"serve": size_in_bytes(config["serve"]["kv_cache_memory"])}
     larger = [stage for stage, size in sizes.items() if size > device.memory > 0]
     for stage in larger:
         if stage != PROMOTE or "serve" not in larger:

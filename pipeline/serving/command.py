@@ -6,7 +6,8 @@ stop.
 
 from __future__ import annotations
 
-from pipeline.config.schema import ServeConfig, size_in_bytes
+from pipeline.config.schema import ServeConfig
+from pipeline.config.sizes import size_in_bytes
 from pipeline.errors import ConfigError, Problem
 from pipeline.serving.refusals import argument_problems, env_problems
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import hardware, processes
 from pipeline.artifacts import ServedUnit
-from pipeline.config.schema import ContainerConfig, ServeConfig, size_in_bytes
+from pipeline.config.schema import ContainerConfig, ServeConfig
+from pipeline.config.sizes import size_in_bytes
 from pipeline.environments import interpreters
 from pipeline.environments.interpreters import Environment
 from pipeline.errors import ServingError

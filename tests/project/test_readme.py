@@ -34,6 +34,23 @@ def test_every_file_has_a_caption() -> None:
     ] == []
 
 
+def test_no_folder_outgrows_a_screen() -> None:
+    """At most 20 source files; a folder that grows beyond is two rooms."""
+    folders = {
+        file.parent for name in ("flows", "pipeline", "tests", "benchmarks") for file in (ROOT / name).rglob("*.py")
+    }
+    assert {str(folder): count for folder in folders if (count := len(list(folder.glob("*.py")))) > 20} == {}
+
+
+def test_every_module_has_a_test_of_its_name() -> None:
+    """In the same place below tests/."""
+    modules = [file.relative_to(ROOT) for name in ("flows", "pipeline") for file in (ROOT / name).rglob("*.py")]
+    named = [module for module in modules if not module.stem.startswith("__") and "avx2" not in module.parts]
+    assert [
+        str(module) for module in named if not (ROOT / "tests" / module.with_name(f"test_{module.name}")).exists()
+    ] == []
+
+
 def test_readme_names_every_room() -> None:
     """With its folder, as docs/architecture.md does."""
     rooms = {f"{path.parent.name}/" for path in (ROOT / "pipeline").glob("*/__init__.py")}

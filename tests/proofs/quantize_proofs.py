@@ -1,6 +1,6 @@
 """What test_quantize_awq.py does and looks at inside the train and autoawq environments, a process a method.
 
-    python tests/quantize_proofs.py METHOD FOLDER
+    python tests/proofs/quantize_proofs.py METHOD FOLDER
 
 FOLDER/METHOD/requests.json holds what the stage is asked by name; each is answered in FOLDER/METHOD/NAME/. What was
 answered and seen is written to seen.json beside it. The train environment makes the models and so comes first.

@@ -1,4 +1,4 @@
-"""Measure what test_serving_avx2.py asserts, in the serve environment: `python tests/unpacked_proofs.py`.
+"""Measure what tests/pipeline/serving/test_avx2.py asserts, in the serve environment: `python tests/proofs/unpacked_proofs.py`.
 
 Prints one JSON object: for each kind of 4-bit weight how far a layer served by the plugin is from its weights' own
 product, and whether the plugin put itself in vLLM's kernel's place on this CPU.

@@ -1,6 +1,6 @@
 """Make LoRA adapters for a tiny model, and what peft and bitsandbytes make of them, to compare with.
 
-    python tests/make_adapters.py BASE OUT
+    python tests/support/make_adapters.py BASE OUT
 
 Runs in the train environment. Writes OUT/<name>/payload for adapters of several kinds, sound and broken,
 and OUT/reference/{original,dequantized}.safetensors: peft's merge of `sound` into the base in float32, and

@@ -1,6 +1,6 @@
 """Write tiny random models as GGUF files, in llama.cpp's layout, beside the folders they come from.
 
-    python tests/make_gguf.py FOLDER
+    python tests/support/make_gguf.py FOLDER
 
 Runs in the train environment. Makes llama/, qwen2/ and qwen3/ with a model.gguf each (F32, so that nothing
 is lost), llama/q8.gguf, and files with one fault each under broken/.

@@ -1,6 +1,6 @@
 """Make a tiny random Llama: a Hugging Face folder with a small ChatML tokenizer, for tests.
 
-    python tests/tiny.py FOLDER [--hidden 64] [--layers 2] [--seed 0] [--untied]
+    python tests/support/tiny.py FOLDER [--hidden 64] [--layers 2] [--seed 0] [--untied]
 
 Runs in the train environment. The same arguments give the same bytes. The sizes suit AWQ groups of 32, NF4
 blocks of 64 and vLLM's CPU attention (heads of 32). Embeddings are wide enough for sharp answers, so that

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.file import json_schema, load, load_policy
-from pipeline.config.schema import Config, size_in_bytes
+from pipeline.config.schema import Config
 from pipeline.errors import ConfigError, Problem
 
 CONFIGS = sorted((Path(__file__).parents[3] / "configs").rglob("*.yaml"))
@@ -261,9 +261,3 @@ def test_the_schema_knows_sections_and_flat_keys() -> None:
     assert schema["additionalProperties"] is False
     references = [part.split('"')[0] for part in str(schema).replace("'", '"').split("#/$defs/")[1:]]
     assert set(references) <= set(schema["$defs"])
-
-
-@pytest.mark.parametrize(("size", "number"), [("1GiB", 2**30), ("1.5 MiB", 3 * 2**19), ("10B", 10)])
-def test_sizes_are_bytes(size: str, number: int) -> None:
-    """Sizes carry binary units."""
-    assert size_in_bytes(size) == number

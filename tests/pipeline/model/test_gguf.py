@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     for name in (*KINDS, "q8", "real"):
         (out / name).symlink_to(root / "work" / name / "payload")
     compared = json.loads(
-        programs.python(programs.TESTS / "support" / "compare_gguf.py", root, out, real).splitlines()[-1]
+        programs.python(programs.TESTS / "proofs" / "compare_gguf.py", root, out, real).splitlines()[-1]
     )
     return out, dict(zip(files, answers, strict=True)), compared
 

@@ -1,6 +1,6 @@
 """Compare what pipeline.model.gguf made of GGUF files with their origins and with transformers' reading.
 
-    python tests/compare_gguf.py FOLDER-OF-make_gguf OUT-FOLDER MODEL.gguf-OF-A-REAL-MODEL
+    python tests/proofs/compare_gguf.py FOLDER-OF-make_gguf OUT-FOLDER MODEL.gguf-OF-A-REAL-MODEL
 
 Runs in the train environment; prints one JSON object.
 """
