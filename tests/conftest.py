@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 # The start of a test's id -> why CI may leave it out. Marks left out by `-m` are deselected, not skipped.
-ALLOWED_SKIPS = {"tests/end_to_end/test_old_home.py": "a shallow clone holds no history of version 0.1"}
+ALLOWED_SKIPS: dict[str, str] = {"tests/end_to_end/test_old_home.py": "a shallow clone holds no history of version 0.1"}
 # Two workers take a file at a time: a long one that is taken last leaves one of them idle.
 LONGEST_FIRST = (
     "end_to_end/test_chain.py", "pipeline/data/test_prepare.py", "pipeline/finetune/test_train.py", "pipeline/model/test_gguf.py",

@@ -12,7 +12,6 @@ from pipeline import hardware
 from pipeline.environments import interpreters
 from pipeline.errors import Problem
 from pipeline.kubernetes import place
-from pipeline.plan import doctor as doctors
 from pipeline.plan import memory, plan, resolve
 
 
@@ -70,6 +69,8 @@ def schema(_options: argparse.Namespace) -> int:
 def doctor(options: argparse.Namespace) -> int:
     """Print what is there and what is missing, for every config or for this one too; 1 when a needed part is missing."""
     config = resolve.resolve(options.config) if options.config else {}
+    from pipeline.plan import doctor as doctors  # here because check never asks
+
     reports = doctors.doctor(interpreters.settings(config), config.get("serve", {}).get("runtime", "process"))
     if config:
         from pipeline.plan import needs

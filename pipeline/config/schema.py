@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.artifacts import RuntimeName
 from pipeline.config import methods
 from pipeline.config.gate import GateConfig
 from pipeline.config.kubernetes import KubernetesConfig
@@ -247,7 +246,7 @@ class ContainerConfig(Section):
 class ServeConfig(Section):
     """vLLM as it is judged and as it serves; all but `container` and the timeouts is part of the served unit."""
 
-    runtime: RuntimeName = "process"
+    runtime: Literal["process", "docker"] = "process"
     image: str | None = Field(None, description="for docker: image with its digest, name@sha256:…")
     container: ContainerConfig = Field(default_factory=ContainerConfig)
     max_model_len: PositiveInt = 2048

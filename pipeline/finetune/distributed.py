@@ -17,11 +17,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from pipeline.errors import StageFailed
-from pipeline.finetune import launch
-from pipeline.finetune.packing import Row
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.finetune.packing import Row
 
 PATIENCE = timedelta(minutes=30)  # for a partner that still loads its model or writes a checkpoint
 PARTNER_GONE = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
@@ -93,6 +93,8 @@ def join() -> Group:
     """Meet the other processes that `launch` started, and take this one's GPU."""
     import torch
     from accelerate import PartialState
+
+    from pipeline.finetune import launch  # here because a plan counts memory, and starts no process
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     PartialState(

@@ -31,7 +31,7 @@ NOT_SOURCE = (
     "pipeline.config.section", "pipeline.digests", "pipeline.environments.interpreters", "pipeline.errors", "pipeline.program",
     "pipeline.store",
 )  # fmt: skip
-FORMAT = 1  # of what `plan.meaning` reads: raise it when that changes, and remembered digests are void
+FORMAT = 2  # of what `plan.meaning` reads: raise it when that changes, and remembered digests are void
 
 
 def source_digest(program: str, left_out: tuple[str, ...] = NOT_SOURCE) -> str:

@@ -80,7 +80,7 @@ def _plain(node: Any) -> Any:
         return {"node": type(node).__name__, **fields}
     if isinstance(node, list):
         return [_plain(entry) for entry in node]
-    return node if isinstance(node, str | int | bool) or node is None else repr(node)
+    return node if isinstance(node, str | int | bool) or node is None else [type(node).__name__, repr(node)]
 
 
 def _is_text(statement: ast.stmt) -> bool:

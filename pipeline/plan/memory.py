@@ -16,7 +16,6 @@ from pipeline import hardware
 from pipeline.config import methods
 from pipeline.config.sizes import size_in_bytes
 from pipeline.errors import ConfigError, Problem
-from pipeline.finetune import execution
 
 PROMOTE = "promote (old and new side by side)"
 KEYS = {  # the key that sets each figure most
@@ -39,6 +38,8 @@ def estimates(config: Mapping[str, Any], record: Mapping[str, Any] | None, devic
     """
     if record is None:
         return {}
+    from pipeline.finetune import execution  # here because before the stage base there is nothing to estimate
+
     shape, parameters = _shape(record), int(record["detail"]["parameters"])
     quantize, serve = config["quantize"], config["serve"]
     parts = serve["tensor_parallel_size"] if device.kind == "cuda" else 1

@@ -1,6 +1,7 @@
 """Where vLLM runs: a table from `serve.runtime` to all that the rest of the pipeline asks of a runtime.
 
-A new runtime is one file with the functions of `Operations`, its name in `artifacts.RuntimeName`, and one entry in RUNTIMES.
+A new runtime is one file with the functions of `Operations`, its name in `artifacts.RuntimeName` and `ServeConfig.runtime`, and
+one entry in RUNTIMES.
 The table imports no runtime, so that `tunegate check` reads it on the standard library alone.
 """
 

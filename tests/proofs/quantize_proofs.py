@@ -1,4 +1,4 @@
-"""What test_quantize_awq.py does and looks at inside the train and autoawq environments, a process a method.
+"""What test_awq.py does and looks at inside the train and autoawq environments, a process a method.
 
     python tests/proofs/quantize_proofs.py METHOD FOLDER
 

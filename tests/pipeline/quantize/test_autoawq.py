@@ -1,6 +1,6 @@
 """pipeline.quantize.autoawq on a GPU, in the autoawq environment.
 
-test_quantize.py has its pure functions, test_quantize_batches.py what it asks a GPU, test_quantize_awq.py runs it on a CPU.
+test_quantize.py has its pure functions, test_quantize_batches.py what it asks a GPU, test_awq.py runs it on a CPU.
 """
 
 from __future__ import annotations

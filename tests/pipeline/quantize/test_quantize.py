@@ -1,4 +1,4 @@
-"""pipeline.quantize.quantize and its parts, as far as they need no torch; test_quantize_awq.py runs the real thing."""
+"""pipeline.quantize.quantize and its parts, as far as they need no torch; test_awq.py runs the real thing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from support.model_folder import safetensors
 
 from pipeline.config.schema import QuantizeConfig
 from pipeline.digests import digest_file
-from pipeline.errors import ConfigError, DataError, ModelError
+from pipeline.errors import ConfigError, ModelError
 from pipeline.quantize import quantize
 from pipeline.quantize.autoawq import blocks, misread, old_form
-from pipeline.quantize.calibration import Sample, encode, read_rows, take
 
 SMOLLM2 = {
     "model.layers.0.self_attn.q_proj.weight": (576, 576),
@@ -173,68 +172,6 @@ def test_blocks_use_all_tokens():
     assert {len(block) for block in cut} == {75}
     assert [token for block in cut for token in block] == list(range(225))
     assert blocks([[1, 2, 3]], 100) == [[1, 2, 3]]
-
-
-def test_long_conversations_keep_their_answer():
-    """A conversation above the limit loses its beginning, and is counted; its answer stays where it was."""
-    calibration = take([Sample(tuple(range(10)), 8), Sample((1, 2))], 2, 4)
-    assert calibration.samples == (Sample((6, 7, 8, 9), 2), Sample((1, 2)))
-    assert (calibration.cut_short, calibration.tokens) == (1, 6)
-    assert str(calibration) == "2 conversations of 6 tokens, 1 of them cut short"
-
-
-def test_an_answer_longer_than_the_limit_is_judged_after_its_first_token():
-    """Nothing comes before the first token that is left, so it can't be scored."""
-    assert take([Sample(tuple(range(10)), 3)], 1, 4).samples == (Sample((6, 7, 8, 9), 1),)
-
-
-def test_the_probe_is_unseen_where_it_can_be():
-    """The result is probed on rows not shown to the quantizer, or else on shown ones."""
-    rows = [Sample((number,) * 250) for number in range(1, 6)]
-    assert {sample.ids[0] for sample in take(rows, 2, 512).probe} == {3, 4}
-    assert {sample.ids[0] for sample in take(rows, 5, 512).probe} == {1, 2}
-    assert [len(sample) for sample in take([Sample((1,) * 900)], 1, 4096).probe] == [900]
-
-
-def test_rows_of_one_token_say_nothing():
-    """A calibration set without a row of two tokens stops the stage."""
-    with pytest.raises(DataError, match="two tokens"):
-        take([Sample((1,)), Sample(())], 2, 4)
-
-
-class Letters:
-    """A tokenizer whose tokens are characters and whose template is a line ROLE:CONTENT; for each message."""
-
-    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
-        """Token ids of a text."""
-        assert not add_special_tokens
-        return {"input_ids": [ord(letter) for letter in text]}
-
-    def apply_chat_template(self, messages: list, *, tokenize: bool, add_generation_prompt: bool = False) -> str:
-        """The messages as text."""
-        assert not tokenize
-        told = "".join(f"{message['role']}:{message['content']};\n" for message in messages)
-        return told + ("assistant:" if add_generation_prompt else "")
-
-
-def test_the_answer_is_what_follows_the_generation_prompt():
-    """Up to the token that ends it; the whole conversation is one sample, a row of plain text all answer but its first token."""
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    chat, text = encode([{"messages": messages}, {"text": "abc"}], Letters(), {ord(";")})
-    assert "".join(map(chr, chat.ids)) == "user:hi;\nassistant:yes;\n"
-    assert "".join(map(chr, chat.ids[chat.judged])) == "yes;"
-    assert "".join(map(chr, chat.end(6).ids[chat.end(6).judged])) == "yes;"
-    assert (text.ids, text.judged) == ((97, 98, 99), slice(1, 3))
-
-
-def test_an_empty_calibration_set_is_refused(tmp_path):
-    """No rows, no calibration: the error names the file and the setting."""
-    file = tmp_path / "calibration.jsonl"
-    file.write_text("\n")
-    with pytest.raises(DataError) as caught:
-        read_rows(file)
-    assert caught.value.problems[0].file == str(file)
-    assert "data.calibration_set_size" in (caught.value.problems[0].remedy or "")
 
 
 def test_autoawq_without_a_zero_point_is_refused_by_the_config():
