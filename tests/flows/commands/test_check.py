@@ -51,7 +51,7 @@ def test_broken_must_pass_prompts_stop_before_anything_starts(config, capsys, tm
     for _ in range(2):
         assert ended("check", file) == 2
         said = capsys.readouterr().err
-        assert f"{tmp_path}/use/prompts.yaml:3: [0].assert[0].type: 'contain' is no type of assertion" in said
+        assert f"{tmp_path}/use/prompts.yaml:3: [0].assert[0].type: 'contain' is not a type of assertion" in said
         assert "did you mean contains?" in said
 
 
