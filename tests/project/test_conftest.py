@@ -63,7 +63,9 @@ def test_expected_failures_and_passes_are_no_skips(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_listed_skip_passes(tmp_path, workers):
     """ALLOWED_SKIPS names the start of a test's id."""
-    allowed = {"dict[str, str] = {": "dict[str, str] = {'test_it.py::test_one': 'because', "}
+    allowed = {
+        "ALLOWED_SKIPS: dict[str, str] = {": "ALLOWED_SKIPS: dict[str, str] = {'test_it.py::test_one': 'because', "
+    }
     assert run(tmp_path, SKIPPING, allowed, workers=workers, CI="true").returncode == 0
 
 

@@ -97,7 +97,7 @@ def test_a_resolved_config_of_version_0_1_still_loads():
         ("method: autoawq\n  backend: llmcompressor", "quantize.method", 4, "write method: awq and one backend"),
         ("method: none\n  backend: autoawq", "quantize.backend", 5, "delete it"),
         ("backend: autoawq\n  zero_point: false", "quantize.zero_point", 5, "must be true with backend: autoawq"),
-        ("method: gptqmodel", "quantize.method", 4, "none of the choices"),
+        ("method: gptqmodel", "quantize.method", 4, "not one of the choices"),
     ],
 )
 def test_contradictions_are_errors_with_file_key_and_remedy(tmp_path, section, key, line, words):

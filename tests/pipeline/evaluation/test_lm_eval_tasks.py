@@ -139,5 +139,5 @@ def test_a_task_that_generates_is_chatted_greedily(tmp_path):
     assert all(isinstance(error, TunegateError) for error in errors)
     said = [str(error) for error in errors]
     assert "SecurityError: access to attribute '__class__' of 'str' object is unsafe" in said[0]
-    assert "wants the metric toxicity, which isn't lm-eval's own" in said[1]
-    assert "no value a document of bleu" in said[2]
+    assert "uses the metric toxicity, which isn't lm-eval's own" in said[1]
+    assert "bleu is not a mean over its documents" in said[2]

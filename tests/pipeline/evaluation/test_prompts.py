@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,7 @@ def test_a_system_is_asked_once_for_each_file_and_attempt(tmp_path, monkeypatch)
     """The second time no server is started; another file or `--again` asks anew."""
     monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
     file = tmp_path / "prompts.json"
-    config = a_config(evaluate={"prompts": str(file)}).model_dump(mode="json")
+    config = a_config(evaluate={"prompts": str(file)})
     unit = a_release(a_model(tmp_path / "model"), "1", a_config()).unit
     started = []
 
@@ -140,23 +141,6 @@ def test_a_system_is_asked_once_for_each_file_and_attempt(tmp_path, monkeypatch)
 
         for tests, attempt, starts in ((TESTS, "", 1), (TESTS, "", 1), (TESTS[:2], "", 2), (TESTS[:2], "again", 3)):
             file.write_text(json.dumps(tests), encoding="utf-8")
-            flow.ask(config, unit, attempt, where, lambda _: None)
+            results = flow.prompt_results(config, unit, attempt, cache(where), lambda _: None)
             assert len(started) == starts
-            assert [result.id for result in flow.results(config, unit, attempt)] == [test["id"] for test in tests]
-
-
-def test_a_file_that_changed_after_it_was_asked_is_no_lack_of_prompts(tmp_path, monkeypatch):
-    """Results that aren't there stop the build: a check on nothing would pass."""
-    monkeypatch.setenv("TUNEGATE_HOME", str(tmp_path / "home"))
-    file = tmp_path / "prompts.json"
-    file.write_text(json.dumps(TESTS), encoding="utf-8")
-    config = a_config(evaluate={"prompts": str(file)}).model_dump(mode="json")
-    with pytest.raises(ConfigError, match="changed while the build ran"):
-        flow.results(config, a_release(a_model(tmp_path / "model"), "1", a_config()).unit, "")
-
-
-def test_without_a_file_nothing_is_asked(tmp_path):
-    """And there are no results."""
-    config, unit = a_config().model_dump(mode="json"), a_release(a_model(tmp_path / "model"), "1", a_config()).unit
-    flow.ask(config, unit, "", lambda: pytest.fail("started"), lambda _: None)
-    assert flow.results(config, unit, "") == ()
+            assert [result.id for result in results] == [test["id"] for test in tests]
